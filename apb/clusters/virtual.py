@@ -1,0 +1,34 @@
+"""All hosts in this process, sharing one model, one running at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from apb.host import Host, HostSpec, OnEvent, load_adapter
+from burst.transport import VirtualWorld
+
+
+class VirtualCluster:
+    """``hosts`` virtual hosts; exact in what they compute and send, their compute timed one by one."""
+
+    name = "virtual"
+
+    def __init__(self, spec: HostSpec, hosts: int) -> None:
+        self.hosts, self.epoch = hosts, 0
+        self._threads_before = torch.get_num_threads()
+        adapter = load_adapter(spec)
+        self._world = VirtualWorld(hosts, device=adapter.device)
+        self._hosts = [Host(spec, t, adapter) for t in self._world.transports]
+
+    def call(self, method: str, per_host: Sequence[tuple[Any, ...]], on_event: OnEvent | None = None) -> list[Any]:
+        """Run one method on every host; the first failure is raised as it is."""
+        self._hosts[0].on_event = on_event or (lambda event: None)
+        return self._world.run(lambda t: getattr(self._hosts[t.rank], method)(*per_host[t.rank]))
+
+    def close(self) -> None:
+        """Drop the hosts and their caches."""
+        self._hosts = []
+        torch.set_num_threads(self._threads_before)

@@ -1,0 +1,25 @@
+"""Compressors by name; each is one file, imported when asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from apb.compress.base import Candidates, Compressor, Projections, top_rows
+from apb.registry import build
+
+COMPRESSORS = {
+    "query": "apb.compress.query:Query",
+    "random": "apb.compress.random:Random",
+    "recent": "apb.compress.recent:Recent",
+    "norm": "apb.compress.norm:Norm",
+}
+
+
+def compressor(name: str, **options: Any) -> Compressor:
+    """Return the compressor ``name`` with its options; raises UserError naming what is allowed."""
+    made = build("compressor", "compress", COMPRESSORS, name, options)
+    assert isinstance(made, Compressor)
+    return made
+
+
+__all__ = ["COMPRESSORS", "Candidates", "Compressor", "Projections", "compressor", "top_rows"]

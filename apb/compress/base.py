@@ -1,0 +1,62 @@
+"""What a compressor is: scores for a block's tokens, of which the highest are passed on.
+
+Shapes: B batch, H query heads, K kv heads, S block tokens, Q question tokens, D head dim, E projection width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The raw outputs of the q, k and v projections, before RoPE, of a block's tokens."""
+
+    q_BSE: Tensor  # (B, S, H*D)
+    k_BSE: Tensor  # (B, S, K*D)
+    v_BSE: Tensor  # (B, S, K*D)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """A block's tokens in one layer, as a compressor sees them; keys and queries carry their true positions."""
+
+    layer: int
+    rank: int
+    q_BHSD: Tensor
+    k_BKSD: Tensor
+    v_BKSD: Tensor
+    scale: float
+    question_q_BHQD: Tensor | None  # the question's queries, rotated to where the question really stands
+    projections: Projections | None  # only for compressors that set ``needs_projections``
+
+
+@dataclass(frozen=True)
+class Compressor(ABC):
+    """Scores a block's tokens per kv head; its fields are its options."""
+
+    name: ClassVar[str]
+    needs_question: ClassVar[bool] = False
+    needs_projections: ClassVar[bool] = False
+
+    @abstractmethod
+    def score(self, block: Candidates) -> Tensor:
+        """Return scores (B, K, S), fp32; higher is kept."""
+
+
+def top_rows(scores_BKS: Tensor, rows: int, skip: int) -> Tensor:
+    """Return the indices (B, K, rows) of the highest scores per kv head, ascending, none below ``skip``.
+
+    Equal scores go to the earlier token, so that every host and the dense twin choose alike.
+    """
+    scores_BKS = scores_BKS.float()
+    if skip:
+        scores_BKS = scores_BKS.clone()
+        scores_BKS[..., :skip] = -torch.inf
+    order = scores_BKS.sort(dim=-1, descending=True, stable=True).indices
+    return order[..., :rows].sort(dim=-1).values

@@ -1,0 +1,40 @@
+"""Training-free, question-aware selection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apb.compress.base import Candidates, Compressor
+
+
+@dataclass(frozen=True)
+class Query(Compressor):
+    """Scores a token by the attention that the embedded question pays to it.
+
+    Softmax over the block per question token and query head, mean over question tokens and the heads of a group, then a
+    max-pool over ``window`` neighbours. Source: Spava (arXiv 2601.21444), with softmax instead of raw products.
+    """
+
+    name: ClassVar[str] = "query"
+    needs_question: ClassVar[bool] = True
+
+    window: int = 5
+
+    def score(self, block: Candidates) -> Tensor:
+        """Return scores (B, K, S), fp32."""
+        q_BHQD, k_BKSD = block.question_q_BHQD, block.k_BKSD
+        assert q_BHQD is not None, "the plan gives every selecting host the question's queries"
+        n_kv = k_BKSD.shape[1]
+        group = q_BHQD.shape[1] // n_kv
+        per_head = []
+        for j in range(n_kv):  # one kv head at a time: the probabilities are group * Q * S
+            q_BGQD = q_BHQD[:, j * group : (j + 1) * group]
+            logits_BGQS = (q_BGQD @ k_BKSD[:, j : j + 1].transpose(-1, -2)).float() * block.scale
+            per_head.append(logits_BGQS.softmax(dim=-1).mean(dim=(1, 2)))
+        scores_BKS = torch.stack(per_head, dim=1)
+        return F.max_pool1d(scores_BKS, self.window, stride=1, padding=self.window // 2)

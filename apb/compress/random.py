@@ -1,0 +1,26 @@
+"""Random selection: the floor that every compressor must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from apb.compress.base import Candidates, Compressor
+
+
+@dataclass(frozen=True)
+class Random(Compressor):
+    """Scores tokens at random, alike on every cluster for the same ``seed``."""
+
+    name: ClassVar[str] = "random"
+
+    seed: int = 0
+
+    def score(self, block: Candidates) -> Tensor:
+        """Return scores (B, K, S), fp32."""
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + block.layer) * 1_000_003 + block.rank)
+        shape = block.k_BKSD.shape[:-1]
+        return torch.rand(shape, generator=generator).to(block.k_BKSD.device)

@@ -1,0 +1,342 @@
+"""The engine: prefill a long context over hosts, ask questions about it, generate answers. Read this file first."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import itertools
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+
+from apb.clusters import Cluster, cluster
+from apb.decode.autoregressive import DecodeRequest
+from apb.decode.sampling import Sampling
+from apb.decode.text import TextStream
+from apb.host import HostReport, PrefillRequest
+from apb.kv.handle import KVHandle
+from apb.plan import PrefillPlan
+from apb.prompt import Prompt, Text, make_question
+from apb.setup import Setup
+from burst.errors import UserError, choose
+
+DECODERS = ("autoregressive",)
+
+
+@dataclass(frozen=True)
+class Result:
+    """An answer: its text (stop token and stop string left out), its token ids, and what everything cost."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str  # "stop" or "length"
+    metrics: dict[str, Any]
+
+
+class Engine:
+    """A model on a cluster of hosts, ready to prefill; a context manager that ends its hosts."""
+
+    def __init__(self, setup: Setup, cluster: Cluster) -> None:
+        self.setup = setup
+        self.cluster = cluster
+        self._ids = (f"cache-{i}" for i in itertools.count())
+
+    @classmethod
+    def launch(
+        cls, model: str | Setup = "smollm2-135m", *, cluster: str = "virtual", **options: Any
+    ) -> Engine:
+        """Start the hosts and load the model on each.
+
+        ``model`` is a name, a folder, a hub id, or a Setup; ``cluster`` is virtual, ray or torchrun. Options are those
+        of Setup.make (hosts, strategy, compress, dtype, device, threads, ...) and the cluster's own (ray: address).
+        Raises UserError for anything unknown, before any host starts.
+        """
+        known = {f for f in Setup.make.__annotations__ if f != "return"}
+        settled = {name: options.pop(name) for name in list(options) if name in known}
+        setup = model if isinstance(model, Setup) else Setup.make(model, **settled)
+        return cls(setup, _start(cluster, setup, options))
+
+    @property
+    def model_path(self) -> str:
+        """The resolved folder of the model."""
+        return self.setup.spec.model_path
+
+    def prefill(
+        self,
+        context: Text | Prompt,
+        query: Text | None = None,
+        chat: bool = True,
+        on_layer: Callable[[int, int], None] | None = None,
+    ) -> KVHandle:
+        """Prefill a context over the hosts and run the question, if there is one, over the sharded cache.
+
+        ``context`` and ``query`` are text or token ids; ``chat`` puts them into the chat template. Without a question
+        the cache is unconditioned: ask with ``handle.fork(query=...)``. ``on_layer(done, total)`` reports progress.
+        """
+        start = time.perf_counter()
+        prompt = context if isinstance(context, Prompt) else self.setup.prompt(context, query, chat=chat)
+        plan = self.setup.plan(prompt)
+        handle_id = next(self._ids)
+        requests = [(self._request(handle_id, prompt, plan, rank),) for rank in range(plan.hosts)]
+        reports = self._call("prefill", requests, _layers(on_layer))
+        conditioned = plan.question_len > 0
+        question = prompt.question
+        asked = (question.text or question.ids) if question else None
+        return KVHandle(
+            engine=self,
+            id=handle_id,
+            prompt=prompt,
+            chat=chat,
+            exact=plan.exact,
+            conditioned_on=asked if conditioned else None,
+            blocks=tuple((h.rank, h.block_len) for h in plan.host_plans),
+            epoch=self.cluster.epoch,
+            metrics=self._prefill_metrics(prompt, plan, reports, time.perf_counter() - start),
+        )
+
+    def generate(
+        self,
+        handle: KVHandle,
+        max_new_tokens: int = 64,
+        decode: str = "autoregressive",
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        stop: str | Sequence[str] | None = None,
+        on_token: Callable[[str], None] | None = None,
+    ) -> Result:
+        """Generate from a handle, which goes on from there when asked again.
+
+        Ends at the model's stop tokens, at a ``stop`` string, or after ``max_new_tokens``. ``on_token(piece)`` gets the
+        text as it comes. Raises UserError when there is no question yet or no room for that many tokens.
+        """
+        start = time.perf_counter()
+        self._alive(handle)
+        choose("decoder", decode, DECODERS)
+        self._check_generate(handle, max_new_tokens)
+        request = DecodeRequest(
+            max_new_tokens,
+            Sampling(temperature, top_p, top_k, seed),
+            self._stop_ids(),
+            (stop,) if isinstance(stop, str) else tuple(stop or ()),
+        )
+        stream = TextStream(self.setup.tokenizer, request.stop)
+        first_token: list[float] = []
+
+        def on_event(event: dict[str, Any]) -> None:
+            first_token.append(time.perf_counter())
+            piece = "" if event["id"] in request.stop_ids else stream.push(event["id"])
+            if piece and on_token is not None:
+                on_token(piece)
+
+        reports = self._call("generate", [(handle.id, request)] * self.cluster.hosts, on_event)
+        rest = stream.finish()
+        if rest and on_token is not None:
+            on_token(rest)
+        decoded = reports[handle.owner].decoded
+        assert decoded is not None
+        handle.generated += decoded.token_ids
+        metrics = self._decode_metrics(handle, reports, decoded.times_s, first_token[0] - start)
+        return Result(stream.text, tuple(decoded.token_ids), decoded.finish_reason, metrics)
+
+    def fork(self, handle: KVHandle, query: Text | None = None) -> KVHandle:
+        """Ask another question on the same context (only the query phase runs), or copy a cache as it stands."""
+        start = time.perf_counter()
+        self._alive(handle)
+        prompt, generated = handle.prompt, list(handle.generated)
+        ids: tuple[int, ...] | None = None
+        if query is not None:
+            question = make_question(self.setup.tokenizer, query, chat=handle.chat)
+            prompt, generated, ids = dataclasses.replace(prompt, question=question), [], question.query_ids
+            self.setup.check_room(len(prompt.token_ids), 0)
+        new_id = next(self._ids)
+        reports = self._call("fork", [(handle.id, new_id, ids)] * self.cluster.hosts)
+        metrics = handle.metrics | self._measured(reports, time.perf_counter() - start)
+        metrics |= {"query_tokens": prompt.lengths.query, "forked": True}
+        return dataclasses.replace(handle, id=new_id, prompt=prompt, generated=generated, metrics=metrics)
+
+    def gather(self, handle: KVHandle, rank: int = 0) -> KVHandle:
+        """Merge a cache on host ``rank``; the given handle stays usable."""
+        self._alive(handle)
+        if not 0 <= rank < self.cluster.hosts:
+            raise UserError(
+                "no such host to gather on",
+                given=rank,
+                allowed=f"0 to {self.cluster.hosts - 1}",
+                remedy="Choose one of the engine's hosts.",
+            )
+        start = time.perf_counter()
+        new_id = next(self._ids)
+        reports = self._call("gather", [(handle.id, new_id, rank)] * self.cluster.hosts)
+        blocks = ((rank, len(handle.prompt.context_ids)),)
+        moved = self._measured(reports, time.perf_counter() - start)
+        kinds = Counter(handle.metrics["bytes_by_kind"]) + Counter(moved["bytes_by_kind"])
+        metrics = handle.metrics | {"bytes_by_kind": dict(kinds), "bytes_sent": kinds.total(), "gathered_on": rank}
+        return dataclasses.replace(
+            handle, id=new_id, blocks=blocks, generated=list(handle.generated), metrics=metrics
+        )
+
+    def logits(self, handle: KVHandle) -> Tensor:
+        """Return the next token's logits (V,); raises UserError before a question or after generating."""
+        self._alive(handle)
+        logits: Tensor | None = self._call("logits", [(handle.id,)] * self.cluster.hosts)[handle.owner]
+        if logits is None:
+            raise UserError(
+                "no logits are pending on this cache",
+                given="a cache without a question, or one that has generated already",
+                allowed="a cache straight after prefill or fork with a question",
+                remedy="Call handle.fork(query=...) first.",
+            )
+        return logits
+
+    def release(self, handle: KVHandle) -> None:
+        """Free a cache on all hosts."""
+        if handle.epoch == self.cluster.epoch:
+            self._call("release", [(handle.id,)] * self.cluster.hosts)
+
+    def close(self) -> None:
+        """End the hosts."""
+        self.cluster.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- how ------------------------------------------------------------------------------------------------------
+
+    def _call(self, method: str, per_host: Sequence[tuple[Any, ...]], on_event: Any = None) -> list[Any]:
+        return self.cluster.call(method, per_host, on_event)
+
+    def _request(self, handle_id: str, prompt: Prompt, plan: PrefillPlan, rank: int) -> PrefillRequest:
+        """Cut out what one host needs of the prompt."""
+        host, context, question = plan.host_plans[rank], prompt.context_ids, prompt.question
+        asked = question.ids if question and plan.question_len else ()
+        rest = host.anchor_len - plan.anchor_skip - len(asked)
+        anchor: tuple[int, ...] = ()
+        if host.anchor_len:
+            s = plan.anchor_skip
+            anchor = context[:s] + asked + context[s : s + rest]
+        delta = len(context) + len(question.before) - plan.anchor_skip if question else 0
+        return PrefillRequest(
+            handle=handle_id,
+            plan=plan,
+            compressor=self.setup.compressor,
+            anchor_ids=anchor,
+            block_ids=context[host.start : host.stop],
+            question_delta=delta,
+            query_ids=question.query_ids if question else (),
+        )
+
+    def _alive(self, handle: KVHandle) -> None:
+        if handle.epoch != self.cluster.epoch:
+            raise UserError(
+                "this cache is gone: a host that held part of it died",
+                given=handle.id,
+                allowed="caches prefilled since the hosts were restarted",
+                remedy="Call engine.prefill again.",
+            )
+
+    def _check_generate(self, handle: KVHandle, max_new_tokens: int) -> None:
+        if handle.prompt.question is None:
+            raise UserError(
+                "this cache has no question yet",
+                given="a cache from prefill(query=None)",
+                allowed="a cache with a question",
+                remedy="Ask one: handle.fork(query=...).",
+            )
+        if max_new_tokens < 1:
+            raise UserError(
+                "nothing to generate", given=max_new_tokens, allowed="1 or more", remedy="Raise decode.max_new_tokens."
+            )
+        self.setup.check_room(handle.next_position, max_new_tokens)
+
+    def _stop_ids(self) -> tuple[int, ...]:
+        from apb.models.loading import generation_stop_ids
+
+        return generation_stop_ids(Path(self.model_path))
+
+    def _measured(self, reports: list[HostReport], elapsed_s: float) -> dict[str, Any]:
+        kinds, links = Counter[str](), Counter[str]()
+        for report in reports:
+            kinds.update(report.bytes_by_kind)
+            links.update(report.bytes_by_link)
+        return {
+            "prefill_s": max(r.wall_s for r in reports),
+            "request_s": elapsed_s,
+            "bytes_sent": kinds.total(),
+            "bytes_by_kind": dict(kinds),
+            "bytes_by_link": dict(links),
+            "host_work_s": [r.work_s for r in reports],
+            "peak_rss_bytes": max(r.peak_rss_bytes for r in reports),
+            "host_rss_growth_bytes": [r.peak_rss_bytes - r.rss_bytes for r in reports],
+        }
+
+    def _prefill_metrics(
+        self, prompt: Prompt, plan: PrefillPlan, reports: list[HostReport], elapsed_s: float
+    ) -> dict[str, Any]:
+        question = prompt.question
+        return {
+            "model": self.model_path,
+            "strategy": plan.strategy,
+            "compressor": plan.compressor,
+            "cluster": self.cluster.name,
+            "hosts": plan.hosts,
+            "context_tokens": len(prompt.context_ids),
+            "query_tokens": len(question.query_ids) if question else 0,
+            "exact": plan.exact,
+            "forked": False,
+            "plan": plan.to_dict(),
+            "versions": versions(),
+        } | self._measured(reports, elapsed_s)
+
+    def _decode_metrics(
+        self, handle: KVHandle, reports: list[HostReport], times_s: list[float], first_token_s: float
+    ) -> dict[str, Any]:
+        decoded = self._measured(reports, 0.0)
+        before = handle.metrics
+        kinds = Counter(before["bytes_by_kind"]) + Counter(decoded["bytes_by_kind"])
+        links = Counter(before["bytes_by_link"]) + Counter(decoded["bytes_by_link"])
+        spent = times_s[-1] - times_s[0]
+        return before | {
+            "conditioned_on": handle.conditioned_on,
+            "ttft_s": before["request_s"] + first_token_s,
+            "decode_tokens_per_s": (len(times_s) - 1) / spent if spent > 0 else None,
+            "bytes_sent": kinds.total(),
+            "bytes_by_kind": dict(kinds),
+            "bytes_by_link": dict(links),
+            "peak_rss_bytes": max(before["peak_rss_bytes"], decoded["peak_rss_bytes"]),
+            "accepted_length": None,
+        }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("apb-prefill", "torch", "transformers", "ray"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _start(name: str, setup: Setup, options: dict[str, Any]) -> Cluster:
+    return cluster(name, setup.spec, setup.hosts, **options)
+
+
+def _layers(on_layer: Callable[[int, int], None] | None) -> Callable[[dict[str, Any]], None] | None:
+    if on_layer is None:
+        return None
+    return lambda event: on_layer(event["done"], event["total"])

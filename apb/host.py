@@ -1,0 +1,224 @@
+"""One host: a model, a transport, and the caches it holds. The same code runs on every kind of cluster."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apb.compress.base import Compressor
+from apb.decode.autoregressive import Decoded, DecodeRequest, forward, generate
+from apb.decode.text import TextStream
+from apb.kv.cache import HostCache, Tail
+from apb.kv.gather import gather
+from apb.models.adapter import Adapter
+from apb.plan import PrefillPlan
+from apb.prefill import PrefillAttention, QuestionInAnchor
+from apb.process import peak_rss_bytes, reset_peak_rss, rss_bytes
+from burst.kernels import kernel
+from burst.transport import Transport
+
+OnEvent = Callable[[dict[str, Any]], None]  # {"kind": "layer", "done", "total"} or {"kind": "token", "id"}; host 0 only
+
+
+@dataclass(frozen=True)
+class HostSpec:
+    """What every host needs to start; travels to remote hosts as it is."""
+
+    model_path: str
+    dtype: str  # a concrete type: "float32", "bfloat16", "float16", "float64"
+    device: str  # "cpu", "cuda", "cuda:N"
+    kernel: str = "auto"
+    threads: int = 1  # intra-op threads a host
+    timeout_s: float = 600.0  # every wait's deadline
+
+
+@dataclass(frozen=True)
+class PrefillRequest:
+    """One host's share of a prefill. ``anchor_ids`` stand at positions 0.., ``block_ids`` from the plan's start."""
+
+    handle: str
+    plan: PrefillPlan
+    compressor: Compressor | None
+    anchor_ids: tuple[int, ...]
+    block_ids: tuple[int, ...]
+    question_delta: int
+    query_ids: tuple[int, ...]  # empty: no query phase
+
+
+@dataclass
+class HostReport:
+    """What one host says after a call."""
+
+    work_s: float  # its own compute, waiting for peers left out
+    wall_s: float  # first layer to the end of the call
+    bytes_by_kind: dict[str, int]
+    bytes_by_link: dict[str, int]
+    rss_bytes: int  # resident size of the process when the call began
+    peak_rss_bytes: int  # and at its peak during the call
+    decoded: Decoded | None = None
+
+
+def load_adapter(spec: HostSpec) -> Adapter:
+    """Load the model that ``spec`` names and adapt it; raises UserError for what cannot be loaded or honoured."""
+    from apb.models.loading import load_config, load_model
+    from apb.models.placement import torch_dtype
+    from apb.models.shape import model_shape
+
+    path = Path(spec.model_path)
+    config = load_config(path)
+    model = load_model(path, dtype=spec.dtype, device=spec.device)
+    if model.device.type == "cpu":
+        for parameter in model.parameters():
+            parameter.detach().sum()  # mapped files are read now, while loading, not within the first prefill
+    return Adapter(model, model_shape(config, torch_dtype(spec.dtype)))
+
+
+class Host:
+    """Executes requests on one host; every host of a cluster gets the same calls in the same order."""
+
+    def __init__(self, spec: HostSpec, transport: Transport, adapter: Adapter | None = None) -> None:
+        if transport.device.type == "cpu":
+            torch.set_num_threads(spec.threads)
+            if spec.threads == 1:
+                transport.clock = time.thread_time  # own work, even where hosts share cores
+        self.spec, self.transport = spec, transport
+        self.adapter = adapter if adapter is not None else load_adapter(spec)
+        self.kernel = kernel(spec.kernel, device=self.adapter.device, dtype=self.adapter.dtype)
+        self.on_event: OnEvent = lambda event: None
+        self._caches: dict[str, HostCache] = {}
+        self._tokenizer: Any = None
+
+    # -- calls ----------------------------------------------------------------------------------------------------
+
+    def prefill(self, request: PrefillRequest) -> HostReport:
+        """Run this host's block (and anchor) through the model, keep its KV, then run the query phase."""
+        return self._measured(lambda: self._prefill(request))
+
+    def fork(self, source: str, handle: str, query_ids: tuple[int, ...] | None) -> HostReport:
+        """Copy a cache: as it is, or cut to its context and asked another question."""
+        return self._measured(lambda: self._fork(source, handle, query_ids))
+
+    def gather(self, source: str, handle: str, rank: int) -> HostReport:
+        """Merge a cache on host ``rank`` as a new one; the old one stays."""
+
+        def run() -> None:
+            like = torch.empty(0, dtype=self.adapter.dtype, device=self.adapter.device)
+            self._caches[handle] = gather(self._caches[source], rank, self.transport, self.adapter.shape, like)
+
+        return self._measured(run)
+
+    def generate(self, handle: str, request: DecodeRequest) -> HostReport:
+        """Decode over a cache."""
+        report: list[Decoded] = []
+
+        def run() -> None:
+            cache = self._caches[handle]
+            looks = request.stop and self.transport.rank == cache.owner
+            stream = TextStream(self.tokenizer, request.stop) if looks else None
+            report.append(
+                generate(
+                    self.adapter,
+                    self.kernel,
+                    self.transport,
+                    cache,
+                    request,
+                    stream,
+                    on_token=lambda token: self._say(kind="token", id=token),
+                    clock=time.perf_counter,
+                )
+            )
+
+        measured = self._measured(run)
+        measured.decoded = report[0]
+        return measured
+
+    def logits(self, handle: str) -> Tensor | None:
+        """Return the next token's logits (V,) on the host that decides, else None."""
+        logits = self._caches[handle].logits
+        return None if logits is None else logits.cpu()
+
+    def release(self, handle: str) -> None:
+        """Forget a cache."""
+        self._caches.pop(handle, None)
+
+    # -- how ------------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, for stop strings; loaded when first needed."""
+        if self._tokenizer is None:
+            from apb.models.loading import load_tokenizer
+
+            self._tokenizer = load_tokenizer(Path(self.spec.model_path))
+        return self._tokenizer
+
+    def _prefill(self, request: PrefillRequest) -> None:
+        plan, rank = request.plan, self.transport.rank
+        host = plan.host_plans[rank]
+        self.transport.agree(plan.digest, step="agree on the plan")
+        question = None
+        if plan.question_len and host.anchor_len:
+            question = QuestionInAnchor(plan.anchor_skip, plan.question_len, request.question_delta)
+        attention = PrefillAttention(
+            plan,
+            self.transport,
+            self.kernel,
+            request.compressor,
+            question,
+            self.adapter.rotate,
+            on_layer=lambda layer: self._say(kind="layer", done=layer + 1, total=plan.shape.layers),
+        )
+        device = self.adapter.device
+        ids_S = torch.tensor(request.anchor_ids + request.block_ids, device=device)
+        positions_S = torch.cat([torch.arange(host.anchor_len), torch.arange(host.start, host.stop)]).to(device)
+        self.adapter.run(ids_S, positions_S, attention)
+        cache = HostCache(
+            context=attention.kept,
+            members=tuple(range(plan.hosts)),
+            block_lens=tuple(h.block_len for h in plan.host_plans),
+            tail=Tail(plan.shape.layers),
+            length=plan.lengths.context,
+        )
+        if request.query_ids:
+            self._forward(cache, request.query_ids)
+        self._caches[request.handle] = cache
+
+    def _fork(self, source: str, handle: str, query_ids: tuple[int, ...] | None) -> None:
+        cache = self._caches[source].fork()
+        if query_ids is not None:
+            cache.tail.truncate(0)
+            cache.length, cache.logits, cache.undecoded = cache.context_len, None, None
+            self._forward(cache, query_ids)
+        self._caches[handle] = cache
+
+    def _forward(self, cache: HostCache, token_ids: tuple[int, ...]) -> None:
+        forward(self.adapter, self.kernel, self.transport, cache, token_ids)
+
+    def _measured(self, call: Callable[[], None]) -> HostReport:
+        """Run a call without autograd and report its own work, its wall time, and what it sent."""
+        t = self.transport
+        kinds, links = t.ledger.by_kind(), t.ledger.by_link()
+        reset_peak_rss()
+        rss = rss_bytes()
+        work, waited, wall = t.clock(), t.waited_s, time.perf_counter()
+        with torch.inference_mode():
+            call()
+        return HostReport(
+            work_s=t.clock() - work - (t.waited_s - waited),
+            wall_s=time.perf_counter() - wall,
+            bytes_by_kind=dict(Counter(t.ledger.by_kind()) - Counter(kinds)),
+            bytes_by_link=dict(Counter(t.ledger.by_link()) - Counter(links)),
+            rss_bytes=rss,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+
+    def _say(self, **event: Any) -> None:
+        if self.transport.rank == 0:
+            self.on_event(event)

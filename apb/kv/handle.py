@@ -1,0 +1,82 @@
+"""What a prefill returns: a cache that lies on the hosts, and what is known of it here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from apb.prompt import Prompt, Text
+from burst.errors import UserError
+
+if TYPE_CHECKING:
+    from apb.engine import Engine
+
+
+@dataclass
+class KVHandle:
+    """A KV cache on the engine's hosts. Its tokens' KV lies where ``locate`` says; ``metrics`` tell what it cost.
+
+    ``exact``: whether the context's KV equals full attention's. ``conditioned_on``: the question whose tokens stood in
+    anchors or drove the selection; None when the cache serves every question alike.
+    """
+
+    engine: Engine
+    id: str
+    prompt: Prompt
+    chat: bool
+    exact: bool
+    conditioned_on: str | tuple[int, ...] | None
+    blocks: tuple[tuple[int, int], ...]  # (host, context tokens) in position order
+    epoch: int
+    metrics: dict[str, Any]
+    generated: list[int] = field(default_factory=list)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The whole prompt and what was generated since."""
+        return (*self.prompt.token_ids, *self.generated)
+
+    @property
+    def next_position(self) -> int:
+        """Position of the next token to be decided."""
+        return len(self.token_ids)
+
+    @property
+    def owner(self) -> int:
+        """The host that keeps new KV and decides tokens."""
+        return self.blocks[-1][0]
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Return (host, index in that host's part) of a position's KV; raises UserError beyond the cache."""
+        start = 0
+        for host, length in self.blocks:
+            if 0 <= position < start + length:
+                return host, position - start
+            start += length
+        if not start <= position < self.next_position:
+            raise UserError(
+                "no such position in this cache",
+                given=position,
+                allowed=f"0 to {self.next_position - 1}",
+                remedy="Ask for a position of the prompt or of generated text.",
+            )
+        host, length = self.blocks[-1]
+        return host, length + position - start
+
+    def fork(self, query: Text | None = None) -> KVHandle:
+        """Return a second cache over the same context: asked ``query`` instead, or (None) as this one stands now."""
+        return self.engine.fork(self, query)
+
+    def gather(self, rank: int = 0) -> KVHandle:
+        """Return this cache merged on one host; decoding goes on there with the same tokens."""
+        return self.engine.gather(self, rank)
+
+    def logits(self) -> Tensor:
+        """Return the next token's logits (V,), fp32 (fp64 for fp64 models); raises UserError when none are pending."""
+        return self.engine.logits(self)
+
+    def release(self) -> None:
+        """Free the cache on all hosts."""
+        self.engine.release(self)

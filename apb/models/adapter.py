@@ -1,0 +1,215 @@
+"""The only code that knows transformers' models: attention swapped in, states passed as keywords, nothing copied.
+
+Shapes: B batch, S tokens, H query heads, K kv heads, D head dim, E projection width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from apb.compress.base import Projections
+from apb.plan import ModelShape
+from burst.errors import UserError
+
+IMPLEMENTATION = "apb"
+# Keywords that carry something attention would have to honour; anything but None (or 0) is refused by name.
+_REFUSED = ("sliding_window", "softcap", "s_aux", "attention_mask", "chunk_size", "head_mask")
+# Frequencies that change with the sequence length: hosts that see different positions would rotate differently.
+_REFUSED_ROPE = ("dynamic", "longrope")
+
+_captured = threading.local()  # projections of the layer under way; virtual ranks are threads, so each has its own
+
+
+class Attention(Protocol):
+    """What stands in for a model's attention: called once per layer with rotated queries and keys."""
+
+    needs_projections: bool
+
+    def __call__(
+        self,
+        layer: int,
+        q_BHSD: Tensor,
+        k_BKSD: Tensor,
+        v_BKSD: Tensor,
+        scale: float,
+        projections: Projections | None,
+    ) -> Tensor:
+        """Return the attention output (B, S, H, D)."""
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    apb_attention: Attention | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention hook: check that nothing is asked that we do not do, then hand over."""
+    given = {"attention_mask": attention_mask, "dropout": dropout or None, **others}
+    for name in (*_REFUSED, "dropout"):
+        if given.get(name) is not None:
+            raise refuse(name, given[name])
+    if apb_attention is None:
+        raise UserError(
+            "the model was called without its distributed attention",
+            given="a plain forward call",
+            allowed="calls through apb.models.adapter.Adapter",
+            remedy="Use Engine.prefill and Engine.generate, or load the model with transformers.",
+        )
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    return apb_attention(layer, query, key, value, scale, _take_projections()), None
+
+
+AttentionInterface.register(IMPLEMENTATION, _attend)
+
+
+def refuse(name: str, value: object) -> UserError:
+    """Return the error for something an architecture asks of attention that is not honoured."""
+    return UserError(
+        f"this model asks attention for '{name}', which distributed prefill does not honour",
+        given=f"{name}={value if not isinstance(value, Tensor) else 'a tensor'}",
+        allowed="causal attention over all tokens: no window, soft cap, sinks, mask or dropout",
+        remedy="Choose another model, or a checkpoint whose config.json does not set it.",
+    )
+
+
+def _take_projections() -> Projections | None:
+    slot: dict[str, Tensor] | None = getattr(_captured, "slot", None)
+    if slot is None:
+        return None
+    out = Projections(slot.pop("q"), slot.pop("k"), slot.pop("v"))
+    assert not slot, sorted(slot)
+    return out
+
+
+class Adapter:
+    """One loaded model: runs tokens at explicit positions through attention that we supply.
+
+    Raises UserError when the architecture asks attention for something that is not honoured.
+    """
+
+    def __init__(self, model: PreTrainedModel, shape: ModelShape) -> None:
+        check_config(model.config)
+        self.shape = shape
+        self._model = model
+        self._base = model.base_model
+        model.set_attn_implementation(IMPLEMENTATION)
+        for module in self._attention_modules():
+            self._hook_projections(module)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self._model.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The activations' type."""
+        dtype: torch.dtype = self._model.dtype
+        return dtype
+
+    def run(self, ids_S: Tensor, positions_S: Tensor, attention: Attention) -> None:
+        """Run tokens through all layers for the keys and values they leave with ``attention``."""
+        self._forward(self._base, ids_S, positions_S, attention)
+
+    def logits(self, ids_S: Tensor, positions_S: Tensor, attention: Attention) -> Tensor:
+        """Run tokens and return the last one's next-token logits (V,), fp32 (fp64 for fp64 models)."""
+        out = self._forward(self._model, ids_S, positions_S, attention, logits_to_keep=1)
+        logits: Tensor = out.logits[0, -1]
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def rotate(self, x_BHSD: Tensor, delta: int) -> Tensor:
+        """Rotate already rotated queries or keys on by ``delta`` positions (RoPE rotations add up)."""
+        module = sys.modules[type(self._attention_modules()[0]).__module__]
+        rotary = self._base.rotary_emb
+        cos, sin = rotary(x_BHSD, torch.tensor([[delta]], device=x_BHSD.device))
+        rotated, _ = module.apply_rotary_pos_emb(x_BHSD, x_BHSD, cos, sin)
+        # cos and sin carry the scaling of YaRN and its like; it is in x already.
+        out: Tensor = rotated / getattr(rotary, "attention_scaling", 1.0)
+        return out
+
+    def _forward(
+        self, module: nn.Module, ids_S: Tensor, positions_S: Tensor, attention: Attention, **options: Any
+    ) -> Any:
+        if attention.needs_projections:
+            _captured.slot = {}
+        try:
+            return module(
+                input_ids=ids_S[None],
+                position_ids=positions_S[None],
+                use_cache=False,
+                apb_attention=attention,
+                **options,
+            )
+        finally:
+            _captured.slot = None
+
+    def _attention_modules(self) -> list[nn.Module]:
+        found = [m for m in self._base.modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")]
+        if len(found) != self.shape.layers:
+            raise UserError(
+                "the model's attention layers could not be found",
+                given=f"{type(self._model).__name__}: {len(found)} of {self.shape.layers} layers",
+                allowed="decoders whose every layer has one attention module with q, k, v and o projections",
+                remedy="Choose a Llama-like decoder (Llama, Qwen, Mistral, Granite, Phi-3 and the like).",
+            )
+        return found
+
+    def _hook_projections(self, module: nn.Module) -> None:
+        """Let a layer's raw projections be seen; a hook costs nothing while nobody asks."""
+
+        def keep(name: str) -> Any:
+            def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+                slot = getattr(_captured, "slot", None)
+                if slot is not None:
+                    slot.update(_split(name, output))
+
+            return hook
+
+        s = self.shape
+        widths = [s.q_heads * s.head_dim, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim]
+
+        def _split(name: str, output: Tensor) -> dict[str, Tensor]:
+            if name != "qkv":
+                return {name: output}
+            return dict(zip("qkv", output.split(widths, dim=-1), strict=True))
+
+        for name in ("q", "k", "v", "qkv"):
+            projection = getattr(module, f"{name}_proj", None)
+            if projection is not None:
+                projection.register_forward_hook(keep(name))
+
+
+def check_config(config: Any) -> None:
+    """Refuse by name what a model's configuration asks of attention that is not honoured; raises UserError."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise refuse("layer_types", sorted(kinds))
+    window = getattr(config, "sliding_window", None)
+    windowed = "sliding_attention" in kinds or getattr(config, "use_sliding_window", None) is not False
+    if window is not None and windowed and (hasattr(config, "layer_types") is False or "sliding_attention" in kinds):
+        raise refuse("sliding_window", window)
+    for name in ("attn_logit_softcapping", "attention_chunk_size", "alibi"):
+        if getattr(config, name, None):
+            raise refuse(name, getattr(config, name))
+    if getattr(config, "is_encoder_decoder", False):
+        raise refuse("is_encoder_decoder", True)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
+    if kind in _REFUSED_ROPE:
+        raise refuse("rope_type", kind)
+    if not rope and getattr(config, "rope_theta", None) is None:
+        raise refuse("positions other than RoPE", getattr(config, "model_type", "?"))

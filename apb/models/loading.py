@@ -1,0 +1,176 @@
+"""Configuration, tokenizer and weights from a local folder; every damaged file is refused by its name."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from apb.models.files import INDEX, WEIGHTS, check_weights, damaged, quiet, read_json
+from burst.errors import UserError, choose
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+_logger = logging.getLogger(__name__)
+
+
+def load_config(path: Path) -> PretrainedConfig:
+    """Return the folder's configuration; raises UserError when config.json is damaged or of an unknown kind."""
+    file = path / "config.json"
+    read_json(file)
+    with quiet():
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(path, local_files_only=True)
+        # Validation raises many kinds, some of them private to huggingface_hub; all of them mean this one file.
+        except Exception as error:
+            raise UserError(
+                f"the model configuration {file} cannot be used: {_first_line(error)}",
+                given=str(file),
+                allowed="the configuration of a decoder that the installed transformers knows",
+                remedy="Choose another model, copy its config.json again, or update transformers.",
+            ) from error
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Return the folder's tokenizer; raises UserError when its files are missing or damaged."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (path / name).exists():
+            read_json(path / name)
+    if not any((path / name).exists() for name in _TOKENIZER_FILES):
+        raise UserError(
+            f"the model folder {path} holds no tokenizer",
+            given=str(path),
+            allowed=f"one of {', '.join(_TOKENIZER_FILES)}",
+            remedy="Copy the tokenizer's files into the folder, or give token ids instead of text.",
+        )
+    with quiet():
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except Exception as error:  # the tokenizers library raises plain Exception
+            raise UserError(
+                f"the tokenizer in {path} cannot be loaded: {_first_line(error)}",
+                given=str(path),
+                allowed="a tokenizer that the installed transformers can load",
+                remedy="Copy the tokenizer's files again, or install what the message asks for.",
+            ) from error
+
+
+def load_model(path: Path, *, dtype: str, device: str) -> PreTrainedModel:
+    """Return the folder's model in evaluation mode, without gradients, on one device.
+
+    ``dtype`` is auto (as stored) or one of DTYPES; ``device`` is auto (CUDA where there is one), cpu, cuda or cuda:N.
+    Raises UserError for unknown names, absent devices, and weights that are damaged or do not fit config.json:
+    transformers would fill what is missing with random numbers.
+    """
+    target = pick_device(device)
+    kind: Any = "auto" if dtype == "auto" else DTYPES[choose("dtype", dtype, ["auto", *DTYPES]) or dtype]
+    config = load_config(path)
+    if (path / "generation_config.json").exists():
+        read_json(
+            path / "generation_config.json"
+        )  # transformers ignores a damaged one, and with it the stop tokens
+    check_weights(path)
+    # On a device, weights go there tensor by tensor; on the CPU without a device map they stay memory-mapped.
+    placement = {} if target.type == "cpu" else {"device_map": {"": target}}
+    with quiet():
+        from transformers import AutoModelForCausalLM
+
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=kind,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are named below
+                **placement,
+            )
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise damaged(_weights_file(path), f"it cannot be loaded ({_first_line(error)})") from error
+    _check_loaded(path, info)
+    model.eval()
+    model.requires_grad_(False)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def pick_device(device: str) -> torch.device:
+    """Return the device that ``device`` (auto, cpu, cuda, cuda:N) means; raises UserError when it is not there."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return torch.device("cuda" if count else "cpu")
+    base, colon, index = device.partition(":")
+    if not (base == "cuda" and colon and index.isascii() and index.isdigit()):
+        base = choose("device", device, ["auto", "cpu", "cuda", "cuda:N"])
+    if base == "cpu":
+        return torch.device("cpu")
+    if base == "cuda:N" or int(index or 0) >= count:
+        raise UserError(
+            f"the device '{device}' is not there",
+            given=device,
+            allowed="auto, cpu" + "".join(f", cuda:{i}" for i in range(count)),
+            remedy="Use device=cpu, or install a CUDA build of torch and its driver."
+            if not count
+            else "Choose one.",
+        )
+    return torch.device(device)
+
+
+def generation_stop_ids(source: Path | PreTrainedModel) -> tuple[int, ...]:
+    """Return the token ids that end an answer: those of the generation configuration, then those of the model's own.
+
+    ``source`` is a model folder (nothing is imported or loaded for it) or a loaded model.
+    """
+    if isinstance(source, Path):
+        generation = source / "generation_config.json"
+        declared = [read_json(generation).get("eos_token_id")] if generation.exists() else []
+        config = read_json(source / "config.json")
+        nested = config.get("text_config") or {}
+        declared += [config.get("eos_token_id"), nested.get("eos_token_id")]
+    else:
+        configs = (source.generation_config, source.config, source.config.get_text_config())
+        declared = [getattr(config, "eos_token_id", None) for config in configs]
+    found: list[int] = []
+    for ids in declared:
+        found += [ids] if isinstance(ids, int) else (ids or [])
+    return tuple(dict.fromkeys(found))
+
+
+def _check_loaded(path: Path, info: dict[str, Any]) -> None:
+    mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
+    for what, names in (("lacks", info["missing_keys"]), ("has another shape for", mismatched)):
+        if names:
+            first = sorted(names)[0]
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise damaged(_weights_file(path), f"against config.json it {what} the tensor {first}{more}")
+    if info["unexpected_keys"]:
+        names = sorted(info["unexpected_keys"])
+        _logger.warning(
+            "%s has %d tensors that the model does not use, such as %s", path, len(names), names[0]
+        )
+
+
+def _weights_file(path: Path) -> Path:
+    return next(
+        (path / name for name in (WEIGHTS, INDEX) if (path / name).exists()), path / "pytorch_model.bin"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,55 @@
+"""What a model costs, from its configuration alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from apb.plan import ModelShape
+
+
+def model_shape(config: Any, dtype: torch.dtype) -> ModelShape:
+    """Return the shape of the model that ``config`` describes, its activations in ``dtype``; loads no weights.
+
+    The parameters are counted on a model without storage, so every architecture counts right; a mixture of experts is
+    charged for the experts that one token visits.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    outside = {id(p) for m in (embedding, head) for p in m.parameters()}
+    visited = getattr(config, "num_experts_per_tok", None) or 1
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    total = linear = 0
+    for name, parameter in model.named_parameters():
+        total += parameter.numel()
+        if id(parameter) not in outside and parameter.dim() > 1:
+            share = visited / experts if ".experts." in name else 1.0
+            linear += round(parameter.numel() * share)
+    q_heads = config.num_attention_heads
+    return ModelShape(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        intermediate=_intermediate(config, visited),
+        q_heads=q_heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or q_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // q_heads,
+        vocab=config.vocab_size,
+        linear_params=linear,
+        head_params=_weights(head),
+        total_params=total,
+        element_size=dtype.itemsize,
+        max_positions=config.max_position_embeddings,
+    )
+
+
+def _intermediate(config: Any, visited: int) -> int:
+    expert = getattr(config, "moe_intermediate_size", None)
+    return expert * visited if expert else int(config.intermediate_size)
+
+
+def _weights(module: nn.Module | None) -> int:
+    return sum(p.numel() for p in module.parameters()) if module is not None else 0

@@ -1,0 +1,35 @@
+"""What the operating system says about this process's memory."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def reset_peak_rss() -> bool:
+    """Start the peak anew; False where the system cannot (then the peak is the process's lifetime's)."""
+    try:
+        _CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_rss_bytes() -> int:
+    """Return the peak resident size of this process, in bytes, since the last reset."""
+    return _status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def rss_bytes() -> int:
+    """Return the resident size of this process now, in bytes; 0 where it is not known."""
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(field: str) -> int:
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)

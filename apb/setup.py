@@ -1,0 +1,159 @@
+"""Everything that is settled before weights are loaded: model, strategy, compressor, hosts; prompts, plans and checks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apb.compress import Compressor, compressor
+from apb.host import HostSpec
+from apb.plan import ModelShape, PrefillPlan
+from apb.prompt import Prompt, Text, make_prompt
+from apb.strategies import Strategy, strategy
+from burst.errors import UserError
+
+DEFAULT_HOSTS = 4
+DEFAULT_COMPRESSOR = "query"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model and a way to prefill it, without weights."""
+
+    spec: HostSpec
+    shape: ModelShape
+    tokenizer: Any
+    strategy: Strategy
+    compressor: Compressor | None
+    hosts: int
+
+    @classmethod
+    def make(
+        cls,
+        model: str = "smollm2-135m",
+        *,
+        hosts: int | None = None,
+        strategy: str | Strategy = "apb",
+        compress: str | Compressor | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        threads: int = 1,
+        timeout_s: float = 600.0,
+        cache_dir: Path | None = None,
+        on_progress: Callable[[str, int, int], None] | None = None,
+    ) -> Setup:
+        """Resolve names; may fetch the model's files (``on_progress(phase, done, total)``).
+
+        ``hosts``: None is the strategy's own default, else 4. ``threads``: intra-op threads a host. ``dtype`` auto is
+        the checkpoint's own on a GPU and float32 on a CPU. Raises UserError for anything unknown or contradictory.
+        """
+        from apb.models.adapter import check_config
+        from apb.models.loading import load_config, load_tokenizer
+        from apb.models.placement import resolve_device, resolve_dtype, torch_dtype
+        from apb.models.resolve import resolve
+        from apb.models.shape import model_shape
+
+        chosen = _strategy(strategy)
+        scorer = _compressor(chosen, compress)
+        count = hosts if hosts is not None else chosen.default_hosts or DEFAULT_HOSTS
+        path = resolve(model, on_progress=on_progress, cache_dir=cache_dir)
+        config = load_config(path)
+        check_config(config)
+        device = resolve_device(device)
+        dtype = resolve_dtype(dtype, device, config)
+        return cls(
+            spec=HostSpec(str(path), dtype, device, threads=threads, timeout_s=timeout_s),
+            shape=model_shape(config, torch_dtype(dtype)),
+            tokenizer=load_tokenizer(path),
+            strategy=chosen,
+            compressor=scorer,
+            hosts=count,
+        )
+
+    def using(self, strategy: str | Strategy, hosts: int | None = None) -> Setup:
+        """Return the same model with another strategy, its own default compressor and host count."""
+        chosen = _strategy(strategy)
+        count = hosts if hosts is not None else chosen.default_hosts or self.hosts
+        return dataclasses.replace(self, strategy=chosen, compressor=_compressor(chosen, None), hosts=count)
+
+    def prompt(self, context: Text, query: Text | None, *, chat: bool = True) -> Prompt:
+        """Tokenise a prompt; raises UserError when a part is empty or a token id is out of range."""
+        prompt = make_prompt(self.tokenizer, context, query, chat=chat)
+        wrong = [i for i in prompt.token_ids if not 0 <= i < self.shape.vocab]
+        if wrong:
+            raise UserError(
+                "token ids outside the model's vocabulary",
+                given=wrong[:5],
+                allowed=f"0 to {self.shape.vocab - 1}",
+                remedy="Tokenise the text with this model's own tokenizer.",
+            )
+        return prompt
+
+    def plan(self, prompt: Prompt, new_tokens: int = 0) -> PrefillPlan:
+        """Return the plan for a prompt; raises UserError when it cannot be done as asked, before anything is loaded."""
+        if self.compressor is not None and self.compressor.needs_question and prompt.question is None and self.hosts > 1:
+            raise UserError(
+                f"compressor '{self.compressor.name}' needs a question",
+                given="a prefill without a question",
+                allowed="norm, recent, random",
+                remedy="Set compress=norm, or give the question.",
+            )
+        plan = self.strategy.plan(prompt.lengths, self.hosts, self.shape, self.compressor)
+        self.check_room(len(prompt.token_ids), new_tokens)
+        return plan
+
+    def check_room(self, tokens: int, new_tokens: int) -> None:
+        """Refuse what goes beyond the model's positions; nothing is ever truncated. Raises UserError."""
+        limit = self.shape.max_positions
+        if tokens + new_tokens > limit:
+            over = tokens + new_tokens - limit
+            raise UserError(
+                "prompt and answer are longer than the model's context",
+                given=f"{tokens} prompt tokens + {new_tokens} new tokens = {tokens + new_tokens}",
+                allowed=f"{limit} positions",
+                remedy=f"Shorten the document by {over} tokens, lower decode.max_new_tokens, or choose a model with a "
+                "longer context.",
+            )
+
+    def check_memory(self, plan: PrefillPlan, new_tokens: int, available: int, *, sharing: int, copies: int) -> None:
+        """Refuse a plan that needs more than ``available`` bytes on a machine that ``sharing`` hosts share.
+
+        ``copies`` of the weights stand on that machine. The first hosts in rank order are the lightest, so the last
+        ``sharing`` are charged. Raises UserError with the setting to change.
+        """
+        memories = [plan.memory(r, new_tokens) for r in range(plan.hosts)][-sharing:]
+        weights = memories[0]["weights"]
+        need = copies * weights + sum(m["kv"] + m["activations"] for m in memories)
+        if need <= available:
+            return
+        halved = " dtype=bfloat16 halves it;" if self.spec.dtype == "float32" else ""
+        virtual = " cluster=virtual holds the weights once;" if copies > 1 else ""
+        raise UserError(
+            f"this prefill does not fit: weights {weights * copies / 1e9:.1f} GB, "
+            f"KV {sum(m['kv'] for m in memories) / 1e9:.1f} GB, "
+            f"activations {sum(m['activations'] for m in memories) / 1e9:.1f} GB",
+            given=f"{need / 1e9:.1f} GB for {sharing} host(s) on one machine",
+            allowed=f"{available / 1e9:.1f} GB free there",
+            remedy=f"Change one of these:{halved}{virtual} more machines (cluster.address) with more cluster.hosts make "
+            "each block smaller; or shorten the document.",
+        )
+
+
+def _strategy(given: str | Strategy) -> Strategy:
+    return strategy(given) if isinstance(given, str) else given
+
+
+def _compressor(chosen: Strategy, given: str | Compressor | None) -> Compressor | None:
+    if not chosen.takes_compressor:
+        if given is not None:
+            raise UserError(
+                f"strategy '{chosen.name}' takes no compressor",
+                given=given if isinstance(given, str) else given.name,
+                allowed="no compress setting",
+                remedy="Leave compress out, or choose strategy=apb.",
+            )
+        return None
+    return compressor(given or DEFAULT_COMPRESSOR) if not isinstance(given, Compressor) else given

@@ -1,0 +1,24 @@
+"""Prefill strategies by name; each is one file, imported when asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from apb.registry import build
+from apb.strategies.base import Strategy
+
+STRATEGIES = {
+    "full": "apb.strategies.full:Full",
+    "star": "apb.strategies.star:Star",
+    "apb": "apb.strategies.apb:APB",
+}
+
+
+def strategy(name: str, **options: Any) -> Strategy:
+    """Return the strategy ``name`` with its options; raises UserError naming what is allowed."""
+    made = build("strategy", "strategy", STRATEGIES, name, options)
+    assert isinstance(made, Strategy)
+    return made
+
+
+__all__ = ["STRATEGIES", "Strategy", "strategy"]

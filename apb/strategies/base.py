@@ -1,0 +1,29 @@
+"""What a prefill strategy is: a frozen set of options and a pure plan."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from apb.compress.base import Compressor
+from apb.plan import ModelShape, PrefillPlan, PromptLengths
+
+
+@dataclass(frozen=True)
+class Strategy(ABC):
+    """How a context is spread over hosts and what each block attends to; its fields are its options."""
+
+    name: ClassVar[str]
+    takes_compressor: ClassVar[bool] = False
+    default_hosts: ClassVar[int | None] = None  # hosts when none are asked for; None: the cluster's default
+
+    @abstractmethod
+    def plan(
+        self, lengths: PromptLengths, hosts: int, shape: ModelShape, compressor: Compressor | None = None
+    ) -> PrefillPlan:
+        """Return the plan as data; raises UserError for lengths or host counts the strategy cannot take."""
+
+    def conditions(self, plan: PrefillPlan) -> bool:
+        """Whether the cache depends on the question that was asked first."""
+        return plan.question_len > 0

@@ -1,0 +1,52 @@
+"""``python -m bench.verify [check ...]``: the numbers that README claims, measured here."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from pathlib import Path
+
+from bench.report import document, say
+from bench.verify.runner import Recorder, conditions
+
+CHECKS = {
+    "full": "full attention equals transformers' greedy generate: 50 prompts, 64 tokens",
+    "twins": "star and apb equal their dense masked twins on virtual, gloo and ray; ledger = plan = formula",
+    "needles": "160 needles in noise, 1k to 7k tokens, 4 and 8 hosts",
+    "work": "own work of 8 hosts beside full attention at 7,300 tokens, one thread",
+    "memory": "what a prefill adds to a gloo host process at 7,300 tokens, 8 hosts",
+}
+
+
+def main() -> int:
+    """Run the checks asked for; exit 0 when all hold."""
+    listed = "\n".join(f"  {name:8} {what}" for name, what in CHECKS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.verify",
+        description=__doc__,
+        epilog=f"checks:\n{listed}\nA run that was stopped goes on from its file.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checks", nargs="*", metavar="check", help="default: all")
+    parser.add_argument("--model", default="smollm2-135m", help="name, folder or hub id")
+    parser.add_argument("--out", type=Path, help="JSONL file of samples (default: bench/results/DATE-verify.jsonl)")
+    given = parser.parse_args()
+    unknown = sorted(set(given.checks) - set(CHECKS))
+    if unknown:
+        parser.error(f"unknown checks {unknown}; choose from {', '.join(CHECKS)}")
+    path = given.out or Path(__file__).parents[1] / "results" / f"{time.strftime('%Y-%m-%d')}-verify.jsonl"
+    recorder = Recorder(path)
+    say(f"samples go to {path}")
+    results = {}
+    for name in given.checks or CHECKS:
+        say(f"== {name}: {CHECKS[name]}")
+        results[name] = importlib.import_module(f"bench.verify.{name}").check(recorder, given.model)
+        say(f"== {name}: {'holds' if results[name]['ok'] else 'DOES NOT HOLD'}")
+    document({"ok": all(r["ok"] for r in results.values()), "results": results, "conditions": conditions()})
+    return 0 if all(r["ok"] for r in results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,4 @@
+
+from burst.errors import HostFailure, UserError
+from burst.transport import Transport, VirtualWorld, run_virtual
+

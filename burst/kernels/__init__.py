@@ -1,0 +1,30 @@
+"""Block kernels: attention of a block of queries over a block of keys, with the log-sum-exp to merge by."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from burst.errors import choose
+from burst.kernels.base import Kernel
+
+__all__ = ["Kernel", "kernel"]
+
+MODULES = {name: f"burst.kernels.{name}" for name in ("cpu", "cuda", "reference")}
+
+
+def kernel(
+    name: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Kernel:
+    """Return the kernel of that name; ``auto`` takes the fastest one for inputs of ``dtype`` on ``device``.
+
+    Modules load when they are asked for. Raises UserError for an unknown name.
+    """
+    choose("kernel", name, ("auto", *MODULES))
+    if name == "auto":
+        name = torch.device(device).type
+        if name not in ("cpu", "cuda") or (name == "cuda" and dtype == torch.float64):
+            name = "reference"
+    loaded: Kernel = importlib.import_module(MODULES[name]).KERNEL
+    return loaded

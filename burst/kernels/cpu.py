@@ -1,0 +1,39 @@
+"""torch's own flash attention for CPUs, the kernel behind its public attention, which also returns the lse.
+
+Shapes: B batch, H query heads, K kv heads, G = H / K, S queries, T keys, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from burst.kernels.base import Checked, Kernel
+
+VECTOR_LANES = 64  # elements; no CPU's vector of fp32 is longer (SVE's 2048 bits)
+
+
+def attend(
+    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Call the aten op: GQA without repeats, fp64 to bf16, any head dim; ``out`` is dense as (B, S, H, D).
+
+    Source: ``_scaled_dot_product_flash_attention_for_cpu``, the same schema in torch 2.11 to 2.13.
+    """
+    out_BHSD, lse_BHS = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_BHSD, k_BKTD, v_BKTD, 0.0, causal, scale=scale
+    )
+    if k_BKTD.shape[2] < VECTOR_LANES:
+        # With fewer keys than a vector holds, the op takes a row whose scores are all NaN for a masked one
+        # and answers 0 with lse 0. A NaN in the query, or in the key that every query sees, is such a case.
+        group = q_BHSD.shape[1] // k_BKTD.shape[1]
+        first_key_BH1 = k_BKTD[:, :, :1].isnan().any(-1).repeat_interleave(group, 1)
+        nan_BHS = q_BHSD.sum(-1).isnan() | first_key_BH1
+        out_BHSD = out_BHSD.masked_fill(nan_BHS.unsqueeze(-1), math.nan)
+        lse_BHS = lse_BHS.masked_fill(nan_BHS, math.nan)
+    return out_BHSD, lse_BHS
+
+
+KERNEL: Kernel = Checked("cpu", attend, device="cpu", any_value_dim=False)

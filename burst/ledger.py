@@ -1,0 +1,39 @@
+"""The byte ledger: what was really sent, added up inside the transports' send calls."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+from torch import Tensor
+
+
+class Ledger:
+    """Counts the bytes that one rank sends, by kind (what for) and by link class (``intra``- or ``inter``-host).
+
+    It never sees a plan: a difference between the two is a defect in one of them.
+    """
+
+    def __init__(self) -> None:
+        self._bytes: Counter[tuple[str, str]] = Counter()
+        self._lock = threading.Lock()  # forwarding threads send as well
+
+    def add(self, kind: str, link: str, tensor: Tensor) -> None:
+        """Book one sent tensor."""
+        with self._lock:
+            self._bytes[kind, link] += tensor.numel() * tensor.element_size()
+
+    def by_kind(self) -> dict[str, int]:
+        """Return bytes sent so far, by kind."""
+        return self._sum(0)
+
+    def by_link(self) -> dict[str, int]:
+        """Return bytes sent so far, by link class."""
+        return self._sum(1)
+
+    def _sum(self, index: int) -> dict[str, int]:
+        out: Counter[str] = Counter()
+        with self._lock:
+            for key, count in self._bytes.items():
+                out[key[index]] += count
+        return dict(out)

@@ -1,0 +1,167 @@
+"""What every transport offers: one primitive (sends, receives, optional forwarding) and what is composed from it."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from burst.errors import HostFailure
+from burst.ledger import Ledger
+
+Observer = Callable[[str, str, int], None]  # (event "post" | "arrive" | "wait", step, peer)
+
+
+class Message(NamedTuple):
+    """One tensor to or from one peer; a receive names the buffer it fills."""
+
+    peer: int
+    tensor: Tensor
+
+
+class Handle(ABC):
+    """Something under way; ``wait`` returns once every receive has arrived and every send may be forgotten."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Block until done, at the latest until the transport's deadline; raises HostFailure."""
+
+
+class Gathered(NamedTuple):
+    """An all-gather under way: ``wait`` gives the tensors of all ranks, in rank order."""
+
+    handle: Handle
+    parts: list[Tensor]
+
+    def wait(self) -> list[Tensor]:
+        """Block until all parts are here and return them in rank order."""
+        self.handle.wait()
+        return self.parts
+
+
+class Transport(ABC):
+    """One rank's end of a group of ``world`` ranks.
+
+    Shapes are known to both ends beforehand (the plan says them); empty tensors are never sent. ``nodes[r]`` is the
+    machine that rank r runs on and decides the link class in the ledger. ``waited_s`` adds up, on ``clock``, the
+    seconds spent waiting for peers, so that elapsed time less waited time is the rank's own work.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        *,
+        nodes: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+        timeout_s: float = 600.0,
+        observer: Observer | None = None,
+    ) -> None:
+        assert 0 <= rank < world, (rank, world)
+        self.rank = rank
+        self.world = world
+        self.nodes = tuple(nodes) if nodes is not None else (0,) * world
+        assert len(self.nodes) == world, (self.nodes, world)
+        self.device = torch.device(device)
+        self.timeout_s = timeout_s
+        self.observer = observer
+        self.ledger = Ledger()
+        self.waited_s = 0.0
+        self.clock: Callable[[], float] = time.perf_counter
+
+    # -- the primitive ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _exchange(self, sends: Sequence[Message], recvs: Sequence[Message], kind: str, step: str) -> Handle:
+        """Start sends and receives."""
+
+    @abstractmethod
+    def _relay(
+        self, sends: Sequence[Message], recvs: Sequence[Message], kind: str, step: str, forward_to: int | None
+    ) -> Handle:
+        """Start sends and receives; a receive that has arrived is sent on to ``forward_to`` without the caller."""
+
+    def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], *, kind: str, step: str) -> Handle:
+        """Start point-to-point sends and receives; messages between two ranks keep their order."""
+        out, into = self._checked(sends, recvs, step)
+        return self._exchange(out, into, kind, step)
+
+    def relay(
+        self,
+        own: Tensor,
+        buffers: Sequence[Tensor],
+        *,
+        src: int | None,
+        dst: int | None,
+        kind: str,
+        step: str,
+    ) -> Handle:
+        """Send ``own`` to ``dst`` and fill ``buffers`` from ``src`` in order, each forwarded to ``dst`` as it arrives.
+
+        Forwarding needs no call by this rank's own thread, so every hop goes on while the caller computes.
+        """
+        sends = [] if dst is None else [Message(dst, own)]
+        assert src is not None or not buffers
+        recvs = [Message(src, b) for b in buffers] if src is not None else []
+        out, into = self._checked(sends, recvs, step)
+        return self._relay(out, into, kind, step, dst)
+
+    def _checked(
+        self, sends: Sequence[Message], recvs: Sequence[Message], step: str
+    ) -> tuple[list[Message], list[Message]]:
+        out = [Message(peer, x.contiguous()) for peer, x in sends if x.numel()]
+        into = [m for m in recvs if m.tensor.numel()]
+        assert all(m.tensor.is_contiguous() for m in into), "receive buffers must be contiguous"
+        self._observe("post", step, -1)
+        return out, into
+
+    # -- composed -----------------------------------------------------------------------------------------------
+
+    def all_gather(self, x: Tensor, shapes: Sequence[Sequence[int]], *, kind: str, step: str) -> Gathered:
+        """Give every rank every rank's tensor; ``shapes[r]`` is rank r's, ranks may differ."""
+        assert tuple(x.shape) == tuple(shapes[self.rank]), (x.shape, shapes[self.rank])
+        parts = [x if r == self.rank else x.new_empty(tuple(shapes[r])) for r in range(self.world)]
+        peers = [r for r in range(self.world) if r != self.rank]
+        handle = self.exchange(
+            [Message(r, x) for r in peers], [Message(r, parts[r]) for r in peers], kind=kind, step=step
+        )
+        return Gathered(handle, parts)
+
+    def broadcast(self, x: Tensor, src: int, *, kind: str, step: str) -> Handle:
+        """Fill ``x`` on every rank with rank ``src``'s."""
+        if self.rank != src:
+            return self.exchange([], [Message(src, x)], kind=kind, step=step)
+        peers = [r for r in range(self.world) if r != src]
+        return self.exchange([Message(r, x) for r in peers], [], kind=kind, step=step)
+
+    def agree(self, text: str, *, step: str) -> None:
+        """Check that all ranks hold the same description before the first send; raises HostFailure naming who differs.
+
+        Costs 32 bytes to each peer (kind ``agree``).
+        """
+        digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+        digest = digest.to(self.device)
+        parts = self.all_gather(digest, [digest.shape] * self.world, kind="agree", step=step).wait()
+        odd = [r for r, part in enumerate(parts) if not torch.equal(part, parts[0])]
+        if odd:
+            raise HostFailure(
+                f"hosts {odd} hold another plan than host 0; all must run the same request and version",
+                rank=odd[0],
+                step=step,
+                peer=0,
+            )
+
+    # -- for implementations ------------------------------------------------------------------------------------
+
+    def _record(self, peer: int, tensor: Tensor, kind: str) -> None:
+        link = "intra" if self.nodes[peer] == self.nodes[self.rank] else "inter"
+        self.ledger.add(kind, link, tensor)
+
+    def _observe(self, event: str, step: str, peer: int) -> None:
+        if self.observer is not None:
+            self.observer(event, step, peer)
