@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from typing import Any
@@ -23,8 +22,7 @@ def check(recorder: Recorder, model: str) -> dict[str, Any]:
 def _run(model: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={HOSTS}"]
     command += ["-m", "bench.verify.memory", model]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    out = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=1200)
+    out = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
     lines = out.stdout.strip().splitlines()
     if out.returncode or not lines:
         return {"ok": False, "error": out.stderr[-2000:]}
