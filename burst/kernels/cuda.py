@@ -17,9 +17,7 @@ FLASH_MAX_DIM = 256  # largest head dim that flash attention 2 is built for
 FLASH_CAPABILITY = (8, 0)  # Ampere
 
 
-def attend(
-    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def attend(q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Call the fastest aten op that takes these inputs; ``out`` (B, H, S, E), ``lse`` (B, H, S).
 
     Source: ``_scaled_dot_product_flash_attention`` and ``_scaled_dot_product_efficient_attention`` of torch
@@ -31,9 +29,7 @@ def attend(
     value_dim = v_BKTE.shape[3]
     q, k, v = _aligned(q_BHSD), _aligned(k_BKTD), _aligned(v_BKTE)
     if q.dtype != torch.float32 and value_dim == dim <= FLASH_MAX_DIM and _has_flash(q.device):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(
-            q, k, v, 0.0, causal, False, scale=scale
-        )[:2]
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
     else:
         group = heads // k.shape[1]
         if group > 1:  # this op knows no groups; flash does

@@ -14,9 +14,7 @@ from burst.kernels.base import Checked, Kernel
 from burst.merge import accumulate_dtype
 
 
-def attend(
-    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def attend(q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Compute softmax(scale q k^T) v and its lse in fp32 (fp64 for fp64); ``out`` is rounded to q's dtype."""
     batch, heads, length, dim = q_BHSD.shape
     kv_heads, keys = k_BKTD.shape[1:3]
