@@ -19,11 +19,12 @@ from torch import Tensor
 from apb.clusters import Cluster, cluster
 from apb.decode.autoregressive import DecodeRequest
 from apb.decode.sampling import Sampling
+from apb.decode.score import Score
 from apb.decode.text import TextStream
 from apb.host import HostReport, PrefillRequest
 from apb.kv.handle import KVHandle
 from apb.plan import PrefillPlan
-from apb.prompt import Prompt, Text, make_question
+from apb.prompt import Prompt, Question, Text, make_question
 from apb.setup import Setup
 from burst.errors import UserError, choose
 
@@ -145,14 +146,18 @@ class Engine:
         metrics = self._decode_metrics(handle, reports, decoded.times_s, first_token[0] - start)
         return Result(stream.text, tuple(decoded.token_ids), decoded.finish_reason, metrics)
 
-    def fork(self, handle: KVHandle, query: Text | None = None) -> KVHandle:
-        """Ask another question on the same context (only the query phase runs), or copy a cache as it stands."""
+    def fork(self, handle: KVHandle, query: Text | Question | None = None) -> KVHandle:
+        """Ask another question on the same context (only the query phase runs), or copy a cache as it stands.
+
+        Text and ids become a question as in ``prefill``; a Question runs as it is.
+        """
         start = time.perf_counter()
         self._alive(handle)
         prompt, generated = handle.prompt, list(handle.generated)
         ids: tuple[int, ...] | None = None
         if query is not None:
-            question = make_question(self.setup.tokenizer, query, chat=handle.chat)
+            ready = isinstance(query, Question)
+            question = query if ready else make_question(self.setup.tokenizer, query, chat=handle.chat)
             prompt, generated, ids = dataclasses.replace(prompt, question=question), [], question.query_ids
             self.setup.check_room(len(prompt.token_ids), 0)
         new_id = next(self._ids)
@@ -185,13 +190,30 @@ class Engine:
         self._alive(handle)
         logits: Tensor | None = self._call("logits", [(handle.id,)] * self.cluster.hosts)[handle.owner]
         if logits is None:
-            raise UserError(
-                "no logits are pending on this cache",
-                given="a cache without a question, or one that has generated already",
-                allowed="a cache straight after prefill or fork with a question",
-                remedy="Call handle.fork(query=...) first.",
-            )
+            raise self._nothing_pending()
         return logits
+
+    def score(self, handle: KVHandle, token_ids: Sequence[int], first: int = 0) -> Score:
+        """Return the log-probabilities of given tokens, teacher-forced after the prompt; the cache stays as it is.
+
+        ``first``: of how many tokens the whole distribution is wanted too. Raises UserError before a question, after
+        generating, without tokens, and beyond the model's positions.
+        """
+        self._alive(handle)
+        if handle.prompt.question is None or handle.generated:
+            raise self._nothing_pending()
+        ids = tuple(int(i) for i in token_ids)
+        if not ids or not all(0 <= i < self.setup.shape.vocab for i in ids):
+            raise UserError(
+                "these tokens cannot be scored",
+                given=list(ids[:5]),
+                allowed=f"one or more token ids, 0 to {self.setup.shape.vocab - 1}",
+                remedy="Tokenise the text with this model's own tokenizer.",
+            )
+        self.setup.check_room(handle.next_position, len(ids))
+        found: Score | None = self._call("score", [(handle.id, ids, first)] * self.cluster.hosts)[handle.owner]
+        assert found is not None
+        return found
 
     def release(self, handle: KVHandle) -> None:
         """Free a cache on all hosts."""
@@ -243,6 +265,14 @@ class Engine:
                 allowed="caches prefilled since the hosts were restarted",
                 remedy="Call engine.prefill again.",
             )
+
+    def _nothing_pending(self) -> UserError:
+        return UserError(
+            "no logits are pending on this cache",
+            given="a cache without a question, or one that has generated already",
+            allowed="a cache straight after prefill or fork with a question",
+            remedy="Call handle.fork(query=...) first.",
+        )
 
     def _check_generate(self, handle: KVHandle, max_new_tokens: int) -> None:
         if handle.prompt.question is None:

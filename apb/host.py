@@ -14,6 +14,7 @@ from torch import Tensor
 
 from apb.compress.base import Compressor
 from apb.decode.autoregressive import Decoded, DecodeRequest, forward, generate
+from apb.decode.score import Score, score
 from apb.decode.text import TextStream
 from apb.kv.cache import HostCache, Tail
 from apb.kv.gather import gather
@@ -143,6 +144,12 @@ class Host:
         """Return the next token's logits (V,) on the host that decides, else None."""
         logits = self._caches[handle].logits
         return None if logits is None else logits.cpu()
+
+    def score(self, handle: str, token_ids: tuple[int, ...], first: int) -> Score | None:
+        """Score given tokens on a copy of a cache; the host that decides returns the score, others None."""
+        with torch.inference_mode():
+            cache = self._caches[handle].fork()
+            return score(self.adapter, self.kernel, self.transport, cache, token_ids, first)
 
     def release(self, handle: str) -> None:
         """Forget a cache."""

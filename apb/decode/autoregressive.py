@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from apb.decode.sampling import Sampling
 from apb.decode.text import TextStream
@@ -79,16 +80,32 @@ def generate(
             return Decoded(ids, "stop" if ending == STOP else "length", times)
 
 
-def forward(adapter: Adapter, kernel: Kernel, transport: Transport, cache: HostCache, token_ids: Sequence[int]) -> None:
-    """Run new tokens over the cache; their KV goes to the owner, which keeps the last token's logits."""
+def forward(
+    adapter: Adapter,
+    kernel: Kernel,
+    transport: Transport,
+    cache: HostCache,
+    token_ids: Sequence[int],
+    *,
+    all_logits: bool = False,
+) -> Tensor | None:
+    """Run new tokens over the cache; their KV goes to the owner, which keeps the last token's logits.
+
+    With ``all_logits`` the owner gets those after every token, (S, V), as well.
+    """
     start = cache.length
     cache.length += len(token_ids)
     if transport.rank not in cache.members:
-        return
+        return None
     ids_S = torch.tensor(token_ids, device=adapter.device)
     positions_S = torch.arange(start, cache.length, device=adapter.device)
     attention = CacheAttention(cache, transport, kernel)
-    if transport.rank == cache.owner:
-        cache.logits = adapter.logits(ids_S, positions_S, attention)
-    else:
+    if transport.rank != cache.owner:
         adapter.run(ids_S, positions_S, attention)
+        return None
+    if not all_logits:
+        cache.logits = adapter.logits(ids_S, positions_S, attention)
+        return None
+    logits_SV = adapter.all_logits(ids_S, positions_S, attention)
+    cache.logits = logits_SV[-1]
+    return logits_SV

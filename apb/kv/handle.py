@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from apb.prompt import Prompt, Text
+from apb.prompt import Prompt, Question, Text
 from burst.errors import UserError
 
 if TYPE_CHECKING:
+    from apb.decode.score import Score
     from apb.engine import Engine
 
 
@@ -65,7 +67,7 @@ class KVHandle:
         host, length = self.blocks[-1]
         return host, length + position - start
 
-    def fork(self, query: Text | None = None) -> KVHandle:
+    def fork(self, query: Text | Question | None = None) -> KVHandle:
         """Return a second cache over the same context: asked ``query`` instead, or (None) as this one stands now."""
         return self.engine.fork(self, query)
 
@@ -76,6 +78,10 @@ class KVHandle:
     def logits(self) -> Tensor:
         """Return the next token's logits (V,), fp32 (fp64 for fp64 models); raises UserError when none are pending."""
         return self.engine.logits(self)
+
+    def score(self, token_ids: Sequence[int], first: int = 0) -> Score:
+        """Return how likely these tokens are after the prompt; the cache stays as it is. See Engine.score."""
+        return self.engine.score(self, token_ids, first)
 
     def release(self) -> None:
         """Free the cache on all hosts."""

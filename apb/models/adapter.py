@@ -128,9 +128,16 @@ class Adapter:
 
     def logits(self, ids_S: Tensor, positions_S: Tensor, attention: Attention) -> Tensor:
         """Run tokens and return the last one's next-token logits (V,), fp32 (fp64 for fp64 models)."""
-        out = self._forward(self._model, ids_S, positions_S, attention, logits_to_keep=1)
-        logits: Tensor = out.logits[0, -1]
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return self._logits(ids_S, positions_S, attention, 1)[-1]
+
+    def all_logits(self, ids_S: Tensor, positions_S: Tensor, attention: Attention) -> Tensor:
+        """Run tokens and return the logits (S, V) after each of them, fp32 (fp64 for fp64 models)."""
+        return self._logits(ids_S, positions_S, attention, len(ids_S))
+
+    def _logits(self, ids_S: Tensor, positions_S: Tensor, attention: Attention, keep: int) -> Tensor:
+        out = self._forward(self._model, ids_S, positions_S, attention, logits_to_keep=keep)
+        logits_SV: Tensor = out.logits[0]
+        return logits_SV if logits_SV.dtype == torch.float64 else logits_SV.float()
 
     def rotate(self, x_BHSD: Tensor, delta: int, layer: int) -> Tensor:
         """Rotate a layer's already rotated queries or keys on by ``delta`` positions (RoPE rotations add up)."""
