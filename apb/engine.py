@@ -156,8 +156,9 @@ class Engine:
         prompt, generated = handle.prompt, list(handle.generated)
         ids: tuple[int, ...] | None = None
         if query is not None:
-            ready = isinstance(query, Question)
-            question = query if ready else make_question(self.setup.tokenizer, query, chat=handle.chat)
+            question = query
+            if not isinstance(question, Question):
+                question = make_question(self.setup.tokenizer, question, chat=handle.chat)
             prompt, generated, ids = dataclasses.replace(prompt, question=question), [], question.query_ids
             self.setup.check_room(len(prompt.token_ids), 0)
         new_id = next(self._ids)

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from burst.errors import UserError, choose
 
 # Free text and paths: Hydra's grammar would stumble over spaces, commas, '=' and letters beyond ASCII.
-RAW = ("model", "out", "cluster.address", "decode.stop")
+RAW = ("model", "out", "cluster.address", "decode.stop", "bench.data")
 _OPTIONAL_GROUPS = ("compress",)
 
 
@@ -75,6 +75,13 @@ def compose(root: str, overrides: Sequence[str]) -> dict[str, Any]:
     for key, text in raw.items():
         _place(config, key, text)
     return config
+
+
+def choices(group: str) -> list[str]:
+    """Return the names that a group of settings offers."""
+    with _hydra() as loader:
+        names: list[str] = loader.get_group_options(group)
+        return names
 
 
 @contextmanager

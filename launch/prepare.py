@@ -13,7 +13,7 @@ import torch
 from apb.plan import PrefillPlan
 from apb.setup import Setup
 from launch.display import Display, size
-from launch.settings import Settings
+from launch.settings import Basics, Settings
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -28,7 +28,7 @@ class Room:
     where: str
 
 
-def make_setup(settings: Settings, display: Display) -> Setup:
+def make_setup(settings: Basics, display: Display) -> Setup:
     """Resolve the settings' names and fetch the model if need be; raises UserError."""
     with display.progress(_amount) as on_progress:
         setup = Setup.make(
@@ -63,7 +63,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def threads(settings: Settings, hosts: int) -> int:
+def threads(settings: Basics, hosts: int) -> int:
     """Return the CPU threads a host: as set, else the cores shared out where all hosts stand on this machine.
 
     More threads than cores are many times slower than one a host.
@@ -75,7 +75,7 @@ def threads(settings: Settings, hosts: int) -> int:
     return max(1, cores() // _local_hosts(hosts))
 
 
-def elsewhere(settings: Settings) -> bool:
+def elsewhere(settings: Basics) -> bool:
     """Whether hosts may stand on other machines, of which nothing is known here."""
     return settings.cluster.name == "ray" and bool(settings.cluster.address or os.environ.get("RAY_ADDRESS"))
 
@@ -98,7 +98,7 @@ def _local_hosts(hosts: int) -> int:
     return max(1, min(hosts, int(os.environ.get("LOCAL_WORLD_SIZE", hosts))))
 
 
-def _started_by_torchrun(settings: Settings) -> int | None:
+def _started_by_torchrun(settings: Basics) -> int | None:
     if settings.cluster.name != "torchrun" or settings.strategy.default_hosts is not None:
         return None
     return int(os.environ.get("WORLD_SIZE", "0")) or None

@@ -50,21 +50,27 @@ class DecodeSettings:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """conf/ask.yaml, and conf/plan.yaml's own keys with their defaults."""
+class Basics:
+    """What every verb that prefills has."""
 
     model: str
     strategy: Strategy
     compress: Compressor | None
     cluster: ClusterSettings
-    decode: DecodeSettings
     dtype: str
     device: str
+    out: str | None
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Settings(Basics):
+    """conf/ask.yaml, and conf/plan.yaml's own keys with their defaults."""
+
+    decode: DecodeSettings
     chat: bool
     compare: bool
     needle_depth: float
-    out: str | None
-    timeout_s: float
     context_tokens: int | None = None
     query_tokens: int = 64
     memory_gb: float | None = None
@@ -72,29 +78,34 @@ class Settings:
 
 def settle(config: Mapping[str, Any]) -> Settings:
     """Return the typed settings; raises UserError for a value of the wrong type or out of its range."""
+    settings = typed(Settings, basics(config) | {"decode": typed(DecodeSettings, config["decode"], "decode.")}, "")
+    decode = settings.decode
+    choose("decoder", decode.name, DECODERS)
+    Sampling(decode.temperature, decode.top_p, decode.top_k, decode.seed)
+    in_range("decode.max_new_tokens", decode.max_new_tokens, decode.max_new_tokens >= 1, "1 or more")
+    in_range("decode.stop", list(decode.stop), all(decode.stop), "texts of at least one character")
+    depth, memory = settings.needle_depth, settings.memory_gb
+    in_range("needle_depth", depth, 0 <= depth <= 1, "0.0 to 1.0")
+    in_range("memory_gb", memory, memory is None or (math.isfinite(memory) and memory > 0), "more than 0")
+    tokens = settings.context_tokens
+    in_range("context_tokens", tokens, tokens is None or tokens >= 1, "1 or more")
+    return settings
+
+
+def basics(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration with the values of Basics made and checked; raises UserError."""
     compress = config.get("compress")
-    values = dict(config) | {
+    cluster = typed(ClusterSettings, config["cluster"], "cluster.")
+    for key, count in (("hosts", cluster.hosts), ("threads", cluster.threads)):
+        in_range(f"cluster.{key}", count, count is None or count >= 1, "1 or more")
+    timeout = _convert(config["timeout_s"], float, "timeout_s")
+    in_range("timeout_s", timeout, math.isfinite(timeout) and timeout > 0, "more than 0 seconds")
+    return dict(config) | {
         "model": config["model"]["name"],
         "strategy": _built(strategy, config["strategy"], "strategy"),
         "compress": _built(compressor, compress, "compress") if compress else None,
-        "cluster": typed(ClusterSettings, config["cluster"], "cluster."),
-        "decode": typed(DecodeSettings, config["decode"], "decode."),
+        "cluster": cluster,
     }
-    settings = typed(Settings, values, "")
-    decode, cluster = settings.decode, settings.cluster
-    choose("decoder", decode.name, DECODERS)
-    Sampling(decode.temperature, decode.top_p, decode.top_k, decode.seed)
-    _range("decode.max_new_tokens", decode.max_new_tokens, decode.max_new_tokens >= 1, "1 or more")
-    _range("decode.stop", list(decode.stop), all(decode.stop), "texts of at least one character")
-    for key, count in (("hosts", cluster.hosts), ("threads", cluster.threads)):
-        _range(f"cluster.{key}", count, count is None or count >= 1, "1 or more")
-    depth, timeout, memory = settings.needle_depth, settings.timeout_s, settings.memory_gb
-    _range("needle_depth", depth, 0 <= depth <= 1, "0.0 to 1.0")
-    _range("timeout_s", timeout, math.isfinite(timeout) and timeout > 0, "more than 0 seconds")
-    _range("memory_gb", memory, memory is None or (math.isfinite(memory) and memory > 0), "more than 0")
-    tokens = settings.context_tokens
-    _range("context_tokens", tokens, tokens is None or tokens >= 1, "1 or more")
-    return settings
 
 
 def typed(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
@@ -139,6 +150,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     )
 
 
-def _range(key: str, value: Any, fine: bool, allowed: str) -> None:
+def in_range(key: str, value: Any, fine: bool, allowed: str) -> None:
+    """Raise a UserError that names the key unless its value is ``fine``."""
     if not fine:
         raise UserError(f"{key} is out of range", given=f"{key}={value}", allowed=allowed, remedy=f"Change {key}.")

@@ -1,0 +1,118 @@
+"""From samples to tables: means, which compressor is chosen, and the stated comparisons with their corrections."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from bench.ruler.stats import holm, interval, sign_flip
+from bench.ruler.variant import FULL, FULL_FIRST
+
+Row = Mapping[str, Any]
+CHOOSE, REPORT = "choose", "report"
+_PAIR = ("model", "task", "tokens", "seeds", "index")
+
+
+def table(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Return one line a variant, task, length and seed set: means over its samples, with 95% intervals.
+
+    ``flops_share`` is the busiest host's prefill over full attention's; ``perplexity`` is of the answer's tokens.
+    """
+    full = _paired(r for r in rows if r["variant"] == FULL)
+    groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["model"], row["tokens"], row["seeds"], row["task"], row["variant"]].append(row)
+    out = []
+    for (model, tokens, seeds, task, variant), found in groups.items():
+        shares = [max(r["prefill_flops"]) / max(full[_pair(r)]["prefill_flops"]) for r in found if _pair(r) in full]
+        line = {"model": model, "tokens": tokens, "seeds": seeds, "task": task, "variant": variant}
+        line |= {"samples": len(found), "flops_share": fmean(shares) if shares else None}
+        line |= {name: fmean(r[name] for r in found) for name in ("passing_bytes", "sent_bytes")}
+        for name in ("log_prob", "kl", "accuracy", "second_log_prob", "second_accuracy"):
+            values = [r[name] for r in found if r.get(name) is not None]
+            line[name] = fmean(values) if values else None
+            line[f"{name}_interval"] = interval(values) if values else None
+        line["perplexity"] = math.exp(-line["log_prob"]) if task == "perplexity" else None
+        out.append(line)
+    return out
+
+
+def chosen(rows: Iterable[Row]) -> dict[tuple[Any, ...], str]:
+    """Return by model, length and strategy the compressor with the highest log-probability, tasks weighing alike, on
+    the seeds meant for choosing. Random passing is not a choice."""
+    by_task: dict[tuple[Any, ...], dict[str, dict[str, list[float]]]] = {}
+    for r in rows:
+        if r["seeds"] == CHOOSE and r["compressor"] is not None and not r["random"]:
+            scores = by_task.setdefault((r["model"], r["tokens"], r["base"]), {})
+            scores.setdefault(r["compressor"], {}).setdefault(r["task"], []).append(r["log_prob"])
+    return {
+        group: max(scores, key=lambda name: fmean(fmean(values) for values in scores[name].values()))
+        for group, scores in by_task.items()
+    }
+
+
+def comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the stated comparisons on the reporting seeds, by log-probability, paired by sample.
+
+    Each approximate variant stands against full attention, full attention with the question first, its own strategy
+    with random passing, and star on as many hosts. Where a compressor was chosen on other seeds, only the chosen one
+    is compared. ``p`` is one-sided for "better than", ``p_holm`` corrected for all comparisons returned.
+    """
+    picked = chosen(rows)
+    groups: dict[tuple[Any, ...], dict[str, dict[tuple[Any, ...], Row]]] = {}
+    for row in rows:
+        if row["seeds"] == REPORT:
+            group = groups.setdefault((row["model"], row["tokens"], row["task"]), {})
+            group.setdefault(row["variant"], {})[_pair(row)] = row
+    found = []
+    for (model, tokens, task), variants in groups.items():
+        for variant, mine in variants.items():
+            one = next(iter(mine.values()))
+            choice = picked.get((model, tokens, one["base"]))
+            if one["hosts"] == 1 or (choice and one["compressor"] != choice) or one["random"]:
+                continue
+            for other in _others(one, variants):
+                line = _compare(mine, variants[other])
+                if line:
+                    found.append({"tokens": tokens, "task": task, "variant": variant, "against": other} | line)
+    for line, p in zip(found, holm([line["p"] for line in found]), strict=True):
+        line["p_holm"] = p
+    return found
+
+
+def _others(one: Row, variants: Mapping[str, Mapping[tuple[Any, ...], Row]]) -> list[str]:
+    """The variants that ``one`` is compared with, as far as they were measured."""
+    out = [name for name in (FULL, FULL_FIRST) if name in variants]
+    for name, theirs in variants.items():
+        other = next(iter(theirs.values()))
+        same_base = other["base"] == one["base"]
+        star = other["strategy"] == "star" and other["hosts"] == one["hosts"] and one["strategy"] != "star"
+        if (other["random"] and same_base and name != one["variant"]) or (star and not other["question_first"]):
+            out.append(name)
+    return out
+
+
+def _compare(mine: Mapping[tuple[Any, ...], Row], theirs: Mapping[tuple[Any, ...], Row]) -> dict[str, Any] | None:
+    both = [pair for pair in mine if pair in theirs]
+    if len(both) < 2:
+        return None
+    differences = [mine[p]["log_prob"] - theirs[p]["log_prob"] for p in both]
+    flops = [max(mine[p]["prefill_flops"]) / max(theirs[p]["prefill_flops"]) for p in both]
+    return {
+        "samples": len(both),
+        "difference": fmean(differences),
+        "interval": interval(differences),
+        "p": sign_flip(differences),
+        "flops_ratio": fmean(flops),
+    }
+
+
+def _paired(rows: Iterable[Row]) -> dict[tuple[Any, ...], Row]:
+    return {_pair(r): r for r in rows}
+
+
+def _pair(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in _PAIR)
