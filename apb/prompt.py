@@ -64,7 +64,7 @@ def make_prompt(tokenizer: Any, context: Text, query: Text | None, *, chat: bool
     tokenizer's BOS (if it adds one; ids are taken as they are) and nothing follows the question.
     """
     head_text, _, _ = _template(tokenizer, chat)
-    head = _encode(tokenizer, head_text, special=True)
+    head = encode(tokenizer, head_text, special=True)
     if not chat and isinstance(context, str):
         head = _bos(tokenizer)
     document = _content(tokenizer, context, "document")
@@ -77,9 +77,9 @@ def make_question(tokenizer: Any, query: Text, *, chat: bool) -> Question:
     _, between, tail = _template(tokenizer, chat)
     separated = chat or isinstance(query, str)
     return Question(
-        before=_encode(tokenizer, between, special=True) if separated else (),
+        before=encode(tokenizer, between, special=True) if separated else (),
         ids=_content(tokenizer, query, "question"),
-        after=_encode(tokenizer, tail, special=True),
+        after=encode(tokenizer, tail, special=True),
         text=query if isinstance(query, str) else None,
     )
 
@@ -116,7 +116,7 @@ def _content(tokenizer: Any, text: Text, what: str) -> tuple[int, ...]:
     if isinstance(text, str):
         empty = not text.strip()
         # What looks like a special token in the user's text is text.
-        ids = () if empty else _encode(tokenizer, text, special=False)
+        ids = () if empty else encode(tokenizer, text, special=False)
     else:
         ids = tuple(int(i) for i in text)
         empty = not ids
@@ -127,7 +127,8 @@ def _content(tokenizer: Any, text: Text, what: str) -> tuple[int, ...]:
     return ids
 
 
-def _encode(tokenizer: Any, text: str, *, special: bool) -> tuple[int, ...]:
+def encode(tokenizer: Any, text: str, *, special: bool) -> tuple[int, ...]:
+    """Return the text's tokens; without ``special`` what looks like a special token is text."""
     if not text:
         return ()
     out = tokenizer(text, add_special_tokens=False, split_special_tokens=not special, verbose=False)

@@ -51,7 +51,7 @@ class Tracking:
             return Ask(question, f"The value of variable {last} is", (str(value),), new_tokens=16)
         return Ask(
             f"Question: Find all variables that are assigned the value {value} in the text above.",
-            f"According to the assignments in the text above, the {len(chain)} variables assigned the value {value} are",
+            f"According to the assignments in the text above, the variables that hold the value {value} are",
             tuple(chain),
             new_tokens=10 + 8 * len(chain),
         )
