@@ -94,19 +94,15 @@ class Setup:
 
     def plan(self, prompt: Prompt, new_tokens: int = 0) -> PrefillPlan:
         """Return the plan for a prompt; raises UserError when it cannot be done as asked, before anything is loaded."""
-        if (
-            self.compressor is not None
-            and self.compressor.needs_question
-            and prompt.question is None
-            and self.hosts > 1
-        ):
+        plan = self.strategy.plan(prompt.lengths, self.hosts, self.shape, self.compressor)
+        scorer = self.compressor
+        if scorer is not None and scorer.needs_question and any(plan.kept_rows) and prompt.question is None:
             raise UserError(
-                f"compressor '{self.compressor.name}' needs a question",
+                f"compressor '{scorer.name}' needs a question",
                 given="a prefill without a question",
                 allowed="norm, recent, random",
-                remedy="Set compress=norm, or give the question.",
+                remedy="Set compress=norm, give the question, or pass nothing on (strategy.passing_len=0).",
             )
-        plan = self.strategy.plan(prompt.lengths, self.hosts, self.shape, self.compressor)
         self.check_room(len(prompt.token_ids), new_tokens)
         return plan
 
