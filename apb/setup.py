@@ -50,7 +50,7 @@ class Setup:
         ``hosts``: None is the strategy's own default, else 4. ``threads``: intra-op threads a host. ``dtype`` auto is
         the checkpoint's own on a GPU and float32 on a CPU. Raises UserError for anything unknown or contradictory.
         """
-        from apb.models.adapter import check_config
+        from apb.models.honoured import check_config
         from apb.models.loading import load_config, load_tokenizer
         from apb.models.placement import resolve_device, resolve_dtype, torch_dtype
         from apb.models.resolve import resolve
