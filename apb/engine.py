@@ -155,8 +155,9 @@ class Engine:
             on_token(rest)
         answer = reports[handle.owner].decoded
         assert answer is not None
+        waited_s = 0.0 if handle.generated else handle.metrics["request_s"]  # the first answer waited for the prefill
+        metrics = decoded(handle.metrics, reports, answer.times_s, waited_s + first_token[0] - start)
         handle.generated += answer.token_ids
-        metrics = decoded(handle.metrics, reports, answer.times_s, first_token[0] - start)
         metrics["conditioned_on"] = handle.conditioned_on
         return Result(stream.text, tuple(answer.token_ids), answer.finish_reason, metrics)
 
@@ -169,11 +170,13 @@ class Engine:
         if query is not None:
             question = make_question(self.setup.tokenizer, query, chat=prompt.chat)
             prompt, generated, ids = dataclasses.replace(prompt, question=question), [], question.query_ids
+            self.setup.check_ids(ids)
             self.setup.check_room(len(prompt.token_ids), 0)
         new_id = next(self._ids)
         reports = self._call("fork", [(handle.id, new_id, ids)] * self.cluster.hosts)
-        metrics = handle.metrics | measured(reports, time.perf_counter() - start)
-        metrics |= {"query_tokens": prompt.lengths.query, "forked": True}
+        metrics = handle.metrics | {"query_tokens": prompt.lengths.query, "forked": True}
+        if query is not None:
+            metrics |= measured(reports, time.perf_counter() - start)
         return dataclasses.replace(handle, id=new_id, prompt=prompt, generated=generated, metrics=metrics)
 
     def gather(self, handle: KVHandle, rank: int = 0) -> KVHandle:

@@ -175,6 +175,8 @@ def test_a_fork_without_a_query_goes_its_own_way_from_here() -> None:
     parent = e.prefill(prompt())
     e.generate(parent, max_new_tokens=4)
     twins = [parent.fork() for _ in range(2)]
+    for cost in ("prefill_s", "request_s", "bytes_by_kind"):  # the prefill's, not the copying's
+        assert twins[0].metrics[cost] == parent.metrics[cost]
     want = e.generate(twins[0], max_new_tokens=8, **SAMPLED).token_ids
     assert len(parent.generated) == 4
     assert e.generate(twins[1], max_new_tokens=8, **SAMPLED).token_ids == want
@@ -285,6 +287,14 @@ def test_what_cannot_be_generated_is_refused() -> None:
         asked.gather(HOSTS)
     with pytest.raises(UserError, match="empty"):
         bare.fork(query=[])
+    outside = len(byte_tokenizer())
+    for wrong_ids in ([outside], [3, -1]):
+        with pytest.raises(UserError, match="outside the model's vocabulary"):
+            bare.fork(query=wrong_ids)
+        with pytest.raises(UserError, match="outside the model's vocabulary"):
+            e.prefill(list(range(40)), wrong_ids, chat=False)
+    with pytest.raises(UserError, match="outside the model's vocabulary"):
+        e.prefill(dataclasses.replace(prompt(), context_ids=(outside,) * 150))
     for wrong in ({"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"seed": -1}):
         with pytest.raises(UserError, match=f"decode.{next(iter(wrong))}"):
             e.generate(asked, **wrong)  # type: ignore[arg-type]
