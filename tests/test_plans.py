@@ -48,8 +48,10 @@ def test_lengths_that_do_not_fit_are_refused(options: dict[str, int]) -> None:
 @pytest.mark.parametrize("options", [{"anchor_len": 11}, {"anchor_len": 107}, {"passing_len": 100}])
 def test_lengths_at_the_limits_are_taken(options: dict[str, int]) -> None:
     lengths = PromptLengths(context=302, head=5, question=6, query=11)
-    if options.get("anchor_len") == 107:
-        assert strategy("apb", **options).plan(lengths, 3, SHAPE, compressor("query")).kept_rows[0] == 0
+    plan = strategy("apb", **options).plan(lengths, 3, SHAPE, compressor("query"))
+    anchor, passing = options.get("anchor_len", 25), options.get("passing_len", 12)  # a quarter and an eighth of 100
+    assert plan.anchor_len == anchor and [h.anchor_len for h in plan.host_plans[1:]] == [anchor, anchor]
+    assert plan.kept_rows == (max(0, min(passing, 101 - anchor)), passing, 0)
 
 
 def test_what_cannot_be_planned_is_refused() -> None:
@@ -132,7 +134,7 @@ def test_plans_hold_together(lengths: PromptLengths, hosts: int, made: Strategy,
         assert plan.passing_bytes(rank) == rows * row * layers
     m = lengths.query
     partial = m * SHAPE.q_heads * (SHAPE.head_dim * e + 4)
-    assert all(plan.partial_bytes(m) == (hosts - 1) * partial * layers for _ in range(hosts))
+    assert plan.partial_bytes(m) == (hosts - 1) * partial * layers
     assert plan.bytes_by_kind(m).get("passing", 0) == sum(plan.passing_bytes(r) for r in range(hosts))
     assert sum(h.block_len for h in plan.host_plans) == lengths.context
 
