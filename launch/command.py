@@ -73,13 +73,6 @@ def _verb(arguments: Arguments, display: Display) -> tuple[int, dict[str, Any]]:
                 remedy=f"Leave {option} out.",
             )
     run = load(name)
-    if run is None:
-        raise UserError(
-            f"the verb '{name}' is not built yet",
-            given=name,
-            allowed=", ".join(v for v in VERBS if load(v)),
-            remedy="Use another verb, or a later version.",
-        )
     if arguments.multirun:
         return _sweep(run, name, arguments, display)
     return _once(run, name, arguments, arguments.overrides, display)
