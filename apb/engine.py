@@ -133,13 +133,14 @@ class Engine:
         start = time.perf_counter()
         self._alive(handle)
         choose("decoder", decode, DECODERS)
-        self._check_generate(handle, max_new_tokens)
+        self._check_question(handle)
         request = DecodeRequest(
             max_new_tokens,
             Sampling(temperature, top_p, top_k, seed),
             self._stop_ids(),
             (stop,) if isinstance(stop, str) else tuple(stop or ()),
         )
+        self.setup.check_room(handle.next_position, max_new_tokens)
         stream = TextStream(self.setup.tokenizer, request.stop)
         first_token: list[float] = []
 
@@ -276,7 +277,7 @@ class Engine:
                 remedy="Call engine.prefill again.",
             )
 
-    def _check_generate(self, handle: KVHandle, max_new_tokens: int) -> None:
+    def _check_question(self, handle: KVHandle) -> None:
         if handle.prompt.question is None:
             raise UserError(
                 "this cache has no question yet",
@@ -284,11 +285,6 @@ class Engine:
                 allowed="a cache with a question",
                 remedy="Ask one: handle.fork(query=...).",
             )
-        if max_new_tokens < 1:
-            raise UserError(
-                "nothing to generate", given=max_new_tokens, allowed="1 or more", remedy="Raise decode.max_new_tokens."
-            )
-        self.setup.check_room(handle.next_position, max_new_tokens)
 
     def _stop_ids(self) -> tuple[int, ...]:
         from apb.models.loading import generation_stop_ids

@@ -56,6 +56,7 @@ class Setup:
         from apb.models.resolve import resolve
         from apb.models.shape import model_shape
 
+        _check_numbers(hosts, threads, timeout_s)
         chosen = _strategy(strategy)
         scorer = _compressor(chosen, compress)
         count = hosts if hosts is not None else chosen.default_hosts or DEFAULT_HOSTS
@@ -144,6 +145,17 @@ class Setup:
             remedy=f"Change one of these:{halved}{virtual} more machines (cluster.address) with more cluster.hosts "
             "make each block smaller; or shorten the document.",
         )
+
+
+def _check_numbers(hosts: int | None, threads: int, timeout_s: float) -> None:
+    whole = "a whole number, 1 or more"
+    for name, value, fine, allowed in (
+        ("hosts", hosts, hosts is None or (isinstance(hosts, int) and hosts >= 1), whole),
+        ("threads", threads, isinstance(threads, int) and threads >= 1, whole),
+        ("timeout_s", timeout_s, timeout_s > 0, "above 0 seconds"),
+    ):
+        if not fine:
+            raise UserError(f"{name} is out of range", given=value, allowed=allowed, remedy=f"Change {name}.")
 
 
 def _strategy(given: str | Strategy) -> Strategy:

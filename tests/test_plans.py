@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apb.compress import Candidates, compressor
+from apb.engine import Engine
 from apb.plan import Attend, ModelShape, PromptLengths, Select
 from apb.strategies import Strategy, strategy
 from burst.errors import UserError
+from tests.tiny import tiny_engine, tiny_llama
 
 SHAPE = ModelShape(
     layers=3,
@@ -70,6 +73,25 @@ def test_what_cannot_be_planned_is_refused() -> None:
         strategy("abp")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"hosts": 0}, {"hosts": -1}, {"hosts": 2.5}, {"hosts": "4"}, {"threads": 0}, {"timeout_s": 0.0}],
+    ids=str,
+)
+def test_numbers_out_of_range_are_refused_before_the_model_is_looked_for(options: dict[str, Any]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(UserError, match=f"{name} is out of range") as caught:
+        Engine.launch("no-such-model", **options)
+    assert caught.value.given == value
+
+
+def test_a_setup_takes_no_options_that_it_has_settled() -> None:
+    setup = tiny_engine(tiny_llama(torch.float32), strategy("apb"), 2, "norm").setup
+    with pytest.raises(UserError, match="settled") as caught:
+        Engine.launch(setup, hosts=4, dtype="float64")
+    assert caught.value.given == "hosts, dtype"
+
+
 @pytest.mark.parametrize("window", [0, 4, -1])
 def test_a_window_without_a_middle_is_refused(window: int) -> None:
     with pytest.raises(UserError, match="max-pool"):
@@ -123,7 +145,7 @@ def test_plans_hold_together(lengths: PromptLengths, hosts: int, made: Strategy,
             attends = [s for s in host.steps if isinstance(s, Attend) and not s.causal]
             assert sum(s.pairs for s in attends) == host.block_len * seen
         else:
-            assert not host.anchor_visible
+            assert all(s.keys == (s.queries,) for s in host.steps if isinstance(s, Attend))  # nothing but themselves
     e, layers = SHAPE.element_size, SHAPE.layers
     row = 2 * SHAPE.kv_heads * SHAPE.head_dim * e
     for rank in range(hosts):
