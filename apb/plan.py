@@ -102,8 +102,7 @@ class HostPlan:
     rank: int
     start: int  # context positions [start, stop) are this host's block
     stop: int
-    anchor_len: int  # tokens run beside the block at positions 0.., dropped afterwards
-    anchor_visible: bool  # whether the block attends to the anchor
+    anchor_len: int  # tokens run beside the block at positions 0.., dropped afterwards; unseen by host 0's block
     steps: tuple[Step, ...]
 
     @property
