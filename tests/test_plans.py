@@ -98,6 +98,18 @@ def test_a_window_without_a_middle_is_refused(window: int) -> None:
         compressor("query", window=window)
 
 
+def test_a_long_question_is_scored_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    gen = torch.Generator().manual_seed(1)
+    keys, asked = torch.randn(1, 2, 20, 8, generator=gen), torch.randn(1, 6, 50, 8, generator=gen)
+    block = Candidates(0, 0, keys, keys, keys, 0.4, asked, None)
+    whole = compressor("query").score(block)
+    monkeypatch.setattr("apb.compress.query._AT_ONCE", 3 * 20 * 7)  # seven question tokens, the last part has one
+    torch.testing.assert_close(compressor("query").score(block), whole, atol=1e-7, rtol=1e-5)
+    weights = (asked.unflatten(1, (2, 3)) @ keys[:, :, None].mT * 0.4).softmax(-1).mean(dim=(2, 3))
+    pooled = torch.nn.functional.pad(weights, (2, 2)).unfold(-1, 5, 1).amax(-1)
+    torch.testing.assert_close(whole, pooled, atol=1e-7, rtol=1e-5)
+
+
 @pytest.mark.parametrize("seed", [-1, 0, 123456789, 2**63])
 def test_random_selection_takes_any_seed(seed: int) -> None:
     keys = torch.zeros(1, 2, 20, 8)
