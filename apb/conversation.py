@@ -112,7 +112,7 @@ def _prompt(head: tuple[int, ...], rest: tuple[int, ...], question: Question | N
             allowed="templates with a generation prompt",
             remedy="Use another chat template, or Engine.prefill with context and query apart.",
         )
-    return Prompt(head + rest, len(head), question)
+    return Prompt(head + rest, len(head), question, chat=True)
 
 
 def _asked(text: str, question: str | None) -> tuple[int, int]:

@@ -73,13 +73,6 @@ def _verb(arguments: Arguments, display: Display) -> tuple[int, dict[str, Any]]:
                 remedy=f"Leave {option} out.",
             )
     run = load(name)
-    if run is None:
-        raise UserError(
-            f"the verb '{name}' is not built yet",
-            given=name,
-            allowed=", ".join(v for v in VERBS if load(v)),
-            remedy="Use another verb, or a later version.",
-        )
     overrides = arguments.overrides
     if verb.name is not None:  # NAME chooses from the verb's own group of settings
         overrides = [f"{name}={more[0] if more else _unnamed(name)}", *overrides]

@@ -65,12 +65,12 @@ class Basics:
 
 @dataclass(frozen=True)
 class Settings(Basics):
-    """conf/ask.yaml, and conf/plan.yaml's own keys with their defaults."""
+    """conf/prompt.yaml; and what only some verbs take, with the defaults that the others leave it at."""
 
     decode: DecodeSettings
     chat: bool
-    compare: bool
     needle_depth: float
+    compare: bool = False
     context_tokens: int | None = None
     query_tokens: int = 64
     memory_gb: float | None = None

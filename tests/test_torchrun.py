@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,8 @@ import torch
 
 from apb.engine import Engine
 from burst.errors import UserError
-from launch.torchrun import TorchrunCluster, arguments
+from launch.ranks import _end_after_parent
+from launch.torchrun import TorchrunCluster, arguments, lead
 from tests import torchrun_driver
 from tests.tiny import saved_llama
 
@@ -91,6 +94,27 @@ def test_not_started_by_torchrun(model: str) -> None:
     with pytest.raises(UserError, match="torchrun --standalone --nproc-per-node"):
         Engine.launch(model, hosts=2, cluster="torchrun")
     assert TorchrunCluster.name == "torchrun"
+
+
+def test_a_busy_port(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+        assert lead(lambda: pytest.fail("it ran")) == 2
+    found = capsys.readouterr()
+    assert f"MASTER_PORT={port}" in json.loads(found.out)["error"]["given"] and "cannot meet" in found.err
+
+
+def test_ranks_end_after_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents = iter([7, 7, 1])
+    sent: list[int] = []
+    monkeypatch.setattr("launch.ranks.SLICE_S", 0.0)
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append(number))
+    _end_after_parent(7)
+    assert sent == [signal.SIGTERM]
 
 
 @pytest.mark.parametrize(
