@@ -220,13 +220,14 @@ class Engine:
         if handle.prompt.question is None or handle.generated:
             raise self._nothing_pending()
         ids = tuple(int(i) for i in token_ids)
-        if not ids or not all(0 <= i < self.setup.shape.vocab for i in ids):
+        if not ids:
             raise UserError(
-                "these tokens cannot be scored",
-                given=list(ids[:5]),
-                allowed=f"one or more token ids, 0 to {self.setup.shape.vocab - 1}",
-                remedy="Tokenise the text with this model's own tokenizer.",
+                "there are no tokens to score",
+                given="none",
+                allowed="one or more",
+                remedy="Give the answer's token ids.",
             )
+        self.setup.check_ids(ids)
         self.setup.check_room(handle.next_position, len(ids))
         found: Score | None = self._call("score", [(handle.id, ids, first)] * self.cluster.hosts)[handle.owner]
         assert found is not None

@@ -25,6 +25,10 @@ _EXAMPLES = {
             "a length, for machines of 80 GB each",
         ),
     ],
+    "bench": [
+        ("apb bench ruler cluster.hosts=8 bench.tasks=[vt_1hop]", "one task, with its baselines"),
+        ("apb bench ruler -m compress=query,norm out=DIR", "two compressors; stopped runs go on"),
+    ],
 }
 
 

@@ -204,16 +204,16 @@ def test_lengths_are_fitted_to_flops_and_bytes() -> None:
 
 def test_variants_name_what_differs() -> None:
     lengths = make_prompt(1503, head=20, question=30).lengths
-    asked = Variant(setup("apb", compress="query", passing_len=9), flops="star")
+    asked = Variant("tiny", setup("apb", compress="query", passing_len=9), flops="star")
     assert asked.label == "apb(passing_len=9) + query, 8 hosts, at star's FLOPs"
     names = [v.label for v in baselines(asked)]
     assert names == ["full", "full, question first", "apb(passing_len=9) + random, 8 hosts, at star's FLOPs"]
-    assert [v.label for v in baselines(Variant(setup("star")))] == names[:2]
+    assert [v.label for v in baselines(Variant("tiny", setup("star")))] == names[:2]
     star = setup("star").strategy.plan(lengths, 8, asked.setup.shape)
     got = asked.fitted(lengths).strategy.plan(lengths, 8, asked.setup.shape, asked.setup.compressor)
     assert 0.97 * critical_flops(star) < critical_flops(got) <= critical_flops(star)
     full = setup("full", hosts=1).strategy.plan(lengths, 1, asked.setup.shape)
-    shared = Variant(setup("apb", compress="query"), flops=0.2).fitted(lengths).strategy
+    shared = Variant("tiny", setup("apb", compress="query"), flops=0.2).fitted(lengths).strategy
     share = critical_flops(shared.plan(lengths, 8, asked.setup.shape, asked.setup.compressor)) / critical_flops(full)
     assert 0.19 < share <= 0.2
 

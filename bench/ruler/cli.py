@@ -46,7 +46,7 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
     common = typed(Basics, given, "")
     asked = _settle(given["bench"])
     setup = make_setup(common, display)
-    variant = Variant(setup, asked.question_first, asked.flops, asked.bytes)
+    variant = Variant(common.model, setup, asked.question_first, asked.flops, asked.bytes)
     others = [] if asked.seeds == CHOOSE else baselines(variant)  # to choose, the variants themselves are enough
     variants = list({v.label: v for v in (*others, variant)}.values())
     samples = _samples(setup, asked)

@@ -55,19 +55,19 @@ def run(
             engine = engine_of(variant.fitted(asked.lengths))
             reference = None
             if variant.label != FULL and samples.seeds != CHOOSE:
-                reference = _reference(sample, store, engine_of, variant.setup)
+                reference = _reference(sample, store, engine_of, variant)
             row, first_FV = measure(engine, sample, asked, reference, decode=decode)
             if variant.label == FULL:
                 row["kl"] = 0.0
-                store.put_full(_full_key(variant.setup, sample), first_FV)
+                store.put_full(_full_key(variant, sample), first_FV)
             seconds = round(time.perf_counter() - start, 2)
             store.add(key, _about(variant, sample, samples) | row | {"seconds": seconds, "commit": commit()})
             on_sample(done, len(todo))
 
 
-def _reference(sample: Sample, store: Store, engine_of: Callable[[Setup], Engine], setup: Setup) -> Tensor:
+def _reference(sample: Sample, store: Store, engine_of: Callable[[Setup], Engine], variant: Variant) -> Tensor:
     """Full attention's distributions for a sample: kept ones, or measured now."""
-    key = _full_key(setup, sample)
+    key, setup = _full_key(variant, sample), variant.setup
     found = store.full(key)
     if found is None:
         engine = engine_of(setup.using("full", hosts=1))
@@ -98,7 +98,7 @@ def _engines(cluster: str) -> Iterator[Callable[[Setup], Engine]]:
 def _about(variant: Variant, sample: Sample, samples: Samples) -> dict[str, object]:
     setup = variant.setup
     return {
-        "model": setup.spec.model_path,
+        "model": variant.model,
         "dtype": setup.spec.dtype,
         "variant": variant.label,
         "base": variant.base,
@@ -115,10 +115,9 @@ def _about(variant: Variant, sample: Sample, samples: Samples) -> dict[str, obje
 
 
 def _key(variant: Variant, sample: Sample, decode: bool) -> str:
-    setup = variant.setup
     how = "decoded" if decode and sample.chat else "scored"
-    return f"{setup.spec.model_path} {setup.spec.dtype}/{variant.label}/{how}/{sample.seed}"
+    return f"{variant.model} {variant.setup.spec.dtype}/{variant.label}/{how}/{sample.seed}"
 
 
-def _full_key(setup: Setup, sample: Sample) -> str:
-    return f"{setup.spec.model_path} {setup.spec.dtype}/{sample.seed}"
+def _full_key(variant: Variant, sample: Sample) -> str:
+    return f"{variant.model} {variant.setup.spec.dtype}/{sample.seed}"

@@ -17,8 +17,10 @@ FULL, FULL_FIRST = "full", "full, question first"
 
 @dataclass(frozen=True)
 class Variant:
-    """``flops``: a strategy's name or a share of full attention; ``sent``: bytes. Both fit lengths to each prompt."""
+    """``model`` is what rows call it. ``flops``: a strategy's name or a share of full attention; ``sent``: bytes; both
+    fit lengths to each prompt."""
 
+    model: str
     setup: Setup
     question_first: bool = False
     flops: str | float | None = None
@@ -87,7 +89,7 @@ class Variant:
 def baselines(asked: Variant) -> list[Variant]:
     """Return full attention, full attention with the question first, and random passing at the same cost."""
     full = asked.setup.using("full", hosts=1)
-    found = [Variant(full), Variant(full, question_first=True)]
+    found = [Variant(asked.model, full), Variant(asked.model, full, question_first=True)]
     if asked.setup.compressor is not None and not asked.random:
         from apb.compress import compressor
 
