@@ -134,7 +134,8 @@ def test_arguments(given: list[str], completed: list[str]) -> None:
 def test_command_line(model: str, tmp_path: Path) -> None:
     document = tmp_path / "document.txt"
     document.write_text("the king of the hill sees the sea and the stars. " * 20)
-    done = torchrun("launch.torchrun", "-d", str(document), "-q", "what?", f"model={model}", "compare=true")
+    words = ("-d", str(document), "-q", "what?", f"model={model}", "compare=true", "decode.max_new_tokens=4")
+    done = torchrun("launch.torchrun", *words)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])
     assert (answer["cluster"], answer["hosts"], answer["compare"]["hosts"]) == ("torchrun", 2, 1)
