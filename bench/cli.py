@@ -1,4 +1,4 @@
-"""``apb bench NAME``: the benchmarks by name."""
+"""``apb bench NAME``: finds the benchmark and runs it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from burst.errors import choose
+from burst.errors import UserError
 from launch.arguments import Arguments
 from launch.display import Display
 
-BENCHES = {"ruler": "bench.ruler.cli:run"}
+BENCHES = {"ruler": "bench.ruler.cli"}
 
 
 def main(arguments: Arguments, config: Mapping[str, Any], display: Display) -> dict[str, Any]:
-    """Run the benchmark that the configuration names and return its document."""
-    module, _, function = BENCHES[choose("benchmark", config["bench"]["name"], BENCHES)].partition(":")
-    result: dict[str, Any] = getattr(importlib.import_module(module), function)(config, display)
-    return result
+    """Run the benchmark that the configuration names; raises UserError when it names none."""
+    chosen = config.get("bench")
+    if not chosen:
+        raise UserError(
+            "no benchmark named",
+            given="apb bench",
+            allowed=", ".join(BENCHES),
+            remedy="Write 'apb bench ruler'.",
+        )
+    document: dict[str, Any] = importlib.import_module(BENCHES[chosen["name"]]).run(config, display)
+    return document

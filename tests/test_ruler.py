@@ -358,7 +358,15 @@ def test_the_command_measures_resumes_and_draws(model: str, tmp_path: Path, caps
 def test_a_sweep_shares_its_baselines(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, found, err = command(
         capsys,
-        *("-m", f"model={model}", "cluster.hosts=2", "bench.tokens=900", "bench.samples=1", "bench.tasks=[vt_1hop]"),
+        *(
+            "ruler",
+            "-m",
+            f"model={model}",
+            "cluster.hosts=2",
+            "bench.tokens=900",
+            "bench.samples=1",
+            "bench.tasks=[vt_1hop]",
+        ),
         *("bench.decode=false", "compress=norm,recent", f"out={tmp_path}"),
     )
     assert code == 0, err
@@ -381,8 +389,15 @@ def test_a_sweep_shares_its_baselines(model: str, tmp_path: Path, capsys: pytest
         (["ruler", "bench.flops=star", "strategy=star", "bench.tasks=[vt_1hop]"], "no lengths"),
         (["ruler", "bench.tasks=[cwe]", "bench.tokens=500"], "does not fit"),
         (["ruler", "bench.data=/no/such/file"], "no RULER samples"),
+        (["ruler", "strategy=full", "cluster.hosts=2", "bench.tasks=[vt_1hop]"], "runs on one host"),
+        (["ruler", "bench.tasks=[vt_1hop]", "bench.tokens=70000"], "longer than the model's context"),
     ],
 )
 def test_mistakes_are_named(words: list[str], says: str, model: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, found, _ = command(capsys, *words, f"model={model}", "bench.decode=false")
     assert code == 2 and says in " ".join(found["error"].values()), found
+
+
+def test_a_benchmark_has_to_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found, _ = command(capsys)
+    assert code == 2 and found["error"]["remedy"] == "Write 'apb bench ruler'."

@@ -16,7 +16,7 @@ from bench.ruler.prompts import prompt
 from bench.ruler.run import Samples
 from bench.ruler.run import run as run_samples
 from bench.ruler.store import Store
-from bench.ruler.summary import CHOOSE, comparisons, table
+from bench.ruler.summary import CHOOSE, chosen, comparisons, table
 from bench.ruler.variant import Variant, baselines
 from bench.verify.runner import conditions
 from burst.errors import UserError
@@ -52,7 +52,8 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
     samples = _samples(setup, asked)
     for each in variants:  # what cannot be done is said before anything is loaded
         for one in samples.items[:: asked.samples]:
-            each.fitted(prompt(setup.tokenizer, one, question_first=each.question_first).lengths)
+            asked_for = prompt(setup.tokenizer, one, question_first=each.question_first)
+            each.fitted(asked_for.lengths).plan(asked_for, one.ask.new_tokens)
     store = Store(Path(common.out) if common.out else None)
     with display.progress() as on_progress:
         what = f"Samples, {variant.label} and its baselines"
@@ -64,10 +65,14 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
             decode=asked.decode,
             on_sample=lambda done, total: on_progress(what, done, total),
         )
-    lines, stated = table(store.rows), comparisons(store.rows)
+    rows = store.rows
+    lines, stated = table(rows), comparisons(rows)
+    picked = [
+        {**dict(zip(("model", "tokens", "strategy"), k, strict=True)), "compressor": v} for k, v in chosen(rows).items()
+    ]
     _show(lines, stated, samples, display)
-    found: dict[str, Any] = {"variant": variant.label, "samples": len(store.rows)}
-    found |= {"table": lines, "comparisons": stated, "conditions": conditions()}
+    found: dict[str, Any] = {"variant": variant.label, "samples": len(rows), "table": lines, "chosen": picked}
+    found |= {"comparisons": stated, "conditions": conditions()}
     return found | _write(found, store, display)
 
 
