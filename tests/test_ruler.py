@@ -21,6 +21,7 @@ from bench.ruler.base import Ask, mix
 from bench.ruler.budget import critical_flops, fit, passing_bytes
 from bench.ruler.measure import divergence
 from bench.ruler.official import read
+from bench.ruler.plots import draw
 from bench.ruler.prompts import prompt, target
 from bench.ruler.scoring import accuracy
 from bench.ruler.stats import holm, interval, sign_flip
@@ -296,10 +297,18 @@ def test_tables_are_means_with_shares_of_full() -> None:
     full, star = table(rows)
     assert (full["log_prob"], star["log_prob"], full["accuracy"], star["accuracy"]) == (-1.5, -3.0, 0.5, None)
     assert (full["flops_share"], star["flops_share"]) == (1.0, 0.2)
+    assert (full["less_full"], star["less_full"]) == (0.0, -1.5)
+    assert table([*rows, row("star", 9, -90.0)])[1]["less_full"] == -1.5  # full has no such sample
     assert full["accuracy_interval"][0] < 0.5 < full["accuracy_interval"][1]
 
 
 # -- the command ------------------------------------------------------------------------------------------
+
+
+def test_what_has_no_full_attention_beside_it_is_not_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [row("star", 0, -1.0, seeds="choose"), row("star", 0, -1.0), row("full", 0, -2.0)]
+    assert draw(table(rows), tmp_path) == ["heatmap-9-report.png", "frontier-9-report.png"]
 
 
 def test_a_store_forgets_a_line_that_was_cut_off(tmp_path: Path) -> None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench.ruler.variant import FULL
 from burst.errors import UserError
 
 Line = dict[str, Any]  # of summary.table
 
 
 def draw(lines: Sequence[Line], folder: Path) -> list[str]:
-    """Write heat map and frontier for every length and seed set; returns the files' names.
+    """Write heat map and frontier for every length and seed set that full attention was measured on; returns the files'
+    names.
 
     Raises UserError without matplotlib.
     """
@@ -28,6 +29,7 @@ def draw(lines: Sequence[Line], folder: Path) -> list[str]:
             remedy="Install it and run again: the samples are kept.",
         ) from error
     written = []
+    lines = [line for line in lines if line["less_full"] is not None]
     for tokens, seeds in sorted({(line["tokens"], line["seeds"]) for line in lines}):
         here = [line for line in lines if (line["tokens"], line["seeds"]) == (tokens, seeds)]
         for name, paint in (("heatmap", _heat_map), ("frontier", _frontier)):
@@ -41,25 +43,25 @@ def draw(lines: Sequence[Line], folder: Path) -> list[str]:
 
 
 def _heat_map(figure: Any, lines: Sequence[Line]) -> None:
-    """Mean log-probability of the right answer, less full attention's: red is worse, blue better."""
+    """Log-probability of the right answer, less full attention's on the same samples: red is worse, blue better."""
     tasks = list(dict.fromkeys(line["task"] for line in lines))
     variants = list(dict.fromkeys(line["variant"] for line in lines))
-    value = {(line["task"], line["variant"]): line["log_prob"] for line in lines}
-    grid = [[_less(value.get((t, v)), value.get((t, FULL))) for t in tasks] for v in variants]
+    value = {(line["task"], line["variant"]): line["less_full"] for line in lines}
+    grid = [[math.nan if value.get((t, v)) is None else value[t, v] for t in tasks] for v in variants]
     figure.set_size_inches(4 + 0.8 * len(tasks), 1.5 + 0.35 * len(variants))
     axes = figure.subplots()
-    limit = max((abs(x) for row in grid for x in row if x == x), default=1.0) or 1.0
+    limit = max((abs(x) for row in grid for x in row if not math.isnan(x)), default=1.0) or 1.0
     image = axes.imshow(grid, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
     axes.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right", fontsize=8)
     axes.set_yticks(range(len(variants)), variants, fontsize=8)
     for y, row in enumerate(grid):
         for x, cell in enumerate(row):
-            axes.text(x, y, f"{cell:+.2f}" if cell == cell else "", ha="center", va="center", fontsize=7)
-    figure.colorbar(image, label="log-probability per answer token, less full's")
+            axes.text(x, y, f"{cell:+.2f}" if not math.isnan(cell) else "", ha="center", va="center", fontsize=7)
+    figure.colorbar(image, label="log p, less full's")
 
 
 def _frontier(figure: Any, lines: Sequence[Line]) -> None:
-    """Mean log-probability over tasks, against the busiest host's FLOPs and against the bytes of passing."""
+    """The same difference, mean over tasks, against the busiest host's FLOPs and against the bytes of passing."""
     figure.set_size_inches(11, 4.5)
     left, right = figure.subplots(1, 2, sharey=True)
     tasks = {line["task"] for line in lines}
@@ -67,19 +69,14 @@ def _frontier(figure: Any, lines: Sequence[Line]) -> None:
         mine = [line for line in lines if line["variant"] == variant]
         if {line["task"] for line in mine} != tasks:
             continue  # a mean over other tasks would not compare
-        y = fmean(line["log_prob"] for line in mine)
+        y = fmean(line["less_full"] for line in mine)
         style = {"marker": "osD^v<>PX*"[number % 10], "linestyle": "none", "label": variant}
-        if all(line["flops_share"] for line in mine):
-            left.plot(fmean(line["flops_share"] for line in mine), y, **style)
+        left.plot(fmean(line["flops_share"] for line in mine), y, **style)
         right.plot(fmean(line["passing_bytes"] for line in mine) / 1e6, y, **style)
     left.set_xscale("log")
     left.set_xlabel("prefill FLOPs of the busiest host, share of full attention's")
-    left.set_ylabel("mean log-probability per answer token")
+    left.set_ylabel("log-probability per answer token, less full's")
     right.set_xlabel("passed between hosts before the question, MB")
     right.legend(fontsize=6, loc="lower right")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-
-
-def _less(value: float | None, other: float | None) -> float:
-    return float("nan") if value is None or other is None else value - other

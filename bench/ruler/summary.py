@@ -19,7 +19,9 @@ _PAIR = ("model", "task", "tokens", "seeds", "index")
 def table(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Return one line a variant, task, length and seed set: means over its samples, with 95% intervals.
 
-    ``flops_share`` is the busiest host's prefill over full attention's; ``perplexity`` is of the answer's tokens.
+    ``flops_share`` is the busiest host's prefill over full attention's, ``less_full`` the mean difference of
+    log-probabilities from full attention's, both over the samples that full attention has, too; ``perplexity`` is of
+    the answer's tokens.
     """
     full = _paired(r for r in rows if r["variant"] == FULL)
     groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
@@ -27,9 +29,12 @@ def table(rows: Iterable[Row]) -> list[dict[str, Any]]:
         groups[row["model"], row["tokens"], row["seeds"], row["task"], row["variant"]].append(row)
     out = []
     for (model, tokens, seeds, task, variant), found in groups.items():
-        shares = [max(r["prefill_flops"]) / max(full[_pair(r)]["prefill_flops"]) for r in found if _pair(r) in full]
+        both = [(r, full[_pair(r)]) for r in found if _pair(r) in full]
         line = {"model": model, "tokens": tokens, "seeds": seeds, "task": task, "variant": variant}
-        line |= {"samples": len(found), "flops_share": fmean(shares) if shares else None}
+        line |= {"samples": len(found), "flops_share": None, "less_full": None}
+        if both:
+            line["flops_share"] = fmean(max(r["prefill_flops"]) / max(f["prefill_flops"]) for r, f in both)
+            line["less_full"] = fmean(r["log_prob"] - f["log_prob"] for r, f in both)
         line |= {name: fmean(r[name] for r in found) for name in ("passing_bytes", "sent_bytes")}
         for name in ("log_prob", "kl", "accuracy", "second_log_prob", "second_accuracy"):
             values = [r[name] for r in found if r.get(name) is not None]
