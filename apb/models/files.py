@@ -28,7 +28,7 @@ def damaged(file: Path, what: str) -> UserError:
     """Return the error for a bad model file, with the remedy that fits its folder."""
     folder = file.parent
     if (folder / MANIFEST).exists():
-        remedy = f"Delete the folder {folder}; it will be fetched again on the next run."
+        remedy = f"Delete the folder {folder}: in the cache it is fetched again on the next run, elsewhere copy it again."
     else:
         remedy = f"Copy or download {file.name} into {folder} again."
     return UserError(
