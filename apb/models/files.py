@@ -28,7 +28,7 @@ def damaged(file: Path, what: str) -> UserError:
     """Return the error for a bad model file, with the remedy that fits its folder."""
     folder = file.parent
     if (folder / MANIFEST).exists():
-        remedy = f"Delete the folder {folder}: in the cache it is fetched again on the next run, elsewhere copy it again."
+        remedy = _replace(folder)
     else:
         remedy = f"Copy or download {file.name} into {folder} again."
     return UserError(
@@ -37,6 +37,10 @@ def damaged(file: Path, what: str) -> UserError:
         allowed="a model folder as it was published",
         remedy=remedy,
     )
+
+
+def _replace(folder: Path) -> str:
+    return f"Delete the folder {folder}: in the cache it is fetched again on the next run; copy it again elsewhere."
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -128,7 +132,7 @@ def check_manifest(folder: Path, *, full: bool = False) -> None:
             f"the folder {folder} is no complete model of this package's cache",
             given=str(folder),
             allowed=f"a folder with {MANIFEST}",
-            remedy=f"Delete the folder {folder}; it will be fetched again on the next run.",
+            remedy=_replace(folder),
         )
     for name, entry in _entries(folder):
         file = folder / name
