@@ -27,10 +27,7 @@ def silent(phase: str, done: int, total: int) -> None:
 def damaged(file: Path, what: str) -> UserError:
     """Return the error for a bad model file, with the remedy that fits its folder."""
     folder = file.parent
-    if (folder / MANIFEST).exists():
-        remedy = _replace(folder)
-    else:
-        remedy = f"Copy or download {file.name} into {folder} again."
+    remedy = _replace(folder) if (folder / MANIFEST).exists() else f"Copy or download {file.name} into {folder} again."
     return UserError(
         f"the model file {file} is damaged: {what}",
         given=str(file),
