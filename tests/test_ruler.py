@@ -26,7 +26,7 @@ from bench.ruler.prompts import prompt, target
 from bench.ruler.scoring import accuracy
 from bench.ruler.stats import holm, interval, sign_flip
 from bench.ruler.store import FILE, Store
-from bench.ruler.summary import comparisons, table
+from bench.ruler.summary import chosen, comparisons, table
 from bench.ruler.variant import Variant, baselines
 from burst.errors import UserError
 from launch.cli import main
@@ -290,6 +290,13 @@ def test_comparisons_are_paired_and_of_the_chosen_compressor() -> None:
     assert got["full, question first"]["interval"] == pytest.approx((-0.3, -0.3))
     assert got["apb + random"]["p_holm"] < 0.05 < got["full, question first"]["p_holm"]
     assert got["star"]["flops_ratio"] == 1.0 and got["full"]["flops_ratio"] == 0.2
+
+
+def test_a_choice_takes_two_and_is_made_on_what_both_have() -> None:
+    rows = [row("apb + one", i, -1.0, seeds="choose") for i in range(2)]
+    assert chosen([*rows, *(row("apb + random", i, -0.5, seeds="choose") for i in range(2))]) == {}
+    rows += [row("apb + two", 0, -0.9, seeds="choose"), row("apb + two", 7, -99.0, seeds="choose")]
+    assert chosen(rows) == {("m", 9, "apb"): "two"}
 
 
 def test_tables_are_means_with_shares_of_full() -> None:

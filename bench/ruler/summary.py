@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -47,16 +48,28 @@ def table(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
 def chosen(rows: Iterable[Row]) -> dict[tuple[Any, ...], str]:
     """Return by model, length and strategy the compressor with the highest log-probability, tasks weighing alike, on
-    the seeds meant for choosing. Random passing is not a choice."""
-    by_task: dict[tuple[Any, ...], dict[str, dict[str, list[float]]]] = {}
+    the choosing seeds' samples that all candidates have. Random passing is no candidate, and one alone is no choice."""
+    found: dict[tuple[Any, ...], dict[str, dict[tuple[Any, ...], Row]]] = {}
     for r in rows:
         if r["seeds"] == CHOOSE and r["compressor"] is not None and not r["random"]:
-            scores = by_task.setdefault((r["model"], r["tokens"], r["base"]), {})
-            scores.setdefault(r["compressor"], {}).setdefault(r["task"], []).append(r["log_prob"])
-    return {
-        group: max(scores, key=lambda name: fmean(fmean(values) for values in scores[name].values()))
-        for group, scores in by_task.items()
-    }
+            candidates = found.setdefault((r["model"], r["tokens"], r["base"]), {})
+            candidates.setdefault(r["compressor"], {})[_pair(r)] = r
+    out = {}
+    for group, candidates in found.items():
+        shared = set.intersection(*(set(samples) for samples in candidates.values()))
+        if shared and len(candidates) > 1:
+            out[group] = max(candidates, key=partial(_likelihood, candidates, shared))
+    return out
+
+
+def _likelihood(
+    candidates: Mapping[str, Mapping[tuple[Any, ...], Row]], shared: Iterable[tuple[Any, ...]], name: str
+) -> float:
+    by_task: dict[str, list[float]] = defaultdict(list)
+    for pair in shared:
+        row = candidates[name][pair]
+        by_task[row["task"]].append(row["log_prob"])
+    return fmean(fmean(values) for values in by_task.values())
 
 
 def comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
