@@ -12,6 +12,7 @@ from bench.report import document, say
 from bench.verify.runner import Recorder, conditions
 
 CHECKS = {
+    "burst": "distributed attention: exact, bytes as counted, precision, overhead, 200 faults (hours)",
     "full": "full attention equals transformers' greedy generate: 50 prompts, 64 tokens",
     "twins": "star and apb equal their dense masked twins on virtual, gloo and ray; ledger = plan = formula",
     "needles": "160 needles in noise, 1k to 7k tokens, 4 and 8 hosts",
@@ -31,7 +32,9 @@ def main() -> int:
     )
     parser.add_argument("checks", nargs="*", metavar="check", help="default: all")
     parser.add_argument("--model", default="smollm2-135m", help="name, folder or hub id")
-    parser.add_argument("--out", type=Path, help="JSONL file of samples (default: bench/results/DATE-verify.jsonl)")
+    parser.add_argument(
+        "--out", type=Path, help="JSONL file of samples (default: bench/results/DATE-verify.jsonl)"
+    )
     given = parser.parse_args()
     unknown = sorted(set(given.checks) - set(CHECKS))
     if unknown:

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from burst.kernels.base import Checked, Kernel
+from burst.kernels.base import Checked, Kernel, stand_in
 
 VECTOR_LANES = 64  # elements; no CPU's vector of fp32 is longer (SVE's 2048 bits)
 
@@ -36,4 +36,28 @@ def attend(
     return out_BHSD, lse_BHS
 
 
-KERNEL: Kernel = Checked("cpu", attend, device="cpu", any_value_dim=False)
+def backward(
+    q_BHSD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTD: Tensor,
+    out_BHSD: Tensor | None,
+    lse_BHS: Tensor,
+    dout_BHSD: Tensor,
+    delta_BHS: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Call the aten op with the whole softmax's out and lse; the gradients are dense as (B, S, H, D).
+
+    Source: ``_scaled_dot_product_flash_attention_for_cpu_backward``, which knows ``out`` but no delta.
+    """
+    if out_BHSD is None:
+        assert delta_BHS is not None
+        out_BHSD = stand_in(dout_BHSD, delta_BHS)
+    dq_BHSD, dk_BKTD, dv_BKTD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout_BHSD, q_BHSD, k_BKTD, v_BKTD, out_BHSD, lse_BHS, 0.0, causal, scale=scale
+    )
+    return dq_BHSD, dk_BKTD, dv_BKTD
+
+
+KERNEL: Kernel = Checked("cpu", attend, backward, device="cpu", any_value_dim=False)
