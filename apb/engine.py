@@ -49,9 +49,7 @@ class Engine:
         self._ids = (f"cache-{i}" for i in itertools.count())
 
     @classmethod
-    def launch(
-        cls, model: str | Setup = "smollm2-135m", *, cluster: str = "virtual", **options: Any
-    ) -> Engine:
+    def launch(cls, model: str | Setup = "smollm2-135m", *, cluster: str = "virtual", **options: Any) -> Engine:
         """Start the hosts and load the model on each.
 
         ``model`` is a name, a folder, a hub id, or a Setup; ``cluster`` is virtual, ray or torchrun. Options are those
@@ -180,9 +178,7 @@ class Engine:
         moved = self._measured(reports, time.perf_counter() - start)
         kinds = Counter(handle.metrics["bytes_by_kind"]) + Counter(moved["bytes_by_kind"])
         metrics = handle.metrics | {"bytes_by_kind": dict(kinds), "bytes_sent": kinds.total(), "gathered_on": rank}
-        return dataclasses.replace(
-            handle, id=new_id, blocks=blocks, generated=list(handle.generated), metrics=metrics
-        )
+        return dataclasses.replace(handle, id=new_id, blocks=blocks, generated=list(handle.generated), metrics=metrics)
 
     def logits(self, handle: KVHandle) -> Tensor:
         """Return the next token's logits (V,); raises UserError before a question or after generating."""

@@ -7,6 +7,7 @@ ledger of the transports is the other side of the books.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -264,4 +265,4 @@ def blocks(context: int, hosts: int) -> list[tuple[int, int]]:
         )
     size, extra = divmod(context, hosts)
     edges = [h * size + min(h, extra) for h in range(hosts + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(edges))

@@ -39,7 +39,7 @@ class PrefillAttention:
         kernel: Kernel,
         compressor: Compressor | None,
         question: QuestionInAnchor | None,
-        rotate: Callable[[Tensor, int], Tensor],
+        rotate: Callable[[Tensor, int, int], Tensor],
         on_layer: Callable[[int], None],
     ) -> None:
         self.plan = plan
@@ -107,7 +107,7 @@ class PrefillAttention:
         question_q = None
         if self._compressor.needs_question:
             assert at is not None
-            question_q = self._rotate(q_BHSD[:, :, at.start : at.start + at.length], at.delta)
+            question_q = self._rotate(q_BHSD[:, :, at.start : at.start + at.length], at.delta, layer)
         if projections is not None:
             projections = Projections(*(x[:, a:] for x in (projections.q_BSE, projections.k_BSE, projections.v_BSE)))
         scores_BKL = self._compressor.score(
@@ -126,9 +126,7 @@ class PrefillAttention:
         index_BKRD = index_BKR[..., None].expand(*index_BKR.shape, block.k_BKTD.shape[-1])
         return torch.stack([block.k_BKTD.gather(2, index_BKRD), block.v_BKTD.gather(2, index_BKRD)])
 
-    def _pass(
-        self, step: Pass, layer: int, own: Tensor | None, block: LayerKV
-    ) -> tuple[Handle, list[Tensor]]:
+    def _pass(self, step: Pass, layer: int, own: Tensor | None, block: LayerKV) -> tuple[Handle, list[Tensor]]:
         """Post the passing of one layer; returns the handle and the buffers of all earlier hosts, in host order."""
         t, rows, k = self._transport, self.plan.kept_rows, block.k_BKTD
         shapes = [(2, k.shape[0], k.shape[1], n, k.shape[3]) for n in rows]

@@ -1,4 +1,4 @@
-"""Everything that is settled before weights are loaded: model, strategy, compressor, hosts; prompts, plans and checks."""
+"""What is settled before weights are loaded: model, strategy, compressor, hosts; prompts, plans and checks."""
 
 from __future__ import annotations
 
@@ -94,7 +94,12 @@ class Setup:
 
     def plan(self, prompt: Prompt, new_tokens: int = 0) -> PrefillPlan:
         """Return the plan for a prompt; raises UserError when it cannot be done as asked, before anything is loaded."""
-        if self.compressor is not None and self.compressor.needs_question and prompt.question is None and self.hosts > 1:
+        if (
+            self.compressor is not None
+            and self.compressor.needs_question
+            and prompt.question is None
+            and self.hosts > 1
+        ):
             raise UserError(
                 f"compressor '{self.compressor.name}' needs a question",
                 given="a prefill without a question",
@@ -137,8 +142,8 @@ class Setup:
             f"activations {sum(m['activations'] for m in memories) / 1e9:.1f} GB",
             given=f"{need / 1e9:.1f} GB for {sharing} host(s) on one machine",
             allowed=f"{available / 1e9:.1f} GB free there",
-            remedy=f"Change one of these:{halved}{virtual} more machines (cluster.address) with more cluster.hosts make "
-            "each block smaller; or shorten the document.",
+            remedy=f"Change one of these:{halved}{virtual} more machines (cluster.address) with more cluster.hosts "
+            "make each block smaller; or shorten the document.",
         )
 
 

@@ -113,9 +113,7 @@ def attention(
 
 
 def _forward_run(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -> Execution:
-    return Execution(
-        call.forward, call.transport, call.blocks, call.form, {"q": q, "k": k, "v": v}, sinks=sinks
-    )
+    return Execution(call.forward, call.transport, call.blocks, call.form, {"q": q, "k": k, "v": v}, sinks=sinks)
 
 
 class _Attention(torch.autograd.Function):

@@ -92,9 +92,7 @@ class Blocks:
         head_dim, value_dim = k.shape[3], v.shape[3]
         q, k, v = self._one_dim(rows["q"], k, v)
         dout, out = rows["dout"], rows.get("out")
-        if (
-            v.shape[3] > value_dim
-        ):  # zeros leave the row sums of dout * out as they are; pad() copies in any case
+        if v.shape[3] > value_dim:  # zeros leave the row sums of dout * out as they are; pad() copies in any case
             dout = pad(dout, (0, v.shape[3] - value_dim))
             out = None if out is None else pad(out, (0, v.shape[3] - value_dim))
         dq, dk, dv = self.kernel.backward(
@@ -114,9 +112,7 @@ def begin(total: Accumulator, q: Tensor, value_dim: int) -> None:
     """Give the accumulator an empty part for q's (B, H, S, D) rows, unless it has one: 0 with lse -inf."""
     if not total.ready:
         acc = accumulate_dtype(q.dtype)
-        total.add(
-            q.new_zeros((*q.shape[:3], value_dim), dtype=acc), q.new_full(q.shape[:3], -math.inf, dtype=acc)
-        )
+        total.add(q.new_zeros((*q.shape[:3], value_dim), dtype=acc), q.new_full(q.shape[:3], -math.inf, dtype=acc))
 
 
 def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:

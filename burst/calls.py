@@ -90,9 +90,7 @@ def make_call(
     return call
 
 
-def _forward(
-    layout: Layout, keys: Layout | None, form: Form, transport: Transport, options: Options
-) -> Schedule:
+def _forward(layout: Layout, keys: Layout | None, form: Form, transport: Transport, options: Options) -> Schedule:
     given = options.schedule
     if isinstance(given, Schedule):
         fits = given.phase == "forward" and given.layout == layout and given.nodes == transport.nodes
@@ -117,9 +115,7 @@ def _forward(
     )
 
 
-def _planned(
-    layout: Layout, form: Form, transport: Transport, options: Options, wants_gradient: bool
-) -> Options:
+def _planned(layout: Layout, form: Form, transport: Transport, options: Options, wants_gradient: bool) -> Options:
     """Put the planner's choice in the place of ``auto``: by the arguments alone, so ranks choose alike."""
     where = options.topology or topology(
         transport.world, transport.nodes, "cuda" if transport.device.type == "cuda" else "cpu"
@@ -172,9 +168,7 @@ def first_tokens(layout: Layout, stop: int) -> Layout:
         return replace(span, count=count) if count > 0 else None
 
     spans = tuple(tuple(s for s in map(cut, row) if s is not None) for row in layout.spans)
-    return replace(
-        layout, n_tokens=stop, cu_seqlens=tuple(min(edge, stop) for edge in layout.cu_seqlens), spans=spans
-    )
+    return replace(layout, n_tokens=stop, cu_seqlens=tuple(min(edge, stop) for edge in layout.cu_seqlens), spans=spans)
 
 
 def _agree(call: Call, sinks: Tensor | None) -> None:
@@ -205,9 +199,7 @@ def _form(q: Tensor, k: Tensor, v: Tensor, accurate: bool) -> Form:
     return Form(q.shape[0], q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype, accurate)
 
 
-def _check(
-    q: Tensor, k: Tensor, sinks: Tensor | None, transport: Transport, layout: Layout, options: Options
-) -> None:
+def _check(q: Tensor, k: Tensor, sinks: Tensor | None, transport: Transport, layout: Layout, options: Options) -> None:
     keys, rank = options.keys or layout, transport.rank
     choose("backward", options.backward, BACKWARD)
     if layout.world != transport.world:
@@ -223,13 +215,9 @@ def _check(
                 remedy,
             )
     if q.device.type != transport.device.type:
-        _refuse(
-            "tensors and transport differ in their device", q.device, transport.device, "Move the tensors."
-        )
+        _refuse("tensors and transport differ in their device", q.device, transport.device, "Move the tensors.")
     if options.scale is not None and not 0 < options.scale < float("inf"):
-        _refuse(
-            "the scale must be positive", options.scale, "0 < scale < inf", "Leave it None for 1/sqrt(D)."
-        )
+        _refuse("the scale must be positive", options.scale, "0 < scale < inf", "Leave it None for 1/sqrt(D).")
     if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
         _refuse("sinks must hold one logit a head", tuple(sinks.shape), (q.shape[1],), "Pass (H,).")
     if options.checkpoint is not None:

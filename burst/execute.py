@@ -47,9 +47,7 @@ class Execution:
         self.heads = schedule.heads_of(transport.rank)
         self.caller, self.working = dict(own), dict(own)
         self.split = HeadSplit(schedule, transport.rank) if schedule.heads else None
-        self._sinks = (
-            sinks if sinks is None or self.heads is None else sinks[self.heads.q_start : self.heads.q_stop]
-        )
+        self._sinks = sinks if sinks is None or self.heads is None else sinks[self.heads.q_start : self.heads.q_stop]
         self._resume = resume
         self._total = Accumulator()
         self._flat: dict[Slot, Tensor] = {}
@@ -98,9 +96,7 @@ class Execution:
         for step in self.schedule.programs[self.rank]:
             if self._resume and isinstance(step, Post) and _role(step) in BORDER:
                 skipped.add(step.name)
-            elif self._resume and (
-                isinstance(step, Regroup) or (isinstance(step, Wait) and step.name in skipped)
-            ):
+            elif self._resume and (isinstance(step, Regroup) or (isinstance(step, Wait) and step.name in skipped)):
                 continue
             else:
                 yield step
@@ -173,9 +169,7 @@ class Execution:
             if first:
                 self._written.add(target)
         elif target == Slot("out", 0):
-            begin(
-                self._total, self.working["q"], source["out"].shape[3]
-            )  # or it would adopt the buffer's memory
+            begin(self._total, self.working["q"], source["out"].shape[3])  # or it would adopt the buffer's memory
             self._total.add(source["out"], source["lse"])
         else:
             both, into = Accumulator(), self._tensors(target, step.block)

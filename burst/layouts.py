@@ -98,15 +98,11 @@ class Layout:
         """
         return _pieces(self.spans[q_rank], (keys or self).spans[kv_rank], causal=causal, window=window)
 
-    def pairs(
-        self, rank: int, *, causal: bool = True, window: int | None = None, keys: Layout | None = None
-    ) -> int:
+    def pairs(self, rank: int, *, causal: bool = True, window: int | None = None, keys: Layout | None = None) -> int:
         """Unmasked pairs of the rank's queries with all keys: its share of the work."""
         keys = keys or self
         sources = range(keys.world)
-        return sum(
-            p.pairs for s in sources for p in self.pieces(rank, s, causal=causal, window=window, keys=keys)
-        )
+        return sum(p.pairs for s in sources for p in self.pieces(rank, s, causal=causal, window=window, keys=keys))
 
     def grouped(self, groups: Sequence[Sequence[int]]) -> Layout:
         """Layout whose rank g holds all tokens of the ranks ``groups[g]``, ascending: Ulysses' groups."""
@@ -116,9 +112,7 @@ class Layout:
     def _union(self, ranks: Sequence[int]) -> tuple[Span, ...]:
         if len(ranks) == self.world:  # stripes of all ranks make up whole documents again
             edges = list(pairwise(self.cu_seqlens))
-            return _number(
-                [(max(a, self.base), b - max(a, self.base), 1, d) for d, (a, b) in enumerate(edges)]
-            )
+            return _number([(max(a, self.base), b - max(a, self.base), 1, d) for d, (a, b) in enumerate(edges)])
         mine = sorted((s.document, s.start, s.count, s.step) for r in ranks for s in self.spans[r])
         return _number([(start, count, step, document) for document, start, count, step in mine])
 

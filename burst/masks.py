@@ -61,9 +61,7 @@ class Piece(NamedTuple):
         return rows * (rows + 1) // 2 if self.causal else rows * (self.k_stop - self.k_start)
 
 
-def pieces(
-    q_spans: Iterable[Span], k_spans: Iterable[Span], *, causal: bool, window: int | None
-) -> tuple[Piece, ...]:
+def pieces(q_spans: Iterable[Span], k_spans: Iterable[Span], *, causal: bool, window: int | None) -> tuple[Piece, ...]:
     """Compose the mask between two ranks' spans; every unmasked pair lies in exactly one piece.
 
     ``window`` keys are seen by a causal query, itself included; without ``causal`` it sees keys closer than

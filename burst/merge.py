@@ -54,9 +54,7 @@ class Accumulator:
             return
         out, lse = out.to(self._out_BHSE.dtype), lse.to(self._lse_BHS.dtype)
         if rows is None:
-            assert out.shape == self._out_BHSE.shape, (
-                f"{tuple(out.shape)} is not {tuple(self._out_BHSE.shape)}"
-            )
+            assert out.shape == self._out_BHSE.shape, f"{tuple(out.shape)} is not {tuple(self._out_BHSE.shape)}"
             self._lse_BHS = _merge_into(self._out_BHSE, self._lse_BHS, out, lse)
             return
         out_rows, lse_rows = self._out_BHSE[:, :, rows], self._lse_BHS[:, :, rows]

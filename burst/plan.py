@@ -49,9 +49,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         fields = {"given": str(error.given), "allowed": str(error.allowed), "remedy": error.remedy}
         sys.stderr.write(f"{error}\n")
-        sys.stdout.write(
-            json.dumps({"error": {"type": "UserError", "message": error.message} | fields}) + "\n"
-        )
+        sys.stdout.write(json.dumps({"error": {"type": "UserError", "message": error.message} | fields}) + "\n")
         return 2
     sys.stdout.write(table)
     sys.stdout.write(json.dumps(document) + "\n")

@@ -160,9 +160,7 @@ def plan(
     found = [_candidate(n, layout, shape, topology, causal, window, keys, backward) for n in names]
     best = min(c.total_s for c in found)
     if best == float("inf"):
-        raise UserError(
-            "no schedule can run", given=", ".join(names), allowed="ring", remedy="Use schedule='ring'."
-        )
+        raise UserError("no schedule can run", given=", ".join(names), allowed="ring", remedy="Use schedule='ring'.")
     close = [c for c in found if c.total_s <= best * TIE]
     chosen = min(close, key=lambda c: SIMPLEST.index(c.name))
     others = sorted((c for c in found if c is not chosen), key=lambda c: (c.total_s, c.name))

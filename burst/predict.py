@@ -69,9 +69,7 @@ def predict(schedule: Schedule, shape: AttentionShape, topology: Topology) -> Pr
 
     Each rank sends and receives one message at a time per link class, at full bandwidth in both directions.
     """
-    work = [
-        [work_s(schedule, r, step, shape, topology) for step in p] for r, p in enumerate(schedule.programs)
-    ]
+    work = [[work_s(schedule, r, step, shape, topology) for step in p] for r, p in enumerate(schedule.programs)]
     end = _Clock(schedule, shape, topology, work).run()
     sent: defaultdict[str, int] = defaultdict(int)
     for r in range(schedule.world):
@@ -98,18 +96,12 @@ def workspace_bytes(schedule: Schedule, rank: int, shape: AttentionShape) -> int
 class _Clock:
     """The ranks' programs in order of time; who waits for a message sleeps until its other end is posted."""
 
-    def __init__(
-        self, schedule: Schedule, shape: AttentionShape, topology: Topology, work: list[list[float]]
-    ) -> None:
+    def __init__(self, schedule: Schedule, shape: AttentionShape, topology: Topology, work: list[list[float]]) -> None:
         self.schedule, self.shape, self.topology, self.work = schedule, shape, topology, work
         self.now = [0.0] * schedule.world
         self.at = [0] * schedule.world
-        self.open: defaultdict[_Message, list[tuple[int, int, float]]] = defaultdict(
-            list
-        )  # posted at one end
-        self.missing: defaultdict[tuple[int, int], int] = defaultdict(
-            int
-        )  # messages of a post without a time yet
+        self.open: defaultdict[_Message, list[tuple[int, int, float]]] = defaultdict(list)  # posted at one end
+        self.missing: defaultdict[tuple[int, int], int] = defaultdict(int)  # messages of a post without a time yet
         self.ends: defaultdict[tuple[int, int], float] = defaultdict(float)  # when a post is done
         self.busy: defaultdict[tuple[int, str, str], float] = defaultdict(float)  # (rank, link, direction)
         self.asleep: dict[tuple[int, int], int] = {}

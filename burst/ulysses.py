@@ -14,9 +14,7 @@ from burst.buffers import Form
 from burst.schedules.base import Heads, Role, Schedule
 from burst.transport import Message, Transport
 
-Arrived = Sequence[
-    Mapping[str, Tensor] | None
-]  # by member: what came from it; None: nothing, or the rank itself
+Arrived = Sequence[Mapping[str, Tensor] | None]  # by member: what came from it; None: nothing, or the rank itself
 
 ROWS = {"qkv": ("q", "k", "v"), "dout": ("dout",), "out": ("out",), "dqkv": ("dq", "dk", "dv")}
 OF_KEYS = ("k", "v", "dk", "dv")  # tensors with kv heads; all others have query heads
@@ -52,9 +50,7 @@ class HeadSplit:
                 out[name].index_copy_(TOKENS, self._places[m].to(x.device), x)
         return out
 
-    def scatter(
-        self, results: Mapping[str, Tensor], arrived: Arrived, role: Role, form: Form
-    ) -> dict[str, Tensor]:
+    def scatter(self, results: Mapping[str, Tensor], arrived: Arrived, role: Role, form: Form) -> dict[str, Tensor]:
         """Put the heads of this rank's rows together again: (B, H or K, S, D) each.
 
         A kv head that several members worked on gets the sum of their gradients, in member order.

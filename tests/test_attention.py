@@ -80,12 +80,7 @@ def test_exact_with_every_size_and_scale(where: str, backward: str) -> None:
 
 
 def test_auto_takes_the_planners_choice() -> None:
-    check(
-        [
-            Case(4, schedule="burst", backward="auto", heads=heads, edges=(0, 64), per_node=2)
-            for heads in HEADS
-        ]
-    )
+    check([Case(4, schedule="burst", backward="auto", heads=heads, edges=(0, 64), per_node=2) for heads in HEADS])
     case = Case(4, schedule="auto", backward="auto", edges=(0, 64), per_node=2)
     got, _ = compute(case)
     assert all((x - y).abs().max() <= 1e-11 for x, y in zip(got, dense(case), strict=True))
@@ -107,9 +102,7 @@ def test_a_chunk_after_history_equals_one_call(name: str, forward: str) -> None:
             for x in (k, v)
         )
         q_own = chunk.shard(q[:, :, old:], t.rank, 2)
-        out = attention(
-            q_own, k_own, v_own, transport=t, layout=chunk, keys=keys, schedule="ring", forward=forward
-        )
+        out = attention(q_own, k_own, v_own, transport=t, layout=chunk, keys=keys, schedule="ring", forward=forward)
         assert isinstance(out, Tensor)
         return out
 
@@ -140,9 +133,7 @@ def test_checkpoint_keeps_and_computes_what_it_says(monkeypatch: pytest.MonkeyPa
     case = Case(4, heads=(2, 2), edges=(0, n), checkpoint=kept)
     real = module._complete
 
-    def counted(
-        q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None, call: Any
-    ) -> Any:
+    def counted(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None, call: Any) -> Any:
         rank = call.transport.rank
         assert call.again is not None and out.shape[2] == lse.shape[2] == n // 4 * kept
         areas.append(call.again.layout.pairs(rank))
@@ -191,18 +182,14 @@ def test_published_number_of_bytes() -> None:
     # MHA forward, B = 2, H = 4, N = 512, D = 64, fp32, P = 8.
     case = Case(8, heads=(4, 4), edges=(0, 512), dim=64, value_dim=64, batch=2, dtype=torch.float32)
     _, world = compute(case)
-    half = [
-        t.ledger.entries()["kv", "intra"] // 2 for t in world.transports
-    ]  # the backward's keys are as many
+    half = [t.ledger.entries()["kv", "intra"] // 2 for t in world.transports]  # the backward's keys are as many
     assert half == [1_835_008] * 8 and all(t.ledger.messages()["kv"] == 2 * 7 for t in world.transports)
 
 
 def test_window_skips_hops() -> None:
     case = Case(8, "contiguous", heads=(2, 1), edges=(0, 800))
     whole, narrow = (compute(replace(case, window=w))[1] for w in (None, 60))
-    assert [t.ledger.messages()["kv"] for t in narrow.transports[:-1]] == [
-        2
-    ] * 7  # to the next rank, both phases
+    assert [t.ledger.messages()["kv"] for t in narrow.transports[:-1]] == [2] * 7  # to the next rank, both phases
     assert sum(t.ledger.by_kind().get("kv", 0) for t in narrow.transports) * 4 == sum(
         t.ledger.by_kind().get("kv", 0) for t in whole.transports
     )

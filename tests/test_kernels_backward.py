@@ -42,9 +42,7 @@ def draw(
         (heads[1], keys, value_dim),
         (heads[0], queries, value_dim),
     ]
-    q, k, v, dout = (
-        torch.randn(batch, *s, generator=gen, dtype=torch.float64).to(dtype).to(device) for s in shapes
-    )
+    q, k, v, dout = (torch.randn(batch, *s, generator=gen, dtype=torch.float64).to(dtype).to(device) for s in shapes)
     return q, k, v, dout
 
 
@@ -134,9 +132,7 @@ def test_empty_blocks(name: str, queries: int, keys: int) -> None:
 def test_value_dim() -> None:
     q, k, v, dout = draw((6, 2), 9, 9, 16, value_dim=24)
     blocks = [(slice(0, 9), True)]
-    assert_close(
-        shares("reference", q, k, v, dout, blocks, True), dense(q, k, v, dout, blocks), torch.float64
-    )
+    assert_close(shares("reference", q, k, v, dout, blocks, True), dense(q, k, v, dout, blocks), torch.float64)
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-30, 1e30])

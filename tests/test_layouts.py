@@ -86,9 +86,7 @@ def test_packed_documents(name: str, edges: list[int]) -> None:
 
 @settings(max_examples=80, deadline=None)
 @given(names, st.integers(0, 40), st.integers(1, 20), st.integers(1, 6), st.booleans(), windows)
-def test_chunks_over_history(
-    name: str, old: int, new: int, world: int, causal: bool, window: int | None
-) -> None:
+def test_chunks_over_history(name: str, old: int, new: int, world: int, causal: bool, window: int | None) -> None:
     queries, keys = layout(name, old, world).extend(new)
     later, all_keys = keys.extend(3)
     seen_NN = counted(queries, keys, causal, window)

@@ -50,18 +50,14 @@ def assert_same(got: Part, want: Part) -> None:
     seed=st.integers(0, 99),
     rng=st.randoms(),
 )
-def test_any_split_in_any_order_is_dense_attention(
-    keys: int, cuts: list[float], seed: int, rng: random.Random
-) -> None:
+def test_any_split_in_any_order_is_dense_attention(keys: int, cuts: list[float], seed: int, rng: random.Random) -> None:
     want, parts = split_attention([int(c * keys) for c in cuts], keys, seed, torch.float64)
     for order in (parts, rng.sample(parts, len(parts))):
         for mine, theirs in zip(merge(order), want, strict=True):
             torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "dtype, atol", [(torch.float32, 5e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
-)
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 5e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("pieces", [2, 9])
 def test_lower_precision(dtype: torch.dtype, atol: float, pieces: int) -> None:
     want, parts = split_attention([i * 90 // pieces for i in range(1, pieces)], 90, 0, dtype)

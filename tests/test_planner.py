@@ -55,9 +55,7 @@ def test_a_double_ring_hides_slow_links_between_nodes() -> None:
     slow = replace(machine, inter=Link(machine.intra.bandwidth / 8, 0.0))  # 4 s a block
     lay, nodes = layout("contiguous", 128, 8), [0] * 4 + [1] * 4
     flat = predict(schedule("ring", lay, GQA, nodes=nodes, causal=False), GQA, topology(8, nodes, slow))
-    double = predict(
-        schedule("double_ring", lay, GQA, nodes=nodes, causal=False), GQA, topology(8, nodes, slow)
-    )
+    double = predict(schedule("double_ring", lay, GQA, nodes=nodes, causal=False), GQA, topology(8, nodes, slow))
     assert double.total_s == pytest.approx(8.0) and double.exposed_s == pytest.approx(0.0)
     assert flat.total_s > 2.5 * double.total_s
     assert double.sent_bytes["inter"] * 7 == sum(double.sent_bytes.values())
@@ -107,10 +105,7 @@ def test_usp_takes_the_best_grid() -> None:
     few_heads = replace(GQA, q_heads=4, kv_heads=4)
     found = {c.name: c for c in plan(layout("zigzag", 131072, 16), few_heads, topology(16, 2)).candidates}
     assert found["usp"].ulysses in (2, 4) and found["ulysses"].ulysses is None
-    assert (
-        f"usp {found['usp'].ulysses}x"
-        in plan(layout("zigzag", 131072, 16), few_heads, topology(16, 2)).table()
-    )
+    assert f"usp {found['usp'].ulysses}x" in plan(layout("zigzag", 131072, 16), few_heads, topology(16, 2)).table()
 
 
 def test_topologies() -> None:

@@ -267,9 +267,7 @@ def test_heads_are_dealt_out_once_and_group_evenly(q_heads: int, kv_heads: int) 
         dealt = head_split(q_heads, kv_heads, members)
         assert [h for part in dealt for h in range(part.q_start, part.q_stop)] == list(range(q_heads))
         for part in dealt:
-            assert {h // group for h in range(part.q_start, part.q_stop)} == set(
-                range(part.kv_start, part.kv_stop)
-            )
+            assert {h // group for h in range(part.q_start, part.q_stop)} == set(range(part.kv_start, part.kv_stop))
             assert part.kv_count == 0 or part.q_count % part.kv_count == 0
         if q_heads % members == 0 and (kv_heads % members == 0 or members % kv_heads == 0):
             assert {part.q_count for part in dealt} == {q_heads // members}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apb.compress.base import Candidates, Compressor
+from burst.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,15 @@ class Query(Compressor):
     needs_question: ClassVar[bool] = True
 
     window: int = 5
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.window % 2 == 0:
+            raise UserError(
+                "the window of the max-pool must have a middle",
+                given=f"compress.window={self.window}",
+                allowed="1, 3, 5, ...",
+                remedy="Choose an odd compress.window; 1 pools nothing.",
+            )
 
     def score(self, block: Candidates) -> Tensor:
         """Return scores (B, K, S), fp32."""

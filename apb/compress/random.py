@@ -21,6 +21,7 @@ class Random(Compressor):
 
     def score(self, block: Candidates) -> Tensor:
         """Return scores (B, K, S), fp32."""
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + block.layer) * 1_000_003 + block.rank)
+        number = (self.seed * 1_000_003 + block.layer) * 1_000_003 + block.rank
+        generator = torch.Generator().manual_seed(number % 2**63)
         shape = block.k_BKSD.shape[:-1]
         return torch.rand(shape, generator=generator).to(block.k_BKSD.device)

@@ -14,7 +14,6 @@ from apb.models.adapter import Adapter
 from burst.kernels import Kernel
 from burst.transport import Transport
 
-
 # What the owner tells with each token, above the token's own bits.
 GO_ON, STOP, LENGTH = 0, 1, 2
 _TOKEN_BITS = 32
@@ -80,9 +79,7 @@ def generate(
             return Decoded(ids, "stop" if ending == STOP else "length", times)
 
 
-def forward(
-    adapter: Adapter, kernel: Kernel, transport: Transport, cache: HostCache, token_ids: Sequence[int]
-) -> None:
+def forward(adapter: Adapter, kernel: Kernel, transport: Transport, cache: HostCache, token_ids: Sequence[int]) -> None:
     """Run new tokens over the cache; their KV goes to the owner, which keeps the last token's logits."""
     start = cache.length
     cache.length += len(token_ids)

@@ -23,11 +23,15 @@ def gather(cache: HostCache, rank: int, transport: Transport, shape: ModelShape,
         for member, block_len in zip(cache.members, cache.block_lens, strict=True):
             held = cache.context[layer] if cache.context else None
             parts.append(_move(held, block_len, member, rank, transport, shape, like, f"layer {layer}: gather"))
-        late = _move(cache.tail.view(layer), tail_len, cache.owner, rank, transport, shape, like, f"layer {layer}: gather")
+        late = None
+        if tail_len:  # an unconditioned cache has none
+            held = cache.tail.view(layer)
+            late = _move(held, tail_len, cache.owner, rank, transport, shape, like, f"layer {layer}: gather")
         if transport.rank == rank:
             k_and_v = torch.cat(parts, dim=3)
             context.append(LayerKV(k_and_v[0], k_and_v[1]))
-            tail.append(layer, late[0], late[1])
+            if late is not None:
+                tail.append(layer, late[0], late[1])
     logits = cache.logits
     if cache.undecoded is None and tail_len and rank != cache.owner:
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -64,7 +68,7 @@ def _move(
 def _send(
     x: Tensor | None, size: tuple[int, ...], dtype: torch.dtype, src: int, dst: int, transport: Transport, step: str
 ) -> Tensor:
-    if transport.rank not in (src, dst) or x is None and src == dst:
+    if transport.rank not in (src, dst) or (x is None and src == dst):
         return torch.empty(0)
     if src == dst:
         assert x is not None

@@ -106,7 +106,8 @@ class Adapter:
         self._model = model
         self._base = model.base_model
         model.set_attn_implementation(IMPLEMENTATION)
-        for module in self._attention_modules():
+        self._attentions = self._attention_modules()
+        for module in self._attentions:
             self._hook_projections(module)
 
     @property
@@ -131,15 +132,18 @@ class Adapter:
         logits: Tensor = out.logits[0, -1]
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def rotate(self, x_BHSD: Tensor, delta: int) -> Tensor:
-        """Rotate already rotated queries or keys on by ``delta`` positions (RoPE rotations add up)."""
-        module = sys.modules[type(self._attention_modules()[0]).__module__]
+    def rotate(self, x_BHSD: Tensor, delta: int, layer: int) -> Tensor:
+        """Rotate a layer's already rotated queries or keys on by ``delta`` positions (RoPE rotations add up)."""
+        attention = self._attentions[layer]
+        if not getattr(attention, "use_rope", True):  # SmolLM3 leaves positions out of some layers
+            return x_BHSD
         rotary = self._base.rotary_emb
         cos, sin = rotary(x_BHSD, torch.tensor([[delta]], device=x_BHSD.device))
-        rotated, _ = module.apply_rotary_pos_emb(x_BHSD, x_BHSD, cos, sin)
         # cos and sin carry the scaling of YaRN and its like; it is in x already.
-        out: Tensor = rotated / getattr(rotary, "attention_scaling", 1.0)
-        return out
+        scaling = getattr(rotary, "attention_scaling", 1.0)
+        apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        rotated: Tensor = apply(x_BHSD, x_BHSD, cos / scaling, sin / scaling)[0]
+        return rotated
 
     def _forward(
         self, module: nn.Module, ids_S: Tensor, positions_S: Tensor, attention: Attention, **options: Any
@@ -158,7 +162,7 @@ class Adapter:
             _captured.slot = None
 
     def _attention_modules(self) -> list[nn.Module]:
-        found = [m for m in self._base.modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")]
+        found = [m for m in self._base.modules() if hasattr(m, "layer_idx") and _has_projections(m)]
         if len(found) != self.shape.layers:
             raise UserError(
                 "the model's attention layers could not be found",
@@ -191,6 +195,12 @@ class Adapter:
             projection = getattr(module, f"{name}_proj", None)
             if projection is not None:
                 projection.register_forward_hook(keep(name))
+
+
+def _has_projections(module: nn.Module) -> bool:
+    """Whether q, k, v and o are plain projections; DeepSeek's compressed keys, for one, are not."""
+    names = ("qkv_proj", "o_proj") if hasattr(module, "qkv_proj") else ("q_proj", "k_proj", "v_proj", "o_proj")
+    return all(hasattr(module, name) for name in names)
 
 
 def check_config(config: Any) -> None:

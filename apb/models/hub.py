@@ -11,16 +11,17 @@ from apb.models.files import Progress
 from burst.errors import UserError
 
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
-# Weights in formats that are not loaded, and copies of the weights for other programs, would double the download.
+# Copies of the weights for other programs would double the download.
 _UNWANTED = ["*/*.safetensors", "*/*.bin", "consolidated*", "original/*", "onnx/*"]
 _TIMEOUT_S = 20.0
+_INTERVAL_S = 0.2
 
 
 def download(name: str, on_progress: Progress) -> Path:
     """Return the local folder of the hub model ``name`` ("org/model"), fetching what is missing.
 
-    Only configuration, tokenizer and safetensors are fetched; ``.bin`` weights only where there are no others. Raises
-    UserError when the model does not exist, is gated, or the hub cannot be reached and nothing is cached.
+    Fetches configuration, tokenizer and safetensors; ``.bin`` weights where there are no others. Raises
+    UserError when the model does not exist, is gated, or the hub is out of reach and nothing is cached.
     """
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -28,13 +29,10 @@ def download(name: str, on_progress: Progress) -> Path:
     wanted = list(_WANTED)
     try:
         try:
-            files = [
-                f.rfilename
-                for f in huggingface_hub.HfApi().model_info(name, timeout=_TIMEOUT_S).siblings or []
-            ]
+            files = [f.rfilename for f in huggingface_hub.HfApi().model_info(name, timeout=_TIMEOUT_S).siblings or []]
         except (GatedRepoError, RepositoryNotFoundError):
             raise
-        # The hub's client passes on whatever its HTTP library raises, and that library changes between versions.
+        # The hub's client passes on what its HTTP library raises, and that library changes between versions.
         except Exception as error:
             return _cached(name, error)
         if not any("/" not in file and file.endswith(".safetensors") for file in files):
@@ -74,8 +72,8 @@ def _unreachable(name: str, error: Exception) -> UserError:
     return _error(
         name,
         f"could not be fetched from the Hugging Face hub ({type(error).__name__}: {error})",
-        "Copy the model's folder (config.json, *.safetensors, tokenizer files) to this machine and give its path, "
-        "or use the embedded model 'smollm2-135m'.",
+        "Copy the model's folder (config.json, *.safetensors, tokenizer files) to this machine and give its "
+        "path, or use the embedded model 'smollm2-135m'.",
     )
 
 
@@ -89,7 +87,7 @@ def _error(name: str, what: str, remedy: str) -> UserError:
 
 
 def _bar(name: str, on_progress: Progress) -> type[Any]:
-    """Return a tqdm class that draws nothing and reports the bytes of all files to ``on_progress``, one call at a time."""
+    """Return a tqdm class that draws nothing and reports bytes to ``on_progress``, one call at a time."""
     from tqdm import tqdm
 
     lock = threading.Lock()
@@ -106,6 +104,3 @@ def _bar(name: str, on_progress: Progress) -> type[Any]:
                     on_progress(phase, int(self.n), int(self.total or 0))
 
     return Bar
-
-
-_INTERVAL_S = 0.2

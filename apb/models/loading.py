@@ -9,23 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from apb.models.files import INDEX, WEIGHTS, check_weights, damaged, quiet, read_json
-from burst.errors import UserError, choose
+from apb.models.placement import resolve_device, resolve_dtype, torch_dtype
+from burst.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 _logger = logging.getLogger(__name__)
 
 
 def load_config(path: Path) -> PretrainedConfig:
-    """Return the folder's configuration; raises UserError when config.json is damaged or of an unknown kind."""
+    """Return the folder's configuration; raises UserError when it is damaged or of an unknown kind."""
     file = path / "config.json"
     read_json(file)
     with quiet():
@@ -33,7 +28,7 @@ def load_config(path: Path) -> PretrainedConfig:
 
         try:
             return AutoConfig.from_pretrained(path, local_files_only=True)
-        # Validation raises many kinds, some of them private to huggingface_hub; all of them mean this one file.
+        # Validation raises many kinds, some private to huggingface_hub; all of them mean this one file.
         except Exception as error:
             raise UserError(
                 f"the model configuration {file} cannot be used: {_first_line(error)}",
@@ -53,7 +48,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             f"the model folder {path} holds no tokenizer",
             given=str(path),
             allowed=f"one of {', '.join(_TOKENIZER_FILES)}",
-            remedy="Copy the tokenizer's files into the folder, or give token ids instead of text.",
+            remedy="Copy the tokenizer's files into the folder.",
         )
     with quiet():
         from transformers import AutoTokenizer
@@ -72,20 +67,18 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 def load_model(path: Path, *, dtype: str, device: str) -> PreTrainedModel:
     """Return the folder's model in evaluation mode, without gradients, on one device.
 
-    ``dtype`` is auto (as stored) or one of DTYPES; ``device`` is auto (CUDA where there is one), cpu, cuda or cuda:N.
-    Raises UserError for unknown names, absent devices, and weights that are damaged or do not fit config.json:
-    transformers would fill what is missing with random numbers.
+    ``dtype`` and ``device`` are the names that ``apb.models.placement`` knows. Raises UserError for unknown
+    names, absent devices, and weights that are damaged or do not fit config.json: transformers would fill in
+    random numbers for what is missing.
     """
-    target = pick_device(device)
-    kind: Any = "auto" if dtype == "auto" else DTYPES[choose("dtype", dtype, ["auto", *DTYPES]) or dtype]
+    device = resolve_device(device)
     config = load_config(path)
+    dtype = resolve_dtype(dtype, device, config)
     if (path / "generation_config.json").exists():
-        read_json(
-            path / "generation_config.json"
-        )  # transformers ignores a damaged one, and with it the stop tokens
+        read_json(path / "generation_config.json")  # transformers ignores a damaged one, and with it the stop tokens
     check_weights(path)
     # On a device, weights go there tensor by tensor; on the CPU without a device map they stay memory-mapped.
-    placement = {} if target.type == "cpu" else {"device_map": {"": target}}
+    placement = {} if device == "cpu" else {"device_map": {"": device}}
     with quiet():
         from transformers import AutoModelForCausalLM
 
@@ -93,7 +86,7 @@ def load_model(path: Path, *, dtype: str, device: str) -> PreTrainedModel:
             model, info = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
-                dtype=kind,
+                dtype=torch_dtype(dtype),
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that they are named below
@@ -110,30 +103,8 @@ def load_model(path: Path, *, dtype: str, device: str) -> PreTrainedModel:
     return loaded
 
 
-def pick_device(device: str) -> torch.device:
-    """Return the device that ``device`` (auto, cpu, cuda, cuda:N) means; raises UserError when it is not there."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "auto":
-        return torch.device("cuda" if count else "cpu")
-    base, colon, index = device.partition(":")
-    if not (base == "cuda" and colon and index.isascii() and index.isdigit()):
-        base = choose("device", device, ["auto", "cpu", "cuda", "cuda:N"])
-    if base == "cpu":
-        return torch.device("cpu")
-    if base == "cuda:N" or int(index or 0) >= count:
-        raise UserError(
-            f"the device '{device}' is not there",
-            given=device,
-            allowed="auto, cpu" + "".join(f", cuda:{i}" for i in range(count)),
-            remedy="Use device=cpu, or install a CUDA build of torch and its driver."
-            if not count
-            else "Choose one.",
-        )
-    return torch.device(device)
-
-
 def generation_stop_ids(source: Path | PreTrainedModel) -> tuple[int, ...]:
-    """Return the token ids that end an answer: those of the generation configuration, then those of the model's own.
+    """Return the token ids that end an answer: the generation configuration's, then the model's own.
 
     ``source`` is a model folder (nothing is imported or loaded for it) or a loaded model.
     """
@@ -161,15 +132,11 @@ def _check_loaded(path: Path, info: dict[str, Any]) -> None:
             raise damaged(_weights_file(path), f"against config.json it {what} the tensor {first}{more}")
     if info["unexpected_keys"]:
         names = sorted(info["unexpected_keys"])
-        _logger.warning(
-            "%s has %d tensors that the model does not use, such as %s", path, len(names), names[0]
-        )
+        _logger.warning("%s has %d tensors that the model does not use, such as %s", path, len(names), names[0])
 
 
 def _weights_file(path: Path) -> Path:
-    return next(
-        (path / name for name in (WEIGHTS, INDEX) if (path / name).exists()), path / "pytorch_model.bin"
-    )
+    return next((path / name for name in (WEIGHTS, INDEX) if (path / name).exists()), path / "pytorch_model.bin")
 
 
 def _first_line(error: Exception) -> str:

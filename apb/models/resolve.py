@@ -18,9 +18,9 @@ _ALLOWED = f"{', '.join(sorted(EMBEDDED))}, a local folder with config.json, or 
 def resolve(name: str, *, on_progress: Progress | None = None, cache_dir: Path | None = None) -> Path:
     """Return the local folder (with config.json) of the model that ``name`` means, fetched if need be.
 
-    ``name`` is an embedded model's name, else a local folder, else a hub id; ``cache_dir`` holds the embedded models
-    (default ``~/.cache/apb-prefill``). ``on_progress(phase, done, total)`` may be called from other threads, one call at
-    a time. Raises UserError for anything that does not lead to a folder, with what to change or place where.
+    ``name`` is an embedded model's name, else a local folder, else a hub id; ``cache_dir`` holds the embedded
+    models (default ``~/.cache/apb-prefill``). ``on_progress(phase, done, total)`` may be called from other
+    threads, one call at a time. Raises UserError for anything that leads to no folder, with what to change.
     """
     report = on_progress or silent
     if name in EMBEDDED:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from apb.models.files import Progress
 
-# pip keeps a download under the temporary directory until it is complete. Ours is given to it, so that the growing
-# file can be watched and an interrupted one is removed with the directory.
+# pip keeps a download under the temporary directory until it is complete. Ours is given to it, so that the
+# growing file can be watched and an interrupted one is removed with the directory.
 _PIP = (
     "import runpy, sys, tempfile; tempfile.tempdir = sys.argv.pop(1); "
     "runpy.run_module('pip', run_name='__main__', alter_sys=True)"
@@ -26,8 +26,8 @@ class FetchError(RuntimeError):
 def fetch_command(requirement: str, temporary: Path, destination: Path) -> list[str]:
     """Return the command that brings one distribution, without its dependencies, into ``destination``.
 
-    pip leaves the wheel there, uv (which has no download command) the wheel's contents. Both use the index that the
-    user configured. Raises FetchError when this Python has neither.
+    pip leaves the wheel there, uv (which has no download command) the wheel's contents. Both use the index
+    that the user configured. Raises FetchError when this Python has neither.
     """
     if importlib.util.find_spec("pip") is not None:
         # -P: a pip.py in the working directory is not pip. No cache: a damaged download must not come back.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 import time
 from pathlib import Path
@@ -33,7 +34,9 @@ def main() -> int:
     parser.add_argument("checks", nargs="*", metavar="check", help="default: all")
     parser.add_argument("--model", default="smollm2-135m", help="name, folder or hub id")
     parser.add_argument(
-        "--out", type=Path, help="JSONL file of samples (default: bench/results/DATE-verify.jsonl)"
+        "--out",
+        type=Path,
+        help="JSONL file of samples (default: bench/results/DATE-verify.jsonl); the summary goes beside it",
     )
     given = parser.parse_args()
     unknown = sorted(set(given.checks) - set(CHECKS))
@@ -47,8 +50,10 @@ def main() -> int:
         say(f"== {name}: {CHECKS[name]}")
         results[name] = importlib.import_module(f"bench.verify.{name}").check(recorder, given.model)
         say(f"== {name}: {'holds' if results[name]['ok'] else 'DOES NOT HOLD'}")
-    document({"ok": all(r["ok"] for r in results.values()), "results": results, "conditions": conditions()})
-    return 0 if all(r["ok"] for r in results.values()) else 1
+    summary = {"ok": all(r["ok"] for r in results.values()), "results": results, "conditions": conditions()}
+    path.with_suffix(".json").write_text(json.dumps(summary, indent=2) + "\n")
+    document(summary)
+    return 0 if summary["ok"] else 1
 
 
 if __name__ == "__main__":

@@ -71,9 +71,7 @@ def _exact(cases: list[Case]) -> dict[str, Any]:
 
 def _precision(heads: tuple[int, int], accurate: bool, tokens: int = 2048) -> dict[str, Any]:
     """RMS errors of out, dq, dk, dv against fp64, as multiples of one device's bf16 flash attention."""
-    base = Case(
-        1, heads=heads, edges=(0, tokens), dim=64, value_dim=64, dtype=torch.bfloat16, accurate=accurate
-    )
+    base = Case(1, heads=heads, edges=(0, tokens), dim=64, value_dim=64, dtype=torch.bfloat16, accurate=accurate)
     want, drawn = dense(base)[:4], [x.bfloat16() for x in inputs(heads, tokens, 64, 64, 1)[:4]]
     q, k, v = (x.requires_grad_() for x in drawn[:3])
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

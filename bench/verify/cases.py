@@ -154,9 +154,7 @@ def _dense(
     hidden_NN = ~_visible(edges, causal, window)
     for head in range(heads[0]):  # one at a time: several N x N matrices are alive
         own = slice(head, head + 1), slice(head // group, head // group + 1)
-        leaves = [
-            x.clone().requires_grad_() for x in (q[:, own[0]], k[:, own[1]], v[:, own[1]], sinks[own[0]])
-        ]
+        leaves = [x.clone().requires_grad_() for x in (q[:, own[0]], k[:, own[1]], v[:, own[1]], sinks[own[0]])]
         scores = leaves[0] @ leaves[1].mT * (dim**-0.5 if scale is None else scale)
         scores = scores.masked_fill(hidden_NN, -math.inf)
         sink = leaves[3].expand(*scores.shape[:3], 1) if with_sinks else scores.new_full((1,), -math.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def check(recorder: Recorder, model: str, prompts: int = 50) -> dict[str, Any]:
         for i in range(prompts):
             length = round(20 * 200 ** (i / (prompts - 1)))  # evenly on a logarithmic scale: 20 .. 4,000
             start = random.Random(i).randrange(len(source) - length)
-            recorder.sample(f"full/{length}/{i}", lambda s=start, n=length: _one(engine, oracle, source[s : s + n]))
+            recorder.sample(f"full/{length}/{i}", partial(_one, engine, oracle, source[start : start + length]))
     rows = list(recorder.rows("full/"))
     return {
         "ok": all(row["ok"] for row in rows),
@@ -53,7 +54,9 @@ def _one(engine: Engine, oracle: Any, ids: list[int]) -> dict[str, Any]:
     prompt = torch.tensor([ids])
     with torch.inference_mode():
         want = oracle(prompt, logits_to_keep=1).logits[0, -1]
-        out = oracle.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS, do_sample=False)
+        out = oracle.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS, do_sample=False
+        )
     same = list(answer.token_ids) == out[0, len(ids) :].tolist()
     error = (logits - want).abs().max().item()
     return {"ok": same and error <= LOGITS_ATOL, "same_tokens": same, "logits_error": error}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
 from apb.engine import Engine
@@ -23,7 +24,7 @@ def check(recorder: Recorder, model: str, strategy: str = "apb") -> dict[str, An
             for tokens in LENGTHS:
                 for i in range(DEPTHS):
                     key = f"needles/{strategy}/{hosts}/{tokens}/{i}"
-                    recorder.sample(key, lambda n=tokens, s=i: _one(engine, n, s))
+                    recorder.sample(key, partial(_one, engine, tokens, i))
                 found = [row["ok"] for row in recorder.rows(f"needles/{strategy}/{hosts}/{tokens}/")]
                 cells[f"{hosts} hosts, {tokens} tokens"] = sum(found) / len(found)
     share = sum(cells.values()) / len(cells)

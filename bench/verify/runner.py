@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Recorder:
         if key in self.done:
             return self.done[key]
         start = time.perf_counter()
-        row = {"key": key} | measure() | {"seconds": round(time.perf_counter() - start, 2)}
+        row = {"key": key} | measure() | {"seconds": round(time.perf_counter() - start, 2), "commit": commit()}
         self.done[key] = row
         with self.path.open("a") as out:
             out.write(json.dumps(row) + "\n")
@@ -55,7 +56,7 @@ def conditions() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "versions": versions(),
-        "commit": _commit(),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -66,11 +67,15 @@ def _cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def _commit() -> str:
+@cache
+def commit() -> str:
+    """Return the commit that is measured, with ``-dirty`` where files differ from it."""
     command = ["git", "describe", "--always", "--dirty"]
     found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
 
 
 def _short(row: dict[str, Any]) -> str:
-    return "  ".join(f"{k}={v}" for k, v in row.items() if k not in ("key", "ok") and not isinstance(v, list | dict))
+    return "  ".join(
+        f"{k}={v}" for k, v in row.items() if k not in ("key", "ok", "commit") and not isinstance(v, list | dict)
+    )

@@ -14,9 +14,7 @@ __all__ = ["Kernel", "kernel"]
 MODULES = {name: f"burst.kernels.{name}" for name in ("cpu", "cuda", "reference")}
 
 
-def kernel(
-    name: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> Kernel:
+def kernel(name: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Kernel:
     """Return the kernel of that name; ``auto`` takes the fastest one for inputs of ``dtype`` on ``device``.
 
     Modules load when they are asked for. Raises UserError for an unknown name.

@@ -97,9 +97,7 @@ class Checked:
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None
     ) -> tuple[Tensor, Tensor]:
         self._check(q, k, v, causal, scale)
-        if (
-            q.shape[:3].numel() == 0 or k.shape[2] == 0
-        ):  # the CPU op divides by zero here and kills the process
+        if q.shape[:3].numel() == 0 or k.shape[2] == 0:  # the CPU op divides by zero here and kills the process
             lse_BHS = q.new_full(q.shape[:3], -math.inf, dtype=accumulate_dtype(q.dtype))
             return q.new_zeros((*q.shape[:3], v.shape[3])), lse_BHS
         # The CPU op reads a strided last dim as if it were dense: wrong numbers, no error.
@@ -144,24 +142,18 @@ class Checked:
         ):
             if x is not None and tuple(x.shape) != tuple(shape):
                 given = f"{name} {tuple(x.shape)}"
-                self._refuse(
-                    f"{name} does not fit q and v", given, tuple(shape), "Pass the forward's results."
-                )
+                self._refuse(f"{name} does not fit q and v", given, tuple(shape), "Pass the forward's results.")
         for name, x in (("out", out), ("dout", dout)):
             if x is not None and x.dtype != q.dtype:
                 self._refuse(f"{name} must have q's dtype", x.dtype, q.dtype, f"Cast {name}.")
         for name, x in (("lse", lse), ("delta", delta)):
             if x is not None and x.dtype != accumulate_dtype(q.dtype):
-                self._refuse(
-                    f"{name} must not be rounded", x.dtype, accumulate_dtype(q.dtype), "Keep its dtype."
-                )
+                self._refuse(f"{name} must not be rounded", x.dtype, accumulate_dtype(q.dtype), "Keep its dtype.")
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> None:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         if not q.dim() == k.dim() == v.dim() == 4:
-            self._refuse(
-                "q, k and v need 4 dims", shapes, "(batch, heads, tokens, head dim)", "Reshape them."
-            )
+            self._refuse("q, k and v need 4 dims", shapes, "(batch, heads, tokens, head dim)", "Reshape them.")
         if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
             given = f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
             self._refuse("q, k and v need one float dtype", given, ", ".join(map(str, DTYPES)), "Cast them.")
@@ -171,16 +163,12 @@ class Checked:
             self._refuse("the inputs' device does not fit", given, self.device or "one device", remedy)
         batch, heads, length, dim = q.shape
         if k.shape[:3] != v.shape[:3] or k.shape[0] != batch:
-            self._refuse(
-                "k and v do not belong together, or not to q", shapes, "one batch size", "Check k and v."
-            )
+            self._refuse("k and v do not belong together, or not to q", shapes, "one batch size", "Check k and v.")
         if k.shape[1] == 0 or heads % k.shape[1]:
             remedy = "Pass k and v unrepeated, with a number of kv heads that divides the query heads."
             self._refuse("heads do not group", f"{heads} over {k.shape[1]} kv heads", "a whole ratio", remedy)
         if k.shape[3] != dim or dim == 0:
-            self._refuse(
-                "q and k differ in head dim", shapes, "one head dim, 1 or more", "Check the projections."
-            )
+            self._refuse("q and k differ in head dim", shapes, "one head dim, 1 or more", "Check the projections.")
         if v.shape[3] != dim and not self.any_value_dim:
             remedy = "Choose the kernel 'reference', or pad v with zeros and cut the output."
             self._refuse("the value dim must equal the head dim", shapes, f"value dim {dim}", remedy)
@@ -188,9 +176,7 @@ class Checked:
             remedy = "Attend to the earlier keys with causal=False and merge the two parts."
             self._refuse("causal needs a square block", f"{length} x {k.shape[2]}", "S == T", remedy)
         if scale is not None and not 0 < scale < math.inf:
-            self._refuse(
-                "the scale must be positive", scale, "0 < scale < inf", "Leave it None for 1/sqrt(D)."
-            )
+            self._refuse("the scale must be positive", scale, "0 < scale < inf", "Leave it None for 1/sqrt(D).")
 
     def _refuse(self, message: str, given: object, allowed: object, remedy: str) -> NoReturn:
         raise UserError(f"kernel '{self.name}': {message}", given=given, allowed=allowed, remedy=remedy)

@@ -15,9 +15,7 @@ from burst.kernels.base import Checked, Kernel, stand_in
 VECTOR_LANES = 64  # elements; no CPU's vector of fp32 is longer (SVE's 2048 bits)
 
 
-def attend(
-    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def attend(q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Call the aten op: GQA without repeats, fp64 to bf16, any head dim; ``out`` is dense as (B, S, H, D).
 
     Source: ``_scaled_dot_product_flash_attention_for_cpu``, the same schema in torch 2.11 to 2.13.

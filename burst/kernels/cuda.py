@@ -20,9 +20,7 @@ FLASH_CAPABILITY = (8, 0)  # Ampere
 LSE_ALIGN = 32  # queries; the efficient op's lse is padded to a multiple of it
 
 
-def attend(
-    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def attend(q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Call the fastest aten op that takes these inputs; ``out`` (B, H, S, E), ``lse`` (B, H, S).
 
     Source: ``_scaled_dot_product_flash_attention`` and ``_scaled_dot_product_efficient_attention`` of torch
@@ -34,9 +32,7 @@ def attend(
     value_dim = v_BKTE.shape[3]
     q, k, v = _aligned(q_BHSD), _aligned(k_BKTD), _aligned(v_BKTE)
     if _takes_flash(q_BHSD, v_BKTE):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(
-            q, k, v, 0.0, causal, False, scale=scale
-        )[:2]
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
     else:
         group = heads // k.shape[1]
         if group > 1:  # this op knows no groups; flash does
@@ -65,9 +61,7 @@ def backward(
     counterpart; neither takes delta.
     """
     if q_BHSD.dtype == torch.float64:
-        return reference.backward(
-            q_BHSD, k_BKTD, v_BKTE, out_BHSE, lse_BHS, dout_BHSE, delta_BHS, causal, scale
-        )
+        return reference.backward(q_BHSD, k_BKTD, v_BKTE, out_BHSE, lse_BHS, dout_BHSE, delta_BHS, causal, scale)
     if out_BHSE is None:
         assert delta_BHS is not None
         out_BHSE = stand_in(dout_BHSE, delta_BHS)
@@ -108,11 +102,7 @@ def backward(
 
 def _takes_flash(q_BHSD: Tensor, v_BKTE: Tensor) -> bool:
     dim = q_BHSD.shape[3]
-    return (
-        q_BHSD.dtype != torch.float32
-        and v_BKTE.shape[3] == dim <= FLASH_MAX_DIM
-        and _has_flash(q_BHSD.device)
-    )
+    return q_BHSD.dtype != torch.float32 and v_BKTE.shape[3] == dim <= FLASH_MAX_DIM and _has_flash(q_BHSD.device)
 
 
 def _aligned(x_BHSD: Tensor) -> Tensor:

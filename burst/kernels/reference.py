@@ -14,9 +14,7 @@ from burst.kernels.base import Checked, Kernel, row_sums
 from burst.merge import accumulate_dtype
 
 
-def attend(
-    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def attend(q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Compute softmax(scale q k^T) v and its lse in fp32 (fp64 for fp64); ``out`` is rounded to q's dtype."""
     q_BKRD, k, v = _grouped(q_BHSD, k_BKTD.shape[1]), _wide(k_BKTD), _wide(v_BKTE)
     scores_BHST = _scores(q_BKRD, k, q_BHSD.shape, causal, scale)

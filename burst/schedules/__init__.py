@@ -141,9 +141,7 @@ def _build(
     else:
         wrapper = HeadGroups(layout, heads, phase)
         working = [heads[r % members].q_count > 0 for r in range(layout.world)]
-        programs = tuple(
-            wrapper.wrap(r, inner[r // members] if working[r] else ()) for r in range(layout.world)
-        )
+        programs = tuple(wrapper.wrap(r, inner[r // members] if working[r] else ()) for r in range(layout.world))
     return Schedule(name, phase, travels, layout, blocks, key_blocks, nodes, causal, window, programs, heads)
 
 

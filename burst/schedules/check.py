@@ -15,9 +15,7 @@ from burst.schedules.symbolic import Content, Pair, ScheduleError, SymbolicRank
 __all__ = ["ScheduleError", "check"]
 
 _Post = tuple[int, int]  # (rank, name of a post)
-_Links = dict[
-    tuple[int, int, Parcel], tuple[int, int, Parcel]
-]  # receive -> send, each (rank, post's name, parcel)
+_Links = dict[tuple[int, int, Parcel], tuple[int, int, Parcel]]  # receive -> send, each (rank, post's name, parcel)
 
 
 def check(schedule: Schedule) -> None:
@@ -93,9 +91,7 @@ class _Run:
                     moved = True
         stuck = [r for r, rank in enumerate(self.ranks) if rank.at < len(rank.program)]
         if stuck:
-            raise ScheduleError(
-                f"deadlock: ranks {stuck} wait, rank {stuck[0]} at {self.ranks[stuck[0]].where}"
-            )
+            raise ScheduleError(f"deadlock: ranks {stuck} wait, rank {stuck[0]} at {self.ranks[stuck[0]].where}")
         for rank in self.ranks:
             rank.check_end()
 

@@ -45,9 +45,7 @@ class _Relay(Handle):
         self._failure: Exception | None = None
         # Received buffers are posted at once, so that no arrival waits for this rank's thread.
         self._pending = [(transport.start_recv(m, step), m) for m in recvs] if not transport.on_gpu else []
-        self._sent: list[tuple[dist.Work, Message]] = [
-            (transport.start_send(m, kind, step), m) for m in sends
-        ]
+        self._sent: list[tuple[dist.Work, Message]] = [(transport.start_send(m, kind, step), m) for m in sends]
         self._thread: threading.Thread | None = None
         if transport.on_gpu:
             self._run_on_stream(recvs)
@@ -61,7 +59,7 @@ class _Relay(Handle):
                 self._transport.finish(work, message.peer, self._step)
                 self._transport.arrived(message, self._step)
                 self._forward(message)
-        except HostFailure as failure:  # raised by wait(), in the rank's own thread
+        except Exception as failure:  # raised by wait(), in the rank's own thread
             self._failure = failure
 
     def _run_on_stream(self, recvs: Sequence[Message]) -> None:
@@ -157,7 +155,7 @@ class ProcessGroupTransport(Transport):
         cls,
         rank: int,
         world: int,
-        store: dist.Store,
+        store: dist.Store,  # type: ignore[name-defined]
         *,
         nodes: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
@@ -253,5 +251,5 @@ class ProcessGroupTransport(Transport):
     def relay_stream(self) -> torch.cuda.Stream:
         """Return the stream that relays run on."""
         if self._stream is None:
-            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(self.device)
         return self._stream

@@ -32,15 +32,16 @@ class _Op:
 
 
 class _VirtualHandle(Handle):
-    def __init__(self, transport: VirtualTransport, ops: list[_Op], peers: list[int], step: str) -> None:
-        self._transport, self._ops, self._peers, self._step = transport, ops, peers, step
+    def __init__(self, transport: VirtualTransport, ops: list[tuple[_Op, int]], step: str) -> None:
+        self._transport, self._step = transport, step
+        self._ops = ops  # with their peers; a relay's forwards join as their blocks arrive
 
     def wait(self) -> None:
         t = self._transport
         t._observe("wait", self._step, -1)
-        pending = next((p for op, p in zip(self._ops, self._peers, strict=True) if not op.done), None)
+        pending = next((peer for op, peer in self._ops if not op.done), None)
         if pending is not None:
-            t._world.hand_over(t, lambda: all(op.done for op in self._ops), self._step, pending)
+            t._world.hand_over(t, lambda: all(op.done for op, _ in self._ops), self._step, pending)
 
 
 class VirtualTransport(Transport):
@@ -58,14 +59,13 @@ class VirtualTransport(Transport):
     def _relay(
         self, sends: Sequence[Message], recvs: Sequence[Message], kind: str, step: str, forward_to: int | None
     ) -> Handle:
-        ops: list[_Op] = []
+        ops: list[tuple[_Op, int]] = []
         for peer, x in sends:  # before the receives: a block that is here already is forwarded after one's own
-            ops.append(self._send(peer, x, kind, step))
+            ops.append((self._send(peer, x, kind, step), peer))
         for peer, x in recvs:
-            ops.append(self._receive(peer, x, kind, step, forward_to))
-        peers = [m.peer for m in (*sends, *recvs)]
+            ops.append((self._receive(peer, x, kind, step, forward_to, ops), peer))
         self._world.hand_over(self, lambda: True, step, None)
-        return _VirtualHandle(self, ops, peers, step)
+        return _VirtualHandle(self, ops, step)
 
     def _send(self, peer: int, x: Tensor, kind: str, step: str) -> _Op:
         self._record(peer, x, kind)
@@ -73,11 +73,13 @@ class VirtualTransport(Transport):
         self._world.match(self.rank, peer, send=op)
         return op
 
-    def _receive(self, peer: int, buffer: Tensor, kind: str, step: str, forward_to: int | None) -> _Op:
+    def _receive(
+        self, peer: int, buffer: Tensor, kind: str, step: str, forward_to: int | None, ops: list[tuple[_Op, int]]
+    ) -> _Op:
         def arrived() -> None:
             self._observe("arrive", step, peer)
             if forward_to is not None:
-                self._send(forward_to, buffer, kind, step)
+                ops.append((self._send(forward_to, buffer, kind, step), forward_to))
 
         op = _Op(buffer, step, arrived)
         self._world.match(peer, self.rank, recv=op)
@@ -151,9 +153,7 @@ class VirtualWorld:
             if self._blocked:
                 self._batons[self._next(rank)].release()
 
-    def hand_over(
-        self, transport: VirtualTransport, ready: Callable[[], bool], step: str, peer: int | None
-    ) -> None:
+    def hand_over(self, transport: VirtualTransport, ready: Callable[[], bool], step: str, peer: int | None) -> None:
         """Let other ranks run; return when it is this rank's turn again and ``ready()`` holds."""
         rank = transport.rank
         if transport.device.type == "cuda":

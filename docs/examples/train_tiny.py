@@ -34,9 +34,7 @@ def rotate(x_BHSD: Tensor, positions_S: Tensor) -> Tensor:
     speed_D2 = 10_000.0 ** (-torch.arange(0, D, 2, dtype=x_BHSD.dtype) / D)
     angle_SD2 = positions_S.to(x_BHSD.dtype)[:, None] * speed_D2
     a, b = x_BHSD.chunk(2, -1)
-    return torch.cat(
-        [a * angle_SD2.cos() - b * angle_SD2.sin(), b * angle_SD2.cos() + a * angle_SD2.sin()], -1
-    )
+    return torch.cat([a * angle_SD2.cos() - b * angle_SD2.sin(), b * angle_SD2.cos() + a * angle_SD2.sin()], -1)
 
 
 class Block(nn.Module):
@@ -80,9 +78,7 @@ class Model(nn.Module):
         return self.head(x_BSM)
 
 
-def step(
-    model: Model, optimizer: torch.optim.Optimizer, tokens: Tensor, transport: Transport, layout: Layout
-) -> float:
+def step(model: Model, optimizer: torch.optim.Optimizer, tokens: Tensor, transport: Transport, layout: Layout) -> float:
     """Take one optimiser step on this rank's part of ``tokens`` (B, N + 1); return the loss of the whole."""
     ids_BS = layout.shard(tokens[:, :-1], transport.rank, dim=1)
     labels_BS = layout.shard(tokens[:, 1:], transport.rank, dim=1)  # shifted before they are spread out
@@ -129,9 +125,7 @@ def main(processes: bool) -> bool:
         pairs = zip(one.parameters(), four.parameters(), strict=True)
         error = max((x - y).abs().max().item() for x, y in pairs)
         loss_error = max(abs(x - y) for x, y in zip(one_losses, losses, strict=True))
-        sys.stdout.write(
-            f"losses {losses}, one rank {one_losses}, largest difference of a weight {error:.1e}\n"
-        )
+        sys.stdout.write(f"losses {losses}, one rank {one_losses}, largest difference of a weight {error:.1e}\n")
         ok = ok and error <= 1e-9 and loss_error <= 1e-12
     return ok
 

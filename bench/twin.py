@@ -1,0 +1,205 @@
+"""The dense twin: a distributed prefill and its query phase as one forward pass with an explicit mask.
+
+Every host's anchor, every block and the question stand one after another in one sequence; a boolean mask
+over all of it says who sees whom, per layer and kv head, and attention is one plain softmax. Written from the
+description of the method, without the code under test: lengths, selection and masks are worked out again.
+
+Shapes: H query heads, K kv heads, N tokens of the sequence, L block tokens, Q question tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from apb.compress.base import Candidates
+from apb.compress.random import Random
+from apb.models.adapter import Adapter
+from apb.prompt import Prompt
+
+ANCHOR, BLOCK, QUERY = 0, 1, 2
+Rotate = Callable[[Tensor, int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """All lengths of a prefill, worked out from the rules in words."""
+
+    spans: tuple[tuple[int, int], ...]  # context positions of each block
+    anchor: int  # l_a
+    skip: int  # s
+    question: int  # l_q in the anchor
+    rows: tuple[int, ...]  # rows that each block offers to later hosts
+    beside: tuple[int, ...]  # tokens each host runs beside its block: its anchor, or host 0's extra head
+
+
+def sizes(
+    strategy: str,
+    prompt: Prompt,
+    hosts: int,
+    *,
+    select: str | None = None,
+    anchor_len: int | None = None,
+    passing_len: int | None = None,
+) -> Sizes:
+    """Return the lengths for ``full``, ``star`` or ``apb`` (``select``: query, random, recent or norm)."""
+    n, s = len(prompt.context_ids), prompt.head
+    l_q = len(prompt.question.ids) if prompt.question else 0
+    longer = n % hosts  # the first n mod H blocks hold one token more
+    lengths = [n // hosts + 1] * longer + [n // hosts] * (hosts - longer)
+    starts = [sum(lengths[:h]) for h in range(hosts)]
+    spans = tuple((a, a + size) for a, size in zip(starts, lengths, strict=True))
+    if hosts == 1 or strategy == "full":
+        return Sizes(spans, 0, 0, 0, (0,) * hosts, (0,) * hosts)
+    if strategy == "star":  # the anchor is the first block, the question is not in it
+        return Sizes(spans, lengths[0], 0, 0, (0,) * hosts, (0,) + (lengths[0],) * (hosts - 1))
+    s = min(s, lengths[0])
+    l_a = anchor_len if anchor_len is not None else min(max(n // hosts // 4, s + l_q), lengths[0] + l_q)
+    l_p = passing_len if passing_len is not None else max(1, n // hosts // 8)
+    rows = [min(l_p, size) for size in lengths]
+    rows[0] = min(l_p, max(0, lengths[0] - l_a))  # the first l_a positions stand in every anchor already
+    head = s + l_q if select == "query" and rows[0] else 0
+    return Sizes(spans, l_a, s, l_q, tuple(rows), (head,) + (l_a,) * (hosts - 1))
+
+
+@dataclass
+class Twin:
+    """What the twin found: the last token's logits; by layer all keys and values and what was selected."""
+
+    logits: Tensor
+    sizes: Sizes
+    rows: list[Tensor]  # of the sequence: each host's block
+    keys: list[Tensor] = field(default_factory=list)  # (K, N, D) a layer
+    values: list[Tensor] = field(default_factory=list)
+    selected: list[Tensor] = field(default_factory=list)  # (K, N) a layer: blocks' rows that later hosts see
+
+
+class _Dense:
+    """The attention of the whole sequence in one layer after another."""
+
+    needs_projections = False
+
+    def __init__(self, prompt: Prompt, sizes: Sizes, select: str | None, rotate: Rotate) -> None:
+        self.sizes, self.select, self.rotate = sizes, select, rotate
+        ids: list[int] = []
+        positions: list[int] = []
+        kind: list[int] = []
+        host: list[int] = []
+        context, question = prompt.context_ids, prompt.question
+        asked = question.ids if question and sizes.question else ()
+
+        def put(tokens: tuple[int, ...], start: int, what: int, rank: int) -> None:
+            ids.extend(tokens)
+            positions.extend(range(start, start + len(tokens)))
+            kind.extend([what] * len(tokens))
+            host.extend([rank] * len(tokens))
+
+        for rank, (start, stop) in enumerate(sizes.spans):
+            context_part = sizes.beside[rank] - sizes.skip - len(asked)
+            anchor = context[: sizes.skip] + asked + context[sizes.skip : sizes.skip + context_part]
+            if sizes.beside[rank]:
+                assert len(anchor) == sizes.beside[rank]
+                put(anchor, 0, ANCHOR, rank)
+            put(context[start:stop], start, BLOCK, rank)
+        assert question is not None, "the twin compares the last question token's logits"
+        put(question.query_ids, len(context), QUERY, len(sizes.spans))
+        # The anchor's question stands at s.., the real one after the document and the separator.
+        self.delta = len(context) + len(question.before) - sizes.skip
+        self.ids, self.positions = torch.tensor(ids), torch.tensor(positions)
+        self.kind, self.host = torch.tensor(kind), torch.tensor(host)
+        self.static_NN = self._static()
+        self.out = Twin(torch.empty(0), sizes, [self._rows(BLOCK, r) for r in range(len(sizes.spans))])
+
+    def _rows(self, kind: int, host: int) -> Tensor:
+        return ((self.kind == kind) & (self.host == host)).nonzero()[:, 0]
+
+    def _static(self) -> Tensor:
+        """Who sees whom, all but the passing rows: query i sees key j where [i, j] is set."""
+        n = len(self.ids)
+        order = torch.arange(n)
+        q_kind, k_kind = self.kind[:, None], self.kind[None, :]
+        same_host = self.host[:, None] == self.host[None, :]
+        causal = order[:, None] >= order[None, :]
+        has_anchor = (self.host > 0)[:, None]  # host 0's head is not seen by its block
+        return (
+            ((q_kind == k_kind) & same_host & causal)  # anchors, blocks and the question in themselves
+            | ((q_kind == BLOCK) & (k_kind == ANCHOR) & same_host & has_anchor)
+            | ((q_kind == QUERY) & (k_kind == BLOCK))
+        )
+
+    def __call__(
+        self, layer: int, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, projections: object
+    ) -> Tensor:
+        q_HND, k_KND, v_KND = q_BHSD[0], k_BKSD[0], v_BKSD[0]
+        heads, n, _ = q_HND.shape
+        group = heads // k_KND.shape[0]
+        selected_KN = self._selected(layer, q_HND, k_KND, scale)
+        self.out.keys.append(k_KND)
+        self.out.values.append(v_KND)
+        self.out.selected.append(selected_KN)
+        later_NN = (self.kind == BLOCK)[:, None] & (self.host[:, None] > self.host[None, :])
+        out_HND = torch.empty(heads, n, v_KND.shape[-1], dtype=q_HND.dtype)
+        for j in range(k_KND.shape[0]):
+            mask_NN = self.static_NN | (later_NN & selected_KN[j])
+            for h in range(j * group, (j + 1) * group):
+                scores_NN = (q_HND[h] @ k_KND[j].T * scale).masked_fill_(~mask_NN, -torch.inf)
+                out_HND[h] = scores_NN.softmax(-1) @ v_KND[j]
+        return out_HND.transpose(0, 1)[None]
+
+    def _selected(self, layer: int, q_HND: Tensor, k_KND: Tensor, scale: float) -> Tensor:
+        chosen_KN = torch.zeros(k_KND.shape[:2], dtype=torch.bool)
+        for host, rows in enumerate(self.sizes.rows):
+            if not rows:
+                continue
+            block = self.out.rows[host]
+            scores_KL = self._scores(layer, host, q_HND, k_KND[:, block], scale)
+            if host == 0:
+                scores_KL[:, : self.sizes.anchor] = -torch.inf
+            best = (-scores_KL).argsort(dim=-1, stable=True)[:, :rows]  # ties to the earlier token
+            for j in range(k_KND.shape[0]):
+                chosen_KN[j, block[best[j]]] = True
+        return chosen_KN
+
+    def _scores(self, layer: int, host: int, q_HND: Tensor, k_KLD: Tensor, scale: float) -> Tensor:
+        if self.select == "recent":
+            return torch.arange(k_KLD.shape[1]).repeat(k_KLD.shape[0], 1).float()
+        if self.select == "norm":
+            return -k_KLD.pow(2).sum(-1).sqrt()
+        if self.select == "random":
+            seen = Candidates(layer, host, q_HND[None], k_KLD[None], k_KLD[None], scale, None, None)
+            return Random().score(seen)[0]
+        assert self.select == "query"
+        s, l_q = self.sizes.skip, self.sizes.question
+        beside = self._rows(ANCHOR, host)
+        q_HQD = self.rotate(q_HND[:, beside[s : s + l_q]], self.delta, layer)
+        group = q_HND.shape[0] // k_KLD.shape[0]
+        means = []
+        for j in range(k_KLD.shape[0]):
+            weights = [(q_HQD[h] @ k_KLD[j].T * scale).softmax(-1) for h in range(j * group, (j + 1) * group)]
+            means.append(torch.stack(weights).mean(dim=(0, 1)))
+        mean_KL = torch.stack(means)
+        padded = torch.nn.functional.pad(mean_KL, (2, 2), value=-torch.inf)
+        return padded.unfold(-1, 5, 1).amax(-1)  # max-pool over 5 neighbours
+
+
+def twin(
+    adapter: Adapter,
+    rotate: Rotate,
+    prompt: Prompt,
+    strategy: str,
+    hosts: int,
+    *,
+    select: str | None = None,
+    anchor_len: int | None = None,
+    passing_len: int | None = None,
+) -> Twin:
+    """Prefill and ask in one forward pass; ``rotate(q, delta, layer)`` turns rotated queries on."""
+    chosen = select if strategy == "apb" else None
+    found = sizes(strategy, prompt, hosts, select=chosen, anchor_len=anchor_len, passing_len=passing_len)
+    dense = _Dense(prompt, found, chosen, rotate)
+    with torch.inference_mode():
+        dense.out.logits = adapter.logits(dense.ids, dense.positions, dense)
+    return dense.out

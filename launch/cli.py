@@ -1,0 +1,31 @@
+"""The program ``apb``: whatever a command comes to, stdout ends with one JSON document."""
+
+from __future__ import annotations
+
+import sys
+
+from launch.interrupt import interruptible
+
+# For the time before the code that writes such documents is there.
+_INTERRUPTED = (
+    '{"error": {"type": "Interrupted", "given": "Ctrl-C", "allowed": "waiting", '
+    '"remedy": "Run again; nothing was left behind.", "message": "interrupted"}}'
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    with interruptible():
+        try:
+            from launch.command import command  # torch and Hydra: seconds in which Ctrl-C may come, too
+
+            code, text = command(words)
+        except KeyboardInterrupt:
+            code, text = 130, _INTERRUPTED
+        print(text, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""``apb plan``: what a prefill would cost, from the model's configuration and tokenizer alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from apb.engine import versions
+from apb.plan import PrefillPlan
+from apb.prompt import Prompt, Question, make_prompt
+from apb.setup import Setup
+from burst.errors import UserError
+from launch.arguments import Arguments
+from launch.display import Display, flops, size
+from launch.document import read
+from launch.prepare import Room, check_fits, make_setup
+from launch.settings import Settings, settle
+
+
+def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> dict[str, Any]:
+    """Show the plan and return it as a JSON document; raises UserError for what will not fit."""
+    settings = settle(config)
+    lengths_only = settings.context_tokens is not None
+    if lengths_only and (arguments.document is not None or arguments.query is not None):
+        raise UserError(
+            "a plan is for a document or for a number of tokens",
+            given=f"-d or -q with context_tokens={settings.context_tokens}",
+            allowed="one of them",
+            remedy="Leave context_tokens out, or -d and -q.",
+        )
+    texts = None if lengths_only else read(arguments, settings.needle_depth)
+    setup = make_setup(settings, display)
+    prompt = _blank_prompt(setup, settings) if texts is None else setup.prompt(*texts, chat=settings.chat)
+    new_tokens = settings.decode.max_new_tokens
+    plan = setup.plan(prompt, new_tokens)
+    _show(plan, new_tokens, setup, settings, display)
+    room = check_fits(setup, plan, settings)
+    _show_room(plan, new_tokens, room, display)
+    return {
+        "model": settings.model,
+        "model_path": setup.spec.model_path,
+        "strategy": plan.strategy,
+        "compressor": plan.compressor,
+        "cluster": settings.cluster.name,
+        "hosts": plan.hosts,
+        "dtype": setup.spec.dtype,
+        "context_tokens": plan.lengths.context,
+        "query_tokens": plan.lengths.query,
+        "max_new_tokens": new_tokens,
+        "memory_available_bytes": room.available,
+        "fits": room.available is not None or None,
+        "plan": plan.to_dict(new_tokens),
+        "versions": versions(),
+    }
+
+
+def _blank_prompt(setup: Setup, settings: Settings) -> Prompt:
+    """A prompt of the asked lengths, with the head, separator and tail that the template would add."""
+    like = make_prompt(setup.tokenizer, "a", "a", chat=settings.chat)
+    assert like.question is not None and settings.context_tokens is not None
+    before, after = like.question.before, like.question.after
+    own = settings.query_tokens - len(before) - len(after)
+    for key, given, least in (
+        ("context_tokens", settings.context_tokens, like.head + 1),
+        ("query_tokens", settings.query_tokens, len(before) + len(after) + 1),
+    ):
+        if given < least:
+            raise UserError(
+                f"{key} leaves no room beside the chat template's own tokens",
+                given=f"{key}={given}",
+                allowed=f"{least} or more",
+                remedy=f"Raise {key}.",
+            )
+    return Prompt((0,) * settings.context_tokens, like.head, Question(before, (0,) * own, after, None))
+
+
+def _show(plan: PrefillPlan, new_tokens: int, setup: Setup, settings: Settings, display: Display) -> None:
+    lengths = plan.lengths
+    display.note(
+        f"{settings.model}, {setup.spec.dtype} on {setup.spec.device}: {lengths.context:,} context tokens, "
+        f"{lengths.query:,} query tokens, up to {new_tokens:,} new ones; "
+        f"the model takes {plan.shape.max_positions:,}."
+    )
+    rows = [
+        [
+            str(row["host"]),
+            f"{row['start']:,}-{row['stop'] - 1:,}",
+            f"{row['anchor_tokens']:,}",
+            f"{row['passing_rows']:,}",
+            f"{row['kept_rows']:,}",
+            flops(row["prefill_flops"]),
+            size(row["passing_bytes"] + row["query_bytes"]),
+            size(row["memory"]["weights"]),
+            size(row["memory"]["kv"]),
+            size(row["memory"]["activations"]),
+        ]
+        for row in plan.rows(new_tokens)
+    ]
+    columns = [
+        "host",
+        "positions",
+        "anchor",
+        "passed in",
+        "passes on",
+        "prefill",
+        "sends",
+        "weights",
+        "KV",
+        "activations",
+    ]
+    scorer = f", compressor {plan.compressor}" if plan.compressor else ""
+    exact = "exact" if plan.exact else "approximate"
+    display.table(f"strategy {plan.strategy}{scorer}: {exact}", columns, rows)
+    display.note("anchor, passed in, passes on: tokens (the latter two per layer and kv head)", style="dim")
+    _compare(plan, setup, display)
+
+
+def _compare(plan: PrefillPlan, setup: Setup, display: Display) -> None:
+    """Set the busiest host against full attention over the same lengths."""
+    total = sum(plan.bytes_by_kind(plan.lengths.query).values())
+    display.note(f"All hosts send {size(total)} for prefill and question.")
+    if plan.hosts == 1:
+        return
+    full = setup.using("full", hosts=1).strategy.plan(plan.lengths, 1, plan.shape)
+    busiest = max(plan.prefill_flops(r) for r in range(plan.hosts))
+    display.note(
+        f"Full attention on one host: {flops(full.prefill_flops(0))}, "
+        f"{full.prefill_flops(0) / busiest:.1f} times what the busiest host computes here."
+    )
+
+
+def _show_room(plan: PrefillPlan, new_tokens: int, room: Room, display: Display) -> None:
+    if room.available is None:
+        display.note("Memory is not checked: the hosts may stand on other machines (set memory_gb).")
+        return
+    memories = [plan.memory(r, new_tokens) for r in range(plan.hosts)][-room.sharing :]
+    need = room.copies * memories[0]["weights"] + sum(m["kv"] + m["activations"] for m in memories)
+    display.note(f"It fits: {size(need)} of {size(room.available)} free on {room.where}.", style="green")

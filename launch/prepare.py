@@ -1,0 +1,119 @@
+"""From settings to a setup that is known to fit: what ask and plan do before any host starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from apb.plan import PrefillPlan
+from apb.setup import Setup
+from launch.display import Display, size
+from launch.settings import Settings
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Room:
+    """``available`` bytes (None: not known) that ``sharing`` hosts share, with ``copies`` of the weights."""
+
+    available: int | None
+    sharing: int
+    copies: int
+    where: str
+
+
+def make_setup(settings: Settings, display: Display) -> Setup:
+    """Resolve the settings' names and fetch the model if need be; raises UserError."""
+    with display.progress(_amount) as on_progress:
+        setup = Setup.make(
+            settings.model,
+            hosts=settings.cluster.hosts or _started_by_torchrun(settings),
+            strategy=settings.strategy,
+            compress=settings.compress,
+            dtype=settings.dtype,
+            device=settings.device,
+            timeout_s=settings.timeout_s,
+            cache_dir=Path(cache) if (cache := os.environ.get("APB_CACHE")) else None,
+            on_progress=on_progress,
+        )
+    spec = dataclasses.replace(setup.spec, threads=threads(settings, setup.hosts))
+    return dataclasses.replace(setup, spec=spec)
+
+
+def check_fits(setup: Setup, plan: PrefillPlan, settings: Settings) -> Room:
+    """Refuse a plan that does not fit into the memory at hand; raises UserError. Returns what was assumed."""
+    room = _room(setup, settings)
+    if room.available is not None:
+        setup.check_memory(
+            plan, settings.decode.max_new_tokens, room.available, sharing=room.sharing, copies=room.copies
+        )
+    return room
+
+
+def cores() -> int:
+    """Return how many CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def threads(settings: Settings, hosts: int) -> int:
+    """Return the CPU threads a host: as set, else the cores shared out where all hosts stand on this machine.
+
+    More threads than cores are many times slower than one a host.
+    """
+    if settings.cluster.threads is not None:
+        return settings.cluster.threads
+    if settings.cluster.name == "virtual" or elsewhere(settings):
+        return 1
+    return max(1, cores() // _local_hosts(hosts))
+
+
+def elsewhere(settings: Settings) -> bool:
+    """Whether hosts may stand on other machines, of which nothing is known here."""
+    return settings.cluster.name == "ray" and bool(settings.cluster.address or os.environ.get("RAY_ADDRESS"))
+
+
+def _room(setup: Setup, settings: Settings) -> Room:
+    hosts, virtual = setup.hosts, settings.cluster.name == "virtual"
+    if settings.memory_gb is not None:
+        return Room(int(settings.memory_gb * 1e9), 1, 1, "each host's machine")
+    if elsewhere(settings):
+        return Room(None, 1, 1, "other machines")
+    if setup.spec.device.startswith("cuda"):
+        free, _ = torch.cuda.mem_get_info(setup.spec.device)
+        return Room(free, hosts if virtual else 1, 1, "the GPU")
+    sharing = _local_hosts(hosts)
+    return Room(_available(), sharing, 1 if virtual else sharing, "this machine")
+
+
+def _local_hosts(hosts: int) -> int:
+    """Hosts on this machine: all of them, unless torchrun says otherwise."""
+    return max(1, min(hosts, int(os.environ.get("LOCAL_WORLD_SIZE", hosts))))
+
+
+def _started_by_torchrun(settings: Settings) -> int | None:
+    if settings.cluster.name != "torchrun" or settings.strategy.default_hosts is not None:
+        return None
+    return int(os.environ.get("WORLD_SIZE", "0")) or None
+
+
+def _available() -> int:
+    """Free memory of this machine, or of the container around this process if that is less."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):  # no such control group, or "max"
+        return free
+    return min(free, max(0, limit - used))
+
+
+def _amount(count: int) -> str:
+    return size(count) if count >= 1000 else str(count)

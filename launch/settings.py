@@ -1,0 +1,144 @@
+"""The resolved configuration as typed values; what can be wrong about a value alone is refused here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from apb.compress import Compressor, compressor
+from apb.decode.sampling import Sampling
+from apb.engine import DECODERS
+from apb.strategies import Strategy, strategy
+from burst.errors import UserError, choose
+
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple: "a list of texts",
+}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ClusterSettings:
+    """conf/cluster; a cluster without some of these leaves them out."""
+
+    name: str
+    hosts: int | None
+    threads: int | None
+    address: str | None = None
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """conf/decode."""
+
+    name: str
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """conf/ask.yaml, and conf/plan.yaml's own keys with their defaults."""
+
+    model: str
+    strategy: Strategy
+    compress: Compressor | None
+    cluster: ClusterSettings
+    decode: DecodeSettings
+    dtype: str
+    device: str
+    chat: bool
+    compare: bool
+    needle_depth: float
+    out: str | None
+    timeout_s: float
+    context_tokens: int | None = None
+    query_tokens: int = 64
+    memory_gb: float | None = None
+
+
+def settle(config: Mapping[str, Any]) -> Settings:
+    """Return the typed settings; raises UserError for a value of the wrong type or out of its range."""
+    compress = config.get("compress")
+    values = dict(config) | {
+        "model": config["model"]["name"],
+        "strategy": _built(strategy, config["strategy"], "strategy"),
+        "compress": _built(compressor, compress, "compress") if compress else None,
+        "cluster": typed(ClusterSettings, config["cluster"], "cluster."),
+        "decode": typed(DecodeSettings, config["decode"], "decode."),
+    }
+    settings = typed(Settings, values, "")
+    decode, cluster = settings.decode, settings.cluster
+    choose("decoder", decode.name, DECODERS)
+    Sampling(decode.temperature, decode.top_p, decode.top_k, decode.seed)
+    _range("decode.max_new_tokens", decode.max_new_tokens, decode.max_new_tokens >= 1, "1 or more")
+    _range("decode.stop", list(decode.stop), all(decode.stop), "texts of at least one character")
+    for key, count in (("hosts", cluster.hosts), ("threads", cluster.threads)):
+        _range(f"cluster.{key}", count, count is None or count >= 1, "1 or more")
+    depth, timeout, memory = settings.needle_depth, settings.timeout_s, settings.memory_gb
+    _range("needle_depth", depth, 0 <= depth <= 1, "0.0 to 1.0")
+    _range("timeout_s", timeout, math.isfinite(timeout) and timeout > 0, "more than 0 seconds")
+    _range("memory_gb", memory, memory is None or (math.isfinite(memory) and memory > 0), "more than 0")
+    tokens = settings.context_tokens
+    _range("context_tokens", tokens, tokens is None or tokens >= 1, "1 or more")
+    return settings
+
+
+def typed(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
+    """Make the dataclass ``cls`` of ``values`` by their declared types; raises UserError naming the key."""
+    hints = typing.get_type_hints(cls)
+    fields = [f.name for f in dataclasses.fields(cls) if f.name in values]  # type: ignore[arg-type]
+    return cls(**{name: _convert(values[name], hints[name], f"{prefix}{name}") for name in fields})
+
+
+def _built(make: Any, values: Mapping[str, Any], group: str) -> Any:
+    options = {key: value for key, value in values.items() if key != "name"}
+    kind = type(make(values["name"]))
+    hints = typing.get_type_hints(kind)
+    return make(values["name"], **{k: _convert(v, hints[k], f"{group}.{k}") for k, v in options.items()})
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    arms = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if value is None and type(None) in arms:
+        return None
+    (arm,) = (a for a in arms if a is not type(None))
+    origin = typing.get_origin(arm) or arm
+    if origin is typing.Literal:
+        return choose(f"value of {key}:", str(value), typing.get_args(arm))
+    if origin not in _WORDS:
+        return value  # made here, not read
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if origin is float and number:
+        return float(value)
+    if origin is tuple and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return tuple(value)
+    if origin is int and isinstance(value, int) and number:
+        return value
+    if origin in (str, bool) and isinstance(value, origin):
+        return value
+    allowed = _WORDS[origin] + (" or null" if len(arms) > 1 else "")
+    raise UserError(
+        f"{key} must be {allowed}",
+        given=f"{key}={value}",
+        allowed=allowed,
+        remedy=f"Change {key}." if origin is not tuple else f"Write {key}=['a','b'], with quotes.",
+    )
+
+
+def _range(key: str, value: Any, fine: bool, allowed: str) -> None:
+    if not fine:
+        raise UserError(f"{key} is out of range", given=f"{key}={value}", allowed=allowed, remedy=f"Change {key}.")

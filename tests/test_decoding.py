@@ -1,0 +1,293 @@
+"""Asking and answering over sharded caches: query phase, decoding, sampling, forks, gathering, text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from apb.decode.autoregressive import DecodeRequest
+from apb.decode.sampling import Sampling
+from apb.host import Host, HostSpec, PrefillRequest
+from apb.models.adapter import Adapter
+from apb.prompt import Prompt, Question
+from apb.strategies import strategy
+from bench.twin import twin
+from burst.errors import UserError
+from tests import tiny
+from tests.pool import Rank, shared_pool
+from tests.tiny import TinyEngine, byte_tokenizer, tiny_engine
+
+HOSTS = 4
+
+
+@functools.cache
+def model(dtype: torch.dtype = torch.float32) -> Adapter:
+    """Return a model whose every token the tokenizer knows."""
+    return tiny.adapt(tiny.llama_config(vocab_size=len(byte_tokenizer()), max_position_embeddings=400), dtype)
+
+
+def ids(count: int, seed: int) -> tuple[int, ...]:
+    gen = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(2, len(byte_tokenizer()), (count,), generator=gen).tolist())
+
+
+def prompt(question: bool = True, context: int = 150) -> Prompt:
+    asked = Question(ids(2, 1), ids(6, 2), ids(3, 3), None)
+    return Prompt(ids(context, 4), 5, asked if question else None)
+
+
+def engine(hosts: int = HOSTS, name: str = "apb", compress: str | None = "query", **options: Any) -> TinyEngine:
+    made = strategy(name, **options)
+    return tiny_engine(model(), made, hosts, compress if name == "apb" else None)
+
+
+SAMPLED: dict[str, Any] = {"temperature": 1.3, "top_p": 0.95, "seed": 7}
+
+
+# -- over shards ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["apb", "star"])
+def test_every_decoded_token_is_the_dense_twins(name: str) -> None:
+    e, p = engine(3, name), prompt()
+    got = e.generate(e.prefill(p), max_new_tokens=10).token_ids
+    select = "query" if name == "apb" else None
+    assert p.question is not None
+    for i, token in enumerate(got):
+        asked = dataclasses.replace(p.question, after=p.question.after + got[:i])
+        so_far = dataclasses.replace(p, question=asked)
+        want = twin(model(), tiny.rotation(model()), so_far, name, 3, select=select)
+        assert token == int(want.logits.argmax())
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("rank", range(HOSTS))
+def test_a_cache_gathered_on_one_host_goes_on_with_the_same_tokens(rank: int, options: dict[str, Any]) -> None:
+    e = engine()
+    sharded = e.prefill(prompt())
+    gathered = sharded.gather(rank)
+    assert (gathered.owner, gathered.exact, gathered.conditioned_on) == (rank, False, sharded.conditioned_on)
+    torch.testing.assert_close(gathered.logits(), sharded.logits(), atol=0, rtol=0)
+    want = e.generate(sharded, max_new_tokens=6, **options)
+    assert e.generate(gathered, max_new_tokens=6, **options).token_ids == want.token_ids
+    # And from where it stands now, on this host and from there on the next one.
+    later = sharded.gather(rank)
+    moved = later.gather((rank + 1) % HOSTS)
+    go_on = e.generate(sharded, max_new_tokens=6, **options).token_ids
+    assert e.generate(later, max_new_tokens=6, **options).token_ids == go_on
+    assert e.generate(moved, max_new_tokens=6, **options).token_ids == go_on
+    assert moved.token_ids == sharded.token_ids == prompt().token_ids + want.token_ids + go_on
+
+
+@pytest.mark.parametrize("rank", range(HOSTS))
+def test_a_cache_without_a_question_can_be_gathered_and_asked_there(rank: int) -> None:
+    e = engine(compress="norm")
+    bare = e.prefill(prompt(question=False), chat=False)
+    query = list(ids(6, 2))
+    want = bare.fork(query=query).logits()
+    gathered = bare.gather(rank)
+    torch.testing.assert_close(gathered.fork(query=query).logits(), want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(bare.fork(query=query).gather(rank).logits(), want, atol=0, rtol=0)
+
+
+def test_gathered_bytes_are_the_caches_own() -> None:
+    e = engine()
+    handle = e.prefill(prompt())
+    moved = handle.gather(0)
+    shape = e.setup.shape
+    elsewhere = sum(length for host, length in handle.blocks if host != 0) + len(prompt().token_ids) - 150
+    logits = 4 * shape.vocab
+    assert moved.metrics["bytes_by_kind"]["gather"] == elsewhere * shape.kv_row_bytes * shape.layers + logits
+    assert "gather" not in handle.metrics["bytes_by_kind"]
+
+
+def answer_on_rank(me: Rank, requests: list[PrefillRequest]) -> tuple[list[int], list[int], dict[str, int]]:
+    """Prefill, ask, decode two tokens, and go on both over the shards and on one host."""
+    host = Host(HostSpec("tiny", "float32", "cpu"), me.transport, model())
+    host._tokenizer = byte_tokenizer()
+    reports = [host.prefill(requests[me.index]), host.generate("a", DecodeRequest(2))]
+    host.gather("a", "b", 0)
+    reports.append(host.generate("a", DecodeRequest(4, Sampling(temperature=1.0, seed=3))))
+    moved = host.generate("b", DecodeRequest(4, Sampling(temperature=1.0, seed=3)))
+    assert reports[1].decoded is not None and reports[2].decoded is not None and moved.decoded is not None
+    sent: Counter[str] = Counter()
+    for report in reports:
+        sent.update(report.bytes_by_kind)
+    return reports[1].decoded.token_ids + reports[2].decoded.token_ids, moved.decoded.token_ids, dict(sent)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_answer_as_virtual_hosts_do(world: int) -> None:
+    e, p = engine(world), prompt()
+    handle, plan = e.prefill(p), e.setup.plan(p)
+    want = [
+        *e.generate(handle, max_new_tokens=2).token_ids,
+        *e.generate(handle, max_new_tokens=4, temperature=1.0, seed=3).token_ids,
+    ]
+    requests = [e._request("a", p, plan, rank) for rank in range(world)]
+    answers = shared_pool(world).run(answer_on_rank, requests)
+    total: Counter[str] = Counter()
+    for tokens, moved, sent in answers:
+        assert tokens == want and moved == want[2:]
+        total.update(sent)
+    assert total == plan.bytes_by_kind(11, 6, 5)
+
+
+# -- forks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["apb", "star"])
+def test_asking_later_equals_asking_an_unconditioned_cache_afresh(name: str) -> None:
+    e = engine(name=name, compress="norm")
+    first, second = list(ids(5, 11)), list(ids(9, 12))
+    bare = e.prefill(prompt(question=False), chat=False)
+    assert bare.conditioned_on is None
+    a, b = bare.fork(query=first), bare.fork(query=second)
+    answer = e.generate(a, max_new_tokens=5).token_ids
+    for handle, query in ((a.fork(query=second), second), (b.fork(query=first), first)):
+        fresh = e.prefill(prompt(question=False), chat=False).fork(query=query)
+        torch.testing.assert_close(handle.logits(), fresh.logits(), atol=0, rtol=0)
+        assert handle.token_ids == prompt(False).context_ids + tuple(query)
+    assert a.generated == list(answer)
+    assert e.generate(bare.fork(query=first), max_new_tokens=5).token_ids == answer
+
+
+def test_a_fork_of_a_conditioned_cache_keeps_saying_so() -> None:
+    e, p = engine(), prompt()
+    handle = e.prefill(p, chat=False)
+    assert p.question is not None
+    assert handle.conditioned_on == p.question.ids
+    other = handle.fork(query=list(ids(4, 13)))
+    result = e.generate(other, max_new_tokens=2)
+    assert result.metrics["conditioned_on"] == p.question.ids and result.metrics["forked"]
+    assert result.metrics["query_tokens"] == 4
+
+
+def test_a_fork_without_a_query_goes_its_own_way_from_here() -> None:
+    e = engine()
+    parent = e.prefill(prompt())
+    e.generate(parent, max_new_tokens=4)
+    twins = [parent.fork() for _ in range(2)]
+    want = e.generate(twins[0], max_new_tokens=8, **SAMPLED).token_ids
+    assert len(parent.generated) == 4
+    assert e.generate(twins[1], max_new_tokens=8, **SAMPLED).token_ids == want
+    assert e.generate(parent, max_new_tokens=8, **SAMPLED).token_ids == want
+    e.release(twins[0])
+    assert e.generate(parent, max_new_tokens=1).token_ids
+
+
+# -- generating -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_generating_in_two_parts_equals_generating_at_once(options: dict[str, Any]) -> None:
+    e = engine()
+    whole, parts = e.prefill(prompt()), e.prefill(prompt())
+    want = e.generate(whole, max_new_tokens=16, **options)
+    got = [e.generate(parts, max_new_tokens=8, **options) for _ in range(2)]
+    assert got[0].token_ids + got[1].token_ids == want.token_ids
+    assert len(want.token_ids) == 16 and want.finish_reason == "length"
+    assert parts.token_ids == whole.token_ids and whole.next_position == 150 + 11 + 16
+
+
+def test_a_seed_decides_the_tokens_on_any_number_of_hosts() -> None:
+    answers = {}
+    for seed in (0, 1, 2**64 - 1):
+        e = engine()
+        sharded = e.prefill(prompt())
+        alone = sharded.gather(2)
+        options = {"max_new_tokens": 12, "temperature": 1.5, "seed": seed}
+        answers[seed] = e.generate(sharded, **options).token_ids
+        assert e.generate(alone, **options).token_ids == answers[seed]
+    assert len(set(answers.values())) == 3
+
+
+@pytest.mark.parametrize("hosts", [1, 4])
+def test_a_stop_token_ends_the_ids_and_is_not_in_the_text(hosts: int) -> None:
+    e = engine(hosts, "full" if hosts == 1 else "apb")
+    free = e.generate(e.prefill(prompt()), max_new_tokens=8)
+    stop = free.token_ids[3]
+    at = free.token_ids.index(stop)
+    e.stop_ids = (stop,)
+    pieces: list[str] = []
+    result = e.generate(e.prefill(prompt()), max_new_tokens=8, on_token=pieces.append)
+    assert result.finish_reason == "stop"
+    assert result.token_ids == free.token_ids[: at + 1]
+    assert result.text == "".join(pieces) == decoded(free.token_ids[:at])
+
+
+def decoded(tokens: tuple[int, ...]) -> str:
+    return byte_tokenizer().decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def test_stop_strings_end_the_text_before_them() -> None:
+    e = engine()
+    free = e.generate(e.prefill(prompt()), max_new_tokens=40, **SAMPLED)
+    assert len(free.text) > 20 and free.text == decoded(free.token_ids)
+    for start, length in ((5, 1), (7, 3), (9, 6)):  # longer ones lie across several tokens
+        stop = free.text[start : start + length]
+        pieces: list[str] = []
+        result = e.generate(
+            e.prefill(prompt()),
+            max_new_tokens=40,
+            stop=["never seen", stop],
+            on_token=pieces.append,
+            **SAMPLED,
+        )
+        assert result.text == "".join(pieces) == free.text[: free.text.index(stop)]
+        assert result.finish_reason == "stop"
+        assert result.token_ids == free.token_ids[: len(result.token_ids)]
+
+
+def test_what_cannot_be_generated_is_refused() -> None:
+    e = engine(compress="norm")
+    bare, asked = e.prefill(prompt(question=False), chat=False), e.prefill(prompt())
+    with pytest.raises(UserError, match="no question"):
+        e.generate(bare)
+    with pytest.raises(UserError, match="needs a question"):
+        engine(compress="query").prefill(prompt(question=False))
+    with pytest.raises(UserError, match="no logits"):
+        bare.logits()
+    with pytest.raises(UserError, match="nothing to generate"):
+        e.generate(asked, max_new_tokens=0)
+    with pytest.raises(UserError, match="longer than the model's context"):
+        e.generate(asked, max_new_tokens=400 - 161 + 1)
+    with pytest.raises(UserError, match="longer than the model's context"):
+        e.prefill(prompt(context=390))
+    with pytest.raises(UserError, match="longer than the model's context"):
+        bare.fork(query=list(ids(251, 1)))
+    with pytest.raises(UserError, match="unknown decoder"):
+        e.generate(asked, decode="beam")
+    with pytest.raises(UserError, match="no such host"):
+        asked.gather(HOSTS)
+    with pytest.raises(UserError, match="empty"):
+        bare.fork(query=[])
+    for wrong in ({"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"seed": -1}):
+        with pytest.raises(UserError, match=f"decode.{next(iter(wrong))}"):
+            e.generate(asked, **wrong)  # type: ignore[arg-type]
+    e.generate(asked, max_new_tokens=1)  # none of that has hurt it
+    with pytest.raises(UserError, match="no logits"):
+        asked.logits()
+    e.cluster.epoch += 1
+    with pytest.raises(UserError, match="cache is gone"):
+        e.generate(asked)
+
+
+def test_the_handle_knows_where_every_position_lies() -> None:
+    e = engine()
+    handle = e.prefill(prompt())
+    e.generate(handle, max_new_tokens=3)
+    found = [handle.locate(p) for p in range(handle.next_position)]
+    lengths = [length for _, length in handle.blocks]
+    assert lengths == [38, 38, 37, 37]
+    want = [(h, i) for h, length in enumerate(lengths) for i in range(length)]
+    want += [(3, 37 + i) for i in range(11 + 3)]
+    assert found == want
+    for position in (-1, handle.next_position):
+        with pytest.raises(UserError, match="no such position"):
+            handle.locate(position)
