@@ -94,7 +94,8 @@ class Engine:
             chat=chat,
             exact=plan.exact,
             conditioned_on=asked if conditioned else None,
-            blocks=tuple((h.rank, h.block_len) for h in plan.host_plans),
+            blocks=plan.blocks,
+            owner=plan.hosts - 1,
             epoch=self.cluster.epoch,
             metrics=self._prefill_metrics(prompt, plan, reports, time.perf_counter() - start),
         )
@@ -178,7 +179,8 @@ class Engine:
         moved = self._measured(reports, time.perf_counter() - start)
         kinds = Counter(handle.metrics["bytes_by_kind"]) + Counter(moved["bytes_by_kind"])
         metrics = handle.metrics | {"bytes_by_kind": dict(kinds), "bytes_sent": kinds.total(), "gathered_on": rank}
-        return dataclasses.replace(handle, id=new_id, blocks=blocks, generated=list(handle.generated), metrics=metrics)
+        generated = list(handle.generated)
+        return dataclasses.replace(handle, id=new_id, blocks=blocks, owner=rank, generated=generated, metrics=metrics)
 
     def logits(self, handle: KVHandle) -> Tensor:
         """Return the next token's logits (V,); raises UserError before a question or after generating."""
@@ -230,7 +232,7 @@ class Engine:
             plan=plan,
             compressor=self.setup.compressor,
             anchor_ids=anchor,
-            block_ids=context[host.start : host.stop],
+            block_ids=tuple(token for start, stop in host.spans for token in context[start:stop]),
             question_delta=delta,
             query_ids=question.query_ids if question else (),
         )

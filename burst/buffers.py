@@ -119,7 +119,8 @@ class Scratch:
         for i, flat in enumerate(self._free):
             if flat.numel() == n and flat.device == device:
                 return self._free.pop(i)
-        return torch.empty(n, dtype=torch.uint8, device=device)
+        with torch.inference_mode(False):  # or a later call that is not inference could not write to it
+            return torch.empty(n, dtype=torch.uint8, device=device)
 
     def give(self, buffers: Iterable[Tensor]) -> None:
         """Take buffers back; nobody may hold a view of them any more."""

@@ -29,6 +29,7 @@ class Execution:
     ``own`` are the rank's tensors by name, rows in the order of ``Schedule.layout``: forward q (B, H, S, D),
     k (B, K, T, D), v (B, K, T, E); backward also lse (B, H, S), out and dout (B, H, S, E). In head groups the
     backward takes all but dout as the forward left them in ``working``; ``resume`` starts a forward there.
+    ``label`` begins the names of steps in failures.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Execution:
         *,
         sinks: Tensor | None = None,
         resume: bool = False,
+        label: str = "attention",
     ) -> None:
         self.schedule, self.transport, self.blocks, self.form = schedule, transport, blocks, form
         self.rank, self.block = transport.rank, schedule.block_of(transport.rank)
@@ -48,7 +50,7 @@ class Execution:
         self.caller, self.working = dict(own), dict(own)
         self.split = HeadSplit(schedule, transport.rank) if schedule.heads else None
         self._sinks = sinks if sinks is None or self.heads is None else sinks[self.heads.q_start : self.heads.q_stop]
-        self._resume = resume
+        self._resume, self._label = resume, label
         self._total = Accumulator()
         self._flat: dict[Slot, Tensor] = {}
         self._under_way: dict[int, tuple[Handle, list[Message]]] = {}
@@ -271,7 +273,7 @@ class Execution:
         return self.form.fields(role, rows, self.heads if towards_heads else self.schedule.heads[member])
 
     def _name(self, what: str) -> str:
-        return f"attention {self.schedule.name} {self.schedule.phase} {what}".rstrip()
+        return f"{self._label} {self.schedule.name} {self.schedule.phase} {what}".rstrip()
 
 
 def _role(step: Post) -> Role:

@@ -84,7 +84,7 @@ def _show(plan: PrefillPlan, new_tokens: int, setup: Setup, settings: Settings, 
     rows = [
         [
             str(row["host"]),
-            f"{row['start']:,}-{row['stop'] - 1:,}",
+            ", ".join(f"{start:,}-{stop - 1:,}" for start, stop in row["spans"]),
             f"{row['anchor_tokens']:,}",
             f"{row['passing_rows']:,}",
             f"{row['kept_rows']:,}",

@@ -147,6 +147,23 @@ def test_a_rank_that_fails_later_ends_all() -> None:
         run_virtual(3, rank)
 
 
+@pytest.mark.parametrize("way", SCHEDULES)
+def test_training_goes_on_after_inference_on_the_same_transport(way: str) -> None:
+    where = layout("zigzag", 64, 4)
+
+    def rank(t: Transport) -> Tensor:
+        q, k, v = (where.shard(x, t.rank, 2) for x in inputs((4, 2), 64, 8, 8, 1)[:3])
+        with torch.inference_mode():
+            first = attention(q, k, v, transport=t, layout=where, schedule=way)
+        second = attention(q.requires_grad_(), k, v, transport=t, layout=where, schedule=way)
+        assert isinstance(first, Tensor) and isinstance(second, Tensor)
+        second.sum().backward()
+        assert q.grad is not None and torch.equal(first, second)
+        return q.grad
+
+    assert all(grad.isfinite().all() for grad in run_virtual(4, rank))
+
+
 @pytest.mark.parametrize("seed", [2, 3, 5, 9, 18, 23])
 def test_processes_that_die_or_disagree_are_noticed_by_all_others(seed: int) -> None:
     row = fault(seed)

@@ -29,10 +29,10 @@ class Full(Strategy):
                 allowed="1",
                 remedy="Leave cluster.hosts out, or choose strategy=apb or star.",
             )
-        ((start, stop),) = blocks(lengths.context, hosts)
-        n = stop - start
+        (span,) = blocks(lengths.context, hosts)
+        n = span[1]
         step = Attend("block", ("block",), causal=True, pairs=n * (n + 1) // 2)
-        host = HostPlan(0, start, stop, anchor_len=0, anchor_visible=False, steps=(step,))
+        host = HostPlan(0, (span,), anchor_len=0, anchor_visible=False, steps=(step,))
         return PrefillPlan(
             strategy=self.name,
             compressor=None,
