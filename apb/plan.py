@@ -169,7 +169,7 @@ class PrefillPlan:
 
     @cached_property
     def digest(self) -> str:
-        """Hash that all hosts compare before their first send."""
+        """Hash of the plan, which all hosts compare before their first send."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @property

@@ -50,7 +50,7 @@ class Setup:
         ``hosts``: None is the strategy's own default, else 4. ``threads``: intra-op threads a host. ``dtype`` auto is
         the checkpoint's own on a GPU and float32 on a CPU. Raises UserError for anything unknown or contradictory.
         """
-        from apb.models.adapter import check_config
+        from apb.models.honoured import check_config
         from apb.models.loading import load_config, load_tokenizer
         from apb.models.placement import resolve_device, resolve_dtype, torch_dtype
         from apb.models.resolve import resolve
@@ -94,19 +94,15 @@ class Setup:
 
     def plan(self, prompt: Prompt, new_tokens: int = 0) -> PrefillPlan:
         """Return the plan for a prompt; raises UserError when it cannot be done as asked, before anything is loaded."""
-        if (
-            self.compressor is not None
-            and self.compressor.needs_question
-            and prompt.question is None
-            and self.hosts > 1
-        ):
+        plan = self.strategy.plan(prompt.lengths, self.hosts, self.shape, self.compressor)
+        scorer = self.compressor
+        if scorer is not None and scorer.needs_question and any(plan.kept_rows) and prompt.question is None:
             raise UserError(
-                f"compressor '{self.compressor.name}' needs a question",
+                f"compressor '{scorer.name}' needs a question",
                 given="a prefill without a question",
                 allowed="norm, recent, random",
-                remedy="Set compress=norm, or give the question.",
+                remedy="Set compress=norm, give the question, or pass nothing on (strategy.passing_len=0).",
             )
-        plan = self.strategy.plan(prompt.lengths, self.hosts, self.shape, self.compressor)
         self.check_room(len(prompt.token_ids), new_tokens)
         return plan
 

@@ -154,6 +154,13 @@ def test_stop_ids_are_the_union(tmp_path: Path) -> None:
         ({"dtype": "int8"}, "unknown dtype"),
         ({"device": "gpu"}, "unknown device"),
         ({"device": "cuda:99"}, "cuda:99"),
+        ({"device": "cpu:3"}, "no such device name.*cpu:3.*Set device=cpu"),
+        ({"device": "cpu:"}, "no such device name"),
+        ({"device": "auto:0"}, "no such device name"),
+        ({"device": "cuda:"}, "no such device name.*cuda:"),
+        ({"device": "cuda:-1"}, "no such device name"),
+        ({"device": "cuda:\u0663"}, "no such device name"),  # a digit, but none that torch reads
+        ({"device": "cuda:00"}, "no such device name"),
     ],
 )
 def test_wrong_dtype_or_device(options: dict[str, str], message: str, tiny_llama_path: Path) -> None:

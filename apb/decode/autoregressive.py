@@ -11,6 +11,7 @@ from apb.decode.sampling import Sampling
 from apb.decode.text import TextStream
 from apb.kv.cache import CacheAttention, HostCache
 from apb.models.adapter import Adapter
+from burst.errors import UserError
 from burst.kernels import Kernel
 from burst.transport import Transport
 
@@ -21,12 +22,24 @@ _TOKEN_BITS = 32
 
 @dataclass(frozen=True)
 class DecodeRequest:
-    """What to generate: at most ``max_new_tokens``, ended earlier by a stop token or a stop string."""
+    """What to generate: at most ``max_new_tokens``, ended earlier by a stop token or a stop string.
+
+    Raises UserError for an empty stop string.
+    """
 
     max_new_tokens: int = 64
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if "" in self.stop:  # it stands before every text
+            raise UserError(
+                "a stop string is empty",
+                given="decode.stop=''",
+                allowed="strings of one character or more",
+                remedy="Leave decode.stop out to stop at the model's own stop tokens only.",
+            )
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +52,9 @@ class Sampling:
 
     def probabilities(self, logits_V: Tensor) -> Tensor:
         """Return the sampling distribution (V,), fp64: temperature, then top-k, then top-p."""
-        logits_V = logits_V.double() / self.temperature
+        logits_V = logits_V.double()
+        # Below the largest logit nothing overflows but to -inf, and 1 / temperature itself stays finite.
+        logits_V = (logits_V - logits_V.max()) / max(self.temperature, sys.float_info.min)
         if 0 < self.top_k < logits_V.numel():
             least = logits_V.topk(self.top_k).values[-1]
             logits_V = logits_V.masked_fill(logits_V < least, -torch.inf)

@@ -26,7 +26,6 @@ class KVHandle:
     engine: Engine
     id: str
     prompt: Prompt
-    chat: bool
     exact: bool
     conditioned_on: str | tuple[int, ...] | None
     blocks: tuple[tuple[int, int], ...]  # (host, context tokens) of every stretch in position order
@@ -34,6 +33,7 @@ class KVHandle:
     epoch: int
     metrics: dict[str, Any]
     generated: list[int] = field(default_factory=list)
+    released: bool = False
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -46,19 +46,23 @@ class KVHandle:
         return len(self.token_ids)
 
     def locate(self, position: int) -> tuple[int, int]:
-        """Return (host, index in that host's part) of a position's KV; raises UserError beyond the cache."""
+        """Return (host, index in that host's part) of a position's KV; raises UserError beyond the cache.
+
+        The last generated token has no KV yet: it is computed when generation goes on.
+        """
+        cached = self.next_position - bool(self.generated)
         start, held = 0, Counter[int]()
         for host, length in self.blocks:
             if 0 <= position < start + length:
                 return host, held[host] + position - start
             start += length
             held[host] += length
-        if not start <= position < self.next_position:
+        if not start <= position < cached:
             raise UserError(
                 "no such position in this cache",
                 given=position,
-                allowed=f"0 to {self.next_position - 1}",
-                remedy="Ask for a position of the prompt or of generated text.",
+                allowed=f"0 to {cached - 1}",
+                remedy="Ask for a position of the prompt or of generated text before its last token.",
             )
         return self.owner, held[self.owner] + position - start
 
