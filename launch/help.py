@@ -20,6 +20,7 @@ _EXAMPLES = {
     ],
     "plan": [
         ("apb plan cluster.hosts=8 strategy=star", "the built-in document on eight hosts"),
+        ("apb plan strategy=ring burst.explain=true", "and which exact schedule would be fastest"),
         (
             "apb plan model=org/name context_tokens=131072 memory_gb=80",
             "a length, for machines of 80 GB each",

@@ -485,6 +485,25 @@ def test_plan(apb: Any, model: Path, document: Path) -> None:
     assert "It fits" in ran.err and "passes on" in ran.err
 
 
+def test_plan_explains_the_choice_of_a_schedule(apb: Any, model: Path) -> None:
+    common = ("plan", f"model={model}", "context_tokens=400", "memory_gb=80", "cluster.hosts=4")
+    assert apb(*common).document["burst"] is None
+    ran = apb(*common, "strategy=ring", "burst.explain=true", "burst.nodes=2", "burst.machine=cuda")
+    found = ran.document["burst"]
+    rows = {row["schedule"]: row for row in found["candidates"]}
+    assert set(rows) == {"ring", "double_ring", "burst", "allgather", "ulysses", "usp"}
+    assert found["schedule"] == next(iter(rows)) and found["nodes"] == 2 and found["layout"] == "zigzag"
+    sent = ran.document["plan"]["bytes_by_kind"]["kv"]  # by all layers
+    assert rows["ring"]["intra_bytes"] + rows["ring"]["inter_bytes"] == sent / found["layers"]
+    assert all(row["exposed_ms"] >= 0 for row in rows.values())
+    assert "exposed ms" in ran.err and found["reason"] in ran.err
+    apb(*common, "burst.explain=true", "burst.nodes=5").refused("nodes", "1 to 4")
+    apb(*common, "burst.explain=true", "burst.machine=abacus").refused("cpu", "cuda")
+    for name, hosts in (("full", 1), ("usp", 4)):
+        words = (*common[:-1], f"strategy={name}", f"cluster.hosts={hosts}", "burst.explain=true")
+        assert apb(*words).document["burst"]["schedule"]
+
+
 def test_plan_of_lengths_alone(apb: Any, model: Path, document: Path) -> None:
     common = ("plan", f"model={model}")
     found = apb(*common, "context_tokens=400", "query_tokens=40", "memory_gb=80").document
