@@ -80,9 +80,10 @@ def _verb(arguments: Arguments, display: Display) -> tuple[int, dict[str, Any]]:
             allowed=", ".join(v for v in VERBS if load(v)),
             remedy="Use another verb, or a later version.",
         )
+    chosen = [f"{name}={word}" for word in more]  # NAME chooses from the configuration group of that name
     if arguments.multirun:
-        return _sweep(run, name, arguments, display)
-    return _once(run, name, arguments, arguments.overrides, display)
+        return _sweep(run, name, arguments, [*chosen, *arguments.overrides], display)
+    return _once(run, name, arguments, [*chosen, *arguments.overrides], display)
 
 
 def _once(
@@ -104,11 +105,13 @@ def _once(
         return failure(error, display, arguments.verbose)
 
 
-def _sweep(run: Run, name: str, arguments: Arguments, display: Display) -> tuple[int, dict[str, Any]]:
+def _sweep(
+    run: Run, name: str, arguments: Arguments, given: Sequence[str], display: Display
+) -> tuple[int, dict[str, Any]]:
     """Run a verb once for every combination; a run that fails does not lose the others."""
     runs: list[dict[str, Any]] = []
     codes = {DONE}
-    every = expand(arguments.overrides)
+    every = expand(given)
     for number, overrides in enumerate(every):
         display.note(f"Run {number + 1} of {len(every)}: {' '.join(overrides)}", style="bold")
         code, document = _once(run, name, arguments, overrides, display, str(number))

@@ -21,7 +21,7 @@ from burst.errors import UserError, choose
 
 # Free text and paths: Hydra's grammar would stumble over spaces, commas, '=' and letters beyond ASCII.
 RAW = ("model", "out", "cluster.address", "decode.stop")
-_OPTIONAL_GROUPS = ("compress",)
+_OPTIONAL_GROUPS = ("bench", "compress")
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
