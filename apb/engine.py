@@ -134,13 +134,14 @@ class Engine:
         start = time.perf_counter()
         self._alive(handle)
         choose("decoder", decode, DECODERS)
-        self._check_generate(handle, max_new_tokens)
+        self._check_question(handle)
         request = DecodeRequest(
             max_new_tokens,
             Sampling(temperature, top_p, top_k, seed),
             self._stop_ids(),
             (stop,) if isinstance(stop, str) else tuple(stop or ()),
         )
+        self.setup.check_room(handle.next_position, max_new_tokens)
         stream = TextStream(self.setup.tokenizer, request.stop)
         first_token: list[float] = []
 
@@ -156,8 +157,9 @@ class Engine:
             on_token(rest)
         answer = reports[handle.owner].decoded
         assert answer is not None
+        waited_s = 0.0 if handle.generated else handle.metrics["request_s"]  # the first answer waited for the prefill
+        metrics = decoded(handle.metrics, reports, answer.times_s, waited_s + first_token[0] - start)
         handle.generated += answer.token_ids
-        metrics = decoded(handle.metrics, reports, answer.times_s, first_token[0] - start)
         metrics["conditioned_on"] = handle.conditioned_on
         return Result(stream.text, tuple(answer.token_ids), answer.finish_reason, metrics)
 
@@ -170,11 +172,13 @@ class Engine:
         if query is not None:
             question = make_question(self.setup.tokenizer, query, chat=prompt.chat)
             prompt, generated, ids = dataclasses.replace(prompt, question=question), [], question.query_ids
+            self.setup.check_ids(ids)
             self.setup.check_room(len(prompt.token_ids), 0)
         new_id = next(self._ids)
         reports = self._call("fork", [(handle.id, new_id, ids)] * self.cluster.hosts)
-        metrics = handle.metrics | measured(reports, time.perf_counter() - start)
-        metrics |= {"query_tokens": prompt.lengths.query, "forked": True}
+        metrics = handle.metrics | {"query_tokens": prompt.lengths.query, "forked": True}
+        if query is not None:
+            metrics |= measured(reports, time.perf_counter() - start)
         return dataclasses.replace(handle, id=new_id, prompt=prompt, generated=generated, metrics=metrics)
 
     def gather(self, handle: KVHandle, rank: int = 0) -> KVHandle:
@@ -275,7 +279,7 @@ class Engine:
                 remedy="Call engine.prefill again.",
             )
 
-    def _check_generate(self, handle: KVHandle, max_new_tokens: int) -> None:
+    def _check_question(self, handle: KVHandle) -> None:
         if handle.prompt.question is None:
             raise UserError(
                 "this cache has no question yet",
@@ -283,11 +287,6 @@ class Engine:
                 allowed="a cache with a question",
                 remedy="Ask one: handle.fork(query=...).",
             )
-        if max_new_tokens < 1:
-            raise UserError(
-                "nothing to generate", given=max_new_tokens, allowed="1 or more", remedy="Raise decode.max_new_tokens."
-            )
-        self.setup.check_room(handle.next_position, max_new_tokens)
 
     def _stop_ids(self) -> tuple[int, ...]:
         from apb.models.loading import generation_stop_ids

@@ -225,6 +225,8 @@ class Host:
         work, waited, wall = t.clock(), t.waited_s, time.perf_counter()
         with torch.inference_mode():
             call()
+        if t.device.type == "cuda":
+            torch.cuda.synchronize(t.device)  # what is still queued belongs to this call's time
         return HostReport(
             work_s=t.clock() - work - (t.waited_s - waited),
             wall_s=time.perf_counter() - wall,

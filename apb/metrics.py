@@ -52,15 +52,15 @@ def prefilled(prompt: Prompt, plan: PrefillPlan, reports: Sequence[HostReport], 
 
 
 def decoded(
-    before: dict[str, Any], reports: Sequence[HostReport], times_s: Sequence[float], first_token_s: float
+    before: dict[str, Any], reports: Sequence[HostReport], times_s: Sequence[float], ttft_s: float
 ) -> dict[str, Any]:
     """Return what an answer cost, its prefill (``before``) included.
 
-    ``times_s``: the owner's clock at each token; ``first_token_s``: from the request to the first of them.
+    ``times_s``: the owner's clock at each token; ``ttft_s``: the caller's time from the request to the first of them.
     """
     spent = times_s[-1] - times_s[0]
     return added(before, reports) | {
-        "ttft_s": before["request_s"] + first_token_s,
+        "ttft_s": ttft_s,
         "decode_tokens_per_s": (len(times_s) - 1) / spent if spent > 0 else None,
         "accepted_length": None,
     }

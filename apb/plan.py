@@ -115,8 +115,7 @@ class HostPlan:
 
     rank: int
     spans: tuple[tuple[int, int], ...]  # context positions [start, stop) of this host's block, ascending
-    anchor_len: int  # tokens run beside the block at positions 0.., dropped afterwards
-    anchor_visible: bool  # whether the block attends to the anchor
+    anchor_len: int  # tokens run beside the block at positions 0.., dropped afterwards; unseen by host 0's block
     steps: tuple[Step, ...]
 
     @property

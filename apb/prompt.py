@@ -118,7 +118,15 @@ def _content(tokenizer: Any, text: Text, what: str) -> tuple[int, ...]:
         # What looks like a special token in the user's text is text.
         ids = _encode(tokenizer, text, special=False) if text.strip() else ()
     else:
-        ids = tuple(int(i) for i in text)
+        try:
+            ids = tuple(int(i) for i in text)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"the {what} is neither text nor token ids",
+                given=type(text).__name__,
+                allowed="a string, or whole numbers",
+                remedy=f"Give the {what} as one string.",
+            ) from error
     if not ids:
         raise UserError(
             f"the {what} is empty", given="no text", allowed="some text", remedy=f"Give a {what} with words in it."

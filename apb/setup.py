@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class Setup:
         from apb.models.resolve import resolve
         from apb.models.shape import model_shape
 
+        _check_numbers(hosts, threads, timeout_s)
         chosen = _strategy(strategy)
         scorer = _compressor(chosen, compress)
         count = hosts if hosts is not None else chosen.default_hosts or DEFAULT_HOSTS
@@ -80,9 +81,12 @@ class Setup:
         return dataclasses.replace(self, strategy=chosen, compressor=_compressor(chosen, None), hosts=count)
 
     def prompt(self, context: Text, query: Text | None, *, chat: bool = True) -> Prompt:
-        """Tokenise a prompt; raises UserError when a part is empty or a token id is out of range."""
-        prompt = make_prompt(self.tokenizer, context, query, chat=chat)
-        wrong = [i for i in prompt.token_ids if not 0 <= i < self.shape.vocab]
+        """Tokenise a prompt; raises UserError when a part is empty or the template cannot be split."""
+        return make_prompt(self.tokenizer, context, query, chat=chat)
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Refuse token ids that the model does not have; raises UserError."""
+        wrong = [i for i in ids if not 0 <= i < self.shape.vocab]
         if wrong:
             raise UserError(
                 "token ids outside the model's vocabulary",
@@ -90,10 +94,10 @@ class Setup:
                 allowed=f"0 to {self.shape.vocab - 1}",
                 remedy="Tokenise the text with this model's own tokenizer.",
             )
-        return prompt
 
     def plan(self, prompt: Prompt, new_tokens: int = 0) -> PrefillPlan:
         """Return the plan for a prompt; raises UserError when it cannot be done as asked, before anything is loaded."""
+        self.check_ids(prompt.token_ids)
         plan = self.strategy.plan(prompt.lengths, self.hosts, self.shape, self.compressor)
         scorer = self.compressor
         if scorer is not None and scorer.needs_question and any(plan.kept_rows) and prompt.question is None:
@@ -141,6 +145,17 @@ class Setup:
             remedy=f"Change one of these:{halved}{virtual} more machines (cluster.address) with more cluster.hosts "
             "make each block smaller; or shorten the document.",
         )
+
+
+def _check_numbers(hosts: int | None, threads: int, timeout_s: float) -> None:
+    whole = "a whole number, 1 or more"
+    for name, value, fine, allowed in (
+        ("hosts", hosts, hosts is None or (isinstance(hosts, int) and hosts >= 1), whole),
+        ("threads", threads, isinstance(threads, int) and threads >= 1, whole),
+        ("timeout_s", timeout_s, timeout_s > 0, "above 0 seconds"),
+    ):
+        if not fine:
+            raise UserError(f"{name} is out of range", given=value, allowed=allowed, remedy=f"Change {name}.")
 
 
 def _strategy(given: str | Strategy) -> Strategy:

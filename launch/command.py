@@ -73,13 +73,6 @@ def _verb(arguments: Arguments, display: Display) -> tuple[int, dict[str, Any]]:
                 remedy=f"Leave {option} out.",
             )
     run = load(name)
-    if run is None:
-        raise UserError(
-            f"the verb '{name}' is not built yet",
-            given=name,
-            allowed=", ".join(v for v in VERBS if load(v)),
-            remedy="Use another verb, or a later version.",
-        )
     chosen = [f"{name}={word}" for word in more]  # NAME chooses from the configuration group of that name
     if arguments.multirun:
         return _sweep(run, name, arguments, [*chosen, *arguments.overrides], display)

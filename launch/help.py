@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from importlib import resources
 
-from launch.verbs import VERBS, Verb
+from launch.verbs import VERBS, Verb, built
 
 _SETTING = re.compile(r"^(\w+):\s*(.*?)(?:\s+#\s*(.*))?$")
 _GROUP = re.compile(r"^\s+- (\w+): (\S+)(?:\s+#\s*(.*))?$")
@@ -35,7 +35,7 @@ _EXAMPLES = {
 
 def overview() -> str:
     """Return the text of ``apb --help``."""
-    verbs = [(f"{name} {verb.name or ''}".strip(), verb.summary) for name, verb in VERBS.items()]
+    verbs = [(f"{name} {verb.name or ''}".strip(), verb.summary + _missing(name)) for name, verb in VERBS.items()]
     return "\n".join(
         [
             "apb: distributed long-context prefill for Hugging Face language models",
@@ -66,7 +66,7 @@ def verb_help(name: str) -> str:
     """Return the text of ``apb VERB --help``."""
     verb = VERBS[name]
     lines = [
-        f"apb {name}: {verb.summary}",
+        f"apb {name}: {verb.summary}{_missing(name)}",
         "",
         f"Usage: {_usage(name, verb)}",
         "",
@@ -74,7 +74,7 @@ def verb_help(name: str) -> str:
         *_columns(_options(verb)),
     ]
     if not _file(f"{name}.yaml").is_file():
-        return "\n".join([*lines, "", "This verb has no settings yet."])
+        return "\n".join([*lines, "", "This verb has no settings."])
     own, groups = _root(name)
     lines += [
         "",
@@ -88,6 +88,10 @@ def verb_help(name: str) -> str:
         lines += _columns(_choices(group, default))
     examples = _EXAMPLES.get(name, [])
     return "\n".join([*lines, "", "Examples:", *_columns(examples)] if examples else lines)
+
+
+def _missing(name: str) -> str:
+    return "" if built(name) else " (not built yet)"
 
 
 def _usage(name: str, verb: Verb) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from burst.errors import UserError
 from launch.arguments import Arguments
 from launch.display import Display
 
@@ -35,13 +37,20 @@ VERBS = {
 }
 
 
-def load(name: str) -> Run | None:
-    """Return the function of verb ``name``, or None when it is not built yet."""
+def built(name: str) -> bool:
+    """Whether verb ``name`` can be used in this version; imports nothing of it but its package."""
+    return importlib.util.find_spec(VERBS[name].target.partition(":")[0]) is not None
+
+
+def load(name: str) -> Run:
+    """Return the function of verb ``name``; raises UserError when it is not built yet."""
+    if not built(name):
+        raise UserError(
+            f"the verb '{name}' is not built yet",
+            given=name,
+            allowed=", ".join(verb for verb in VERBS if built(verb)),
+            remedy="Use another verb, or a later version.",
+        )
     module, _, attribute = VERBS[name].target.partition(":")
-    try:
-        function: Run = getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if error.name != module:  # it is built, and something that it needs is missing
-            raise
-        return None
+    function: Run = getattr(importlib.import_module(module), attribute)
     return function

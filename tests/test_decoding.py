@@ -175,6 +175,8 @@ def test_a_fork_without_a_query_goes_its_own_way_from_here() -> None:
     parent = e.prefill(prompt())
     e.generate(parent, max_new_tokens=4)
     twins = [parent.fork() for _ in range(2)]
+    for cost in ("prefill_s", "request_s", "bytes_by_kind"):  # the prefill's, not the copying's
+        assert twins[0].metrics[cost] == parent.metrics[cost]
     want = e.generate(twins[0], max_new_tokens=8, **SAMPLED).token_ids
     assert len(parent.generated) == 4
     assert e.generate(twins[1], max_new_tokens=8, **SAMPLED).token_ids == want
@@ -268,26 +270,38 @@ def test_what_cannot_be_generated_is_refused() -> None:
         engine(compress="query").prefill(prompt(question=False))
     with pytest.raises(UserError, match="no logits"):
         bare.logits()
-    with pytest.raises(UserError, match="nothing to generate"):
-        e.generate(asked, max_new_tokens=0)
+    for count in (0, -1, 1.5):
+        with pytest.raises(UserError, match="nothing to generate"):
+            e.generate(asked, max_new_tokens=count)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="neither text nor token ids"):
+        e.prefill(["the", "sea"], "the hill?")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="longer than the model's context"):
         e.generate(asked, max_new_tokens=400 - 161 + 1)
     with pytest.raises(UserError, match="longer than the model's context"):
         e.prefill(prompt(context=390))
     with pytest.raises(UserError, match="longer than the model's context"):
         bare.fork(query=list(ids(251, 1)))
-    for stop in ("", ["the", ""]):
-        with pytest.raises(UserError, match="stop string is empty"):
-            e.generate(asked, stop=stop)
+    for stop in ("", ["the", ""], [3]):
+        with pytest.raises(UserError, match="stop string is empty, or no string"):
+            e.generate(asked, stop=stop)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="unknown decoder"):
         e.generate(asked, decode="beam")
     with pytest.raises(UserError, match="no such host"):
         asked.gather(HOSTS)
     with pytest.raises(UserError, match="empty"):
         bare.fork(query=[])
-    for wrong in ({"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"seed": -1}):
-        with pytest.raises(UserError, match=f"decode.{next(iter(wrong))}"):
-            e.generate(asked, **wrong)  # type: ignore[arg-type]
+    outside = len(byte_tokenizer())
+    for wrong_ids in ([outside], [3, -1]):
+        with pytest.raises(UserError, match="outside the model's vocabulary"):
+            bare.fork(query=wrong_ids)
+        with pytest.raises(UserError, match="outside the model's vocabulary"):
+            e.prefill(list(range(40)), wrong_ids, chat=False)
+    with pytest.raises(UserError, match="outside the model's vocabulary"):
+        e.prefill(dataclasses.replace(prompt(), context_ids=(outside,) * 150))
+    for name, values in {"temperature": [-0.1], "top_p": [0.0, 1.1], "top_k": [-1, 1.5], "seed": [-1, 0.5]}.items():
+        for value in values:
+            with pytest.raises(UserError, match=f"decode.{name}"):
+                e.generate(asked, **{name: value})  # type: ignore[arg-type]
     e.generate(asked, max_new_tokens=1)  # none of that has hurt it
     with pytest.raises(UserError, match="no logits"):
         asked.logits()

@@ -13,7 +13,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from apb.models import (
@@ -83,6 +83,17 @@ def test_hub_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_p
     with pytest.raises(UserError, match=r"could not be fetched .* no route") as caught:
         resolve("some-org/some-model")
     assert "give its path" in caught.value.remedy
+
+
+def test_hub_lost_while_fetching_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(*args: object, **options: object) -> None:
+        raise LocalEntryNotFoundError("connection lost, and nothing is cached")
+
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename="model.safetensors")])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **options: info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lose)
+    with pytest.raises(UserError, match=r"could not be fetched .* connection lost"):
+        resolve("some-org/some-model")
 
 
 def test_hub_out_of_reach_falls_back_to_its_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apb.compress import Candidates, compressor
+from apb.compress import Candidates, compressor, top_rows
+from apb.engine import Engine
 from apb.plan import Attend, ModelShape, PromptLengths, Select
 from apb.strategies import Strategy, strategy
 from burst.errors import UserError
+from tests.tiny import tiny_engine, tiny_llama
 
 SHAPE = ModelShape(
     layers=3,
@@ -48,8 +51,10 @@ def test_lengths_that_do_not_fit_are_refused(options: dict[str, int]) -> None:
 @pytest.mark.parametrize("options", [{"anchor_len": 11}, {"anchor_len": 107}, {"passing_len": 100}])
 def test_lengths_at_the_limits_are_taken(options: dict[str, int]) -> None:
     lengths = PromptLengths(context=302, head=5, question=6, query=11)
-    if options.get("anchor_len") == 107:
-        assert strategy("apb", **options).plan(lengths, 3, SHAPE, compressor("query")).kept_rows[0] == 0
+    plan = strategy("apb", **options).plan(lengths, 3, SHAPE, compressor("query"))
+    anchor, passing = options.get("anchor_len", 25), options.get("passing_len", 12)  # a quarter and an eighth of 100
+    assert plan.anchor_len == anchor and [h.anchor_len for h in plan.host_plans[1:]] == [anchor, anchor]
+    assert plan.kept_rows == (max(0, min(passing, 101 - anchor)), passing, 0)
 
 
 def test_what_cannot_be_planned_is_refused() -> None:
@@ -68,10 +73,51 @@ def test_what_cannot_be_planned_is_refused() -> None:
         strategy("abp")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"hosts": 0}, {"hosts": -1}, {"hosts": 2.5}, {"hosts": "4"}, {"threads": 0}, {"timeout_s": 0.0}],
+    ids=str,
+)
+def test_numbers_out_of_range_are_refused_before_the_model_is_looked_for(options: dict[str, Any]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(UserError, match=f"{name} is out of range") as caught:
+        Engine.launch("no-such-model", **options)
+    assert caught.value.given == value
+
+
+def test_a_setup_takes_no_options_that_it_has_settled() -> None:
+    setup = tiny_engine(tiny_llama(torch.float32), strategy("apb"), 2, "norm").setup
+    with pytest.raises(UserError, match="settled") as caught:
+        Engine.launch(setup, hosts=4, dtype="float64")
+    assert caught.value.given == "hosts, dtype"
+
+
 @pytest.mark.parametrize("window", [0, 4, -1])
 def test_a_window_without_a_middle_is_refused(window: int) -> None:
     with pytest.raises(UserError, match="max-pool"):
         compressor("query", window=window)
+
+
+def test_a_long_question_is_scored_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    gen = torch.Generator().manual_seed(1)
+    keys, asked = torch.randn(1, 2, 20, 8, generator=gen), torch.randn(1, 6, 50, 8, generator=gen)
+    block = Candidates(0, 0, keys, keys, keys, 0.4, asked, None)
+    whole = compressor("query").score(block)
+    monkeypatch.setattr("apb.compress.query._AT_ONCE", 3 * 20 * 7)  # seven question tokens, the last part has one
+    torch.testing.assert_close(compressor("query").score(block), whole, atol=1e-7, rtol=1e-5)
+    weights = (asked.unflatten(1, (2, 3)) @ keys[:, :, None].mT * 0.4).softmax(-1).mean(dim=(2, 3))
+    pooled = torch.nn.functional.pad(weights, (2, 2)).unfold(-1, 5, 1).amax(-1)
+    torch.testing.assert_close(whole, pooled, atol=1e-7, rtol=1e-5)
+
+
+def test_ties_go_to_the_earlier_token_and_skipped_ones_are_never_kept() -> None:
+    scores = torch.tensor([[[9.0, 1, 5, 5, 5, 2], [9, 9, 9, 9, 9, 9]]])
+    assert top_rows(scores, 2, skip=1).tolist() == [[[2, 3], [1, 2]]]
+    assert top_rows(scores, 4, skip=2).tolist() == [[[2, 3, 4, 5], [2, 3, 4, 5]]]
+    assert scores[0, 0, 0] == 9  # the compressor's own scores stay as they are
+    keys = torch.ones(1, 1, 300, 8)
+    norms = compressor("norm").score(Candidates(0, 0, keys, keys, keys, 1.0, None, None))
+    assert top_rows(norms, 3, skip=0).tolist() == [[[0, 1, 2]]]
 
 
 @pytest.mark.parametrize("seed", [-1, 0, 123456789, 2**63])
@@ -121,7 +167,7 @@ def test_plans_hold_together(lengths: PromptLengths, hosts: int, made: Strategy,
             attends = [s for s in host.steps if isinstance(s, Attend) and not s.causal]
             assert sum(s.pairs for s in attends) == host.block_len * seen
         else:
-            assert not host.anchor_visible
+            assert all(s.keys == (s.queries,) for s in host.steps if isinstance(s, Attend))  # nothing but themselves
     e, layers = SHAPE.element_size, SHAPE.layers
     row = 2 * SHAPE.kv_heads * SHAPE.head_dim * e
     for rank in range(hosts):
@@ -132,7 +178,7 @@ def test_plans_hold_together(lengths: PromptLengths, hosts: int, made: Strategy,
         assert plan.passing_bytes(rank) == rows * row * layers
     m = lengths.query
     partial = m * SHAPE.q_heads * (SHAPE.head_dim * e + 4)
-    assert all(plan.partial_bytes(m) == (hosts - 1) * partial * layers for _ in range(hosts))
+    assert plan.partial_bytes(m) == (hosts - 1) * partial * layers
     assert plan.bytes_by_kind(m).get("passing", 0) == sum(plan.passing_bytes(r) for r in range(hosts))
     assert sum(h.block_len for h in plan.host_plans) == lengths.context
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from apb.engine import Engine
-from apb.plan import ModelShape, PrefillPlan
+from apb.plan import Attend, ModelShape, PrefillPlan
 from apb.strategies import strategy
 from bench.twin import Sizes, Twin, sizes, twin
 from burst.errors import UserError
@@ -79,9 +79,11 @@ def check(
 
 def check_sizes(plan: PrefillPlan, want: Sizes, *, last_offers: bool) -> None:
     """The plan's lengths are those worked out from the rules in words."""
-    assert tuple((h.start, h.stop) for h in plan.host_plans) == want.spans
-    assert tuple(h.anchor_len for h in plan.host_plans) == want.beside
-    assert [h.anchor_visible for h in plan.host_plans[1:]] == [True] * (plan.hosts - 1)
+    hosts = plan.host_plans
+    assert tuple((h.start, h.stop) for h in hosts) == want.spans
+    assert tuple(h.anchor_len for h in hosts) == want.beside
+    seen = [any(isinstance(s, Attend) and s.queries == "block" and "anchor" in s.keys for s in h.steps) for h in hosts]
+    assert seen == [h.rank > 0 for h in hosts]
     rows = want.rows if last_offers else (*want.rows[:-1], 0)  # in a ring nobody asks the last host for its rows
     assert plan.kept_rows == rows
     if plan.hosts > 1 and plan.strategy == "apb":

@@ -12,6 +12,8 @@ from torch import Tensor
 from apb.compress.base import Candidates, Compressor
 from burst.errors import UserError
 
+_AT_ONCE = 2**24  # probabilities held at a time: 64 MB in fp32, however long the question is
+
 
 @dataclass(frozen=True)
 class Query(Compressor):
@@ -41,10 +43,14 @@ class Query(Compressor):
         assert q_BHQD is not None, "the plan gives every selecting host the question's queries"
         n_kv = k_BKSD.shape[1]
         group = q_BHQD.shape[1] // n_kv
+        rows = max(1, _AT_ONCE // (group * k_BKSD.shape[2]))
         per_head = []
-        for j in range(n_kv):  # one kv head at a time: the probabilities are group * Q * S
-            q_BGQD = q_BHQD[:, j * group : (j + 1) * group]
-            logits_BGQS = (q_BGQD @ k_BKSD[:, j : j + 1].transpose(-1, -2)).float() * block.scale
-            per_head.append(logits_BGQS.softmax(dim=-1).mean(dim=(1, 2)))
+        for j in range(n_kv):
+            k_B1DS = k_BKSD[:, j : j + 1].transpose(-1, -2)
+            paid_BS = torch.zeros((), device=k_BKSD.device)
+            for q_BGQD in q_BHQD[:, j * group : (j + 1) * group].split(rows, dim=2):
+                logits_BGQS = (q_BGQD @ k_B1DS).float() * block.scale
+                paid_BS = paid_BS + logits_BGQS.softmax(dim=-1).sum(dim=(1, 2))
+            per_head.append(paid_BS / (group * q_BHQD.shape[2]))
         scores_BKS = torch.stack(per_head, dim=1)
         return F.max_pool1d(scores_BKS, self.window, stride=1, padding=self.window // 2)

@@ -26,8 +26,8 @@ class Sampling:
         checks = [
             ("temperature", self.temperature, math.isfinite(self.temperature) and self.temperature >= 0, "0 or more"),
             ("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0, up to 1"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
-            ("seed", self.seed, 0 <= self.seed < 2**64, "0 to 2**64 - 1"),
+            ("top_k", self.top_k, isinstance(self.top_k, int) and self.top_k >= 0, "whole: 0 (off) or more"),
+            ("seed", self.seed, isinstance(self.seed, int) and 0 <= self.seed < 2**64, "whole: 0 to 2**64 - 1"),
         ]
         for name, value, fine, allowed in checks:
             if not fine:

@@ -23,16 +23,16 @@ class KVHandle:
     anchors or drove the selection; None when the cache serves every question alike.
     """
 
-    engine: Engine
+    engine: Engine = field(repr=False)
     id: str
-    prompt: Prompt
+    prompt: Prompt = field(repr=False)
     exact: bool
     conditioned_on: str | tuple[int, ...] | None
     blocks: tuple[tuple[int, int], ...]  # (host, context tokens) of every stretch in position order
     owner: int  # the host that keeps new KV and decides tokens
     epoch: int
-    metrics: dict[str, Any]
-    generated: list[int] = field(default_factory=list)
+    metrics: dict[str, Any] = field(repr=False)
+    generated: list[int] = field(default_factory=list, repr=False)
     released: bool = False
 
     @property

@@ -47,7 +47,6 @@ class Exact(Strategy):
                     rank,
                     spread.spans(rank),
                     anchor_len=0,
-                    anchor_visible=False,
                     steps=(AttendAll(spread.head_pairs(rank, shape)),),
                 )
                 for rank in range(hosts)

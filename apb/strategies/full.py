@@ -32,7 +32,7 @@ class Full(Strategy):
         (span,) = blocks(lengths.context, hosts)
         n = span[1]
         step = Attend("block", ("block",), causal=True, pairs=n * (n + 1) // 2)
-        host = HostPlan(0, (span,), anchor_len=0, anchor_visible=False, steps=(step,))
+        host = HostPlan(0, (span,), anchor_len=0, steps=(step,))
         return PrefillPlan(
             strategy=self.name,
             compressor=None,
