@@ -73,7 +73,7 @@ def shares(
             q, k[:, :, rows], v[:, :, rows], None if by_delta else out, lse, dout, causal=causal,
             delta=delta if by_delta else None,
         )  # fmt: skip
-        assert dq.dtype == dk.dtype == dv.dtype == q.dtype
+        assert dq.dtype == q.dtype and dk.dtype == dv.dtype and dk.dtype in (q.dtype, acc)
         total[0] += dq
         total[1][:, :, rows] += dk
         total[2][:, :, rows] += dv

@@ -67,7 +67,9 @@ class Kernel(Protocol):
         scale: float | None = None,
         delta: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return this block's share of dq (B, H, S, D), dk (B, K, T, D) and dv (B, K, T, E), in q's dtype.
+        """Return this block's share of dq (B, H, S, D), dk (B, K, T, D) and dv (B, K, T, E).
+
+        They have q's dtype; dk and dv may have the wider one of sums.
 
         ``out`` (B, H, S, E) and ``lse`` (B, H, S) are those of the WHOLE softmax, merged over all blocks of
         keys, so the shares of all blocks add up to the gradients. ``dout`` (B, H, S, E) is the gradient of
