@@ -27,7 +27,7 @@ class Full(Strategy):
                 "strategy 'full' runs on one host",
                 given=f"{hosts} hosts",
                 allowed="1",
-                remedy="Leave cluster.hosts out, or choose strategy=apb or star.",
+                remedy="Leave cluster.hosts out, or choose strategy=ring, apb or star.",
             )
         (span,) = blocks(lengths.context, hosts)
         n = span[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,9 +16,9 @@ class USP(Exact):
     """``ulysses`` neighbours share their positions by heads. Source: arXiv 2405.07719."""
 
     name: ClassVar[str] = "usp"
-    ulysses: int | None = None  # a divisor of the hosts; None: the largest that the kv heads can fill
+    ulysses: int | None = None  # a divisor of the hosts; None: the largest that divides the kv heads too
 
     def spread(self, context: int, hosts: int, shape: ModelShape) -> Spread:
         """Return which layout and schedule attend; raises UserError where groups do not divide the hosts."""
-        fitting = [n for n in range(1, hosts + 1) if hosts % n == 0 and n <= shape.kv_heads]
-        return Spread(self.name, self.layout, context, hosts, fitting[-1] if self.ulysses is None else self.ulysses)
+        even = math.gcd(hosts, shape.kv_heads)  # otherwise some neighbours get more kv heads than others
+        return Spread(self.name, self.layout, context, hosts, even if self.ulysses is None else self.ulysses)
