@@ -10,7 +10,7 @@ from burst.errors import UserError
 from launch.arguments import Arguments
 from launch.display import Display
 
-BENCHES = {"ruler": "bench.ruler.cli"}
+BENCHES = {"attention": "bench.attention.show", "ruler": "bench.ruler.cli"}
 
 
 def main(arguments: Arguments, config: Mapping[str, Any], display: Display) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def main(arguments: Arguments, config: Mapping[str, Any], display: Display) -> d
             "no benchmark named",
             given="apb bench",
             allowed=", ".join(BENCHES),
-            remedy="Write 'apb bench ruler'.",
+            remedy="Write 'apb bench ruler', for example.",
         )
     document: dict[str, Any] = importlib.import_module(BENCHES[chosen["name"]]).run(config, display)
     return document

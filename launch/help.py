@@ -8,10 +8,17 @@ from importlib import resources
 from launch.verbs import VERBS, Verb, built
 
 _SETTING = re.compile(r"^(\w+):\s*(.*?)(?:\s+#\s*(.*))?$")
+_NESTED = re.compile(r"^\s+- /(\w+)@\S+: (\S+)(?:\s+#\s*(.*))?$")  # a group that only one choice of another has
 _GROUP = re.compile(r"^\s+- (\w+): (\S+)(?:\s+#\s*(.*))?$")
 _MODEL = "NAME of conf/model, folder with config.json, or hub id 'organisation/model'"
 
 _EXAMPLES = {
+    "bench": [
+        ("apb bench attention", "our schedules beside one dense call and public peers"),
+        ("apb bench attention bench.tokens=32768 bench.ranks=8 bench.dtype=bfloat16", "another size"),
+        ("apb bench ruler cluster.hosts=8 bench.tasks=[vt_1hop]", "one task, with its baselines"),
+        ("apb bench ruler -m compress=query,norm out=DIR", "two compressors; stopped runs go on"),
+    ],
     "ask": [
         ("apb ask", "four hosts on this machine, a built-in document"),
         ("apb ask cluster=virtual compare=true", "all hosts in one process, beside full attention"),
@@ -20,14 +27,11 @@ _EXAMPLES = {
     ],
     "plan": [
         ("apb plan cluster.hosts=8 strategy=star", "the built-in document on eight hosts"),
+        ("apb plan strategy=ring burst.explain=true", "and which exact schedule would be fastest"),
         (
             "apb plan model=org/name context_tokens=131072 memory_gb=80",
             "a length, for machines of 80 GB each",
         ),
-    ],
-    "bench": [
-        ("apb bench ruler cluster.hosts=8 bench.tasks=[vt_1hop]", "one task, with its baselines"),
-        ("apb bench ruler -m compress=query,norm out=DIR", "two compressors; stopped runs go on"),
     ],
 }
 
@@ -75,10 +79,11 @@ def verb_help(name: str) -> str:
     if not _file(f"{name}.yaml").is_file():
         return "\n".join([*lines, "", "This verb has no settings."])
     own, groups = _root(name)
+    groups += _nested(groups)
     lines += [
         "",
         "Settings (key=value, with their defaults):",
-        *_columns([("model=smollm2-135m", _MODEL), *own]),
+        *_columns([*((f"model={default}", _MODEL) for group, default, _ in groups if group == "model"), *own]),
     ]
     for group, default, comment in groups:
         if group == "model":
@@ -141,6 +146,18 @@ def _root(name: str) -> tuple[list[tuple[str, str]], list[tuple[str, str, str]]]
     return settings, groups
 
 
+def _nested(groups: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Groups that come with one choice of these groups alone, with that choice in the comment."""
+    found: list[tuple[str, str, str]] = []
+    for group, _, _ in groups:
+        for file in sorted(_file(group).iterdir(), key=lambda f: f.name):
+            for line in _lines(f"{group}/{file.name}") if file.name.endswith(".yaml") else []:
+                if nested := _NESTED.match(line):
+                    choice = f"with {group}={file.name.removesuffix('.yaml')}"
+                    found.append((nested[1], nested[2], f"{choice}; {nested[3]}" if nested[3] else choice))
+    return found
+
+
 def _choices(group: str, default: str) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     names = sorted(f.name.removesuffix(".yaml") for f in _file(group).iterdir() if f.name.endswith(".yaml"))
@@ -149,7 +166,7 @@ def _choices(group: str, default: str) -> list[tuple[str, str]]:
         mark = " (default)" if choice == default else ""
         found.append((f"{choice}{mark}", lines[0].removeprefix("# ")))
         for line in lines:
-            if (setting := _SETTING.match(line)) and setting[1] != "name":
+            if (setting := _SETTING.match(line)) and setting[1] not in ("name", "defaults"):
                 found.append((f"  {group}.{setting[1]}={setting[2]}", setting[3] or ""))
     return found
 

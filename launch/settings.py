@@ -15,6 +15,7 @@ from apb.decode.sampling import Sampling
 from apb.engine import DECODERS
 from apb.strategies import Strategy, strategy
 from burst.errors import UserError, choose
+from launch.schedules import BurstSettings
 
 _WORDS = {
     bool: "true or false",
@@ -74,11 +75,15 @@ class Settings(Basics):
     context_tokens: int | None = None
     query_tokens: int = 64
     memory_gb: float | None = None
+    burst: BurstSettings | None = None
 
 
 def settle(config: Mapping[str, Any]) -> Settings:
     """Return the typed settings; raises UserError for a value of the wrong type or out of its range."""
-    settings = typed(Settings, basics(config) | {"decode": typed(DecodeSettings, config["decode"], "decode.")}, "")
+    values = basics(config) | {"decode": typed(DecodeSettings, config["decode"], "decode.")}
+    if "burst" in config:
+        values["burst"] = typed(BurstSettings, config["burst"], "burst.")
+    settings = typed(Settings, values, "")
     decode = settings.decode
     choose("decoder", decode.name, DECODERS)
     Sampling(decode.temperature, decode.top_p, decode.top_k, decode.seed)

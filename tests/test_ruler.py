@@ -394,6 +394,14 @@ def test_a_sweep_shares_its_baselines(model: str, tmp_path: Path, capsys: pytest
     assert {x["accuracy"] for x in found["runs"][1]["table"]} == {None}
 
 
+def test_an_exact_strategy_is_full_attention(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (f"model={model}", "cluster.hosts=2", "bench.tokens=600", "bench.samples=1", "bench.tasks=[vt_1hop]")
+    code, found, err = command(capsys, "ruler", "strategy=ring", *words)
+    assert code == 0, err
+    (ring,) = (x for x in found["table"] if x["variant"] == "ring, 2 hosts")
+    assert abs(ring["less_full"]) < 1e-5 and abs(ring["kl"]) < 1e-6 and ring["passing_bytes"] > 0
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -416,4 +424,4 @@ def test_mistakes_are_named(words: list[str], says: str, model: str, capsys: pyt
 
 def test_a_benchmark_has_to_be_named(capsys: pytest.CaptureFixture[str]) -> None:
     code, found, _ = command(capsys)
-    assert code == 2 and found["error"]["remedy"] == "Write 'apb bench ruler'."
+    assert code == 2 and found["error"]["remedy"] == "Write 'apb bench ruler', for example."

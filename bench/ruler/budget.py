@@ -18,7 +18,7 @@ def critical_flops(plan: PrefillPlan) -> int:
 
 def passing_bytes(plan: PrefillPlan) -> int:
     """Return the bytes that all hosts send before the question runs."""
-    return sum(plan.passing_bytes(r) for r in range(plan.hosts))
+    return sum(sum(plan.prefill_bytes(r).values()) for r in range(plan.hosts))
 
 
 def fit(setup: Setup, lengths: PromptLengths, *, flops: int | None = None, sent: int | None = None) -> Strategy:

@@ -42,9 +42,9 @@ class RulerSettings:
 
 def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
     """Measure one variant and its baselines; show and return tables and comparisons over all that ``out`` holds."""
-    given = basics(config)
-    common = typed(Basics, given, "")
-    asked = _settle(given["bench"])
+    own = config["bench"]
+    common = typed(Basics, basics({**config, **{key: own[key] for key in ("dtype", "device", "timeout_s")}}), "")
+    asked = _settle(own)
     setup = make_setup(common, display)
     variant = Variant(common.model, setup, asked.question_first, asked.flops, asked.bytes)
     others = [] if asked.seeds == CHOOSE else baselines(variant)  # to choose, the variants themselves are enough
