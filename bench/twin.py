@@ -169,7 +169,9 @@ class _Dense:
         if self.select == "norm":
             return -k_KLD.pow(2).sum(-1).sqrt()
         if self.select == "random":
-            seen = Candidates(layer, host, q_HND[None], k_KLD[None], k_KLD[None], scale, None, None)
+            seen = Candidates(
+                layer, host, q_HND[None], k_KLD[None], k_KLD[None], scale, None, None, 0, 0, lambda x, delta: x
+            )
             return Random().score(seen)[0]
         assert self.select == "query"
         s, l_q = self.sizes.skip, self.sizes.question

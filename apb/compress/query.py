@@ -3,37 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from apb.compress.base import Candidates, Compressor
-from burst.errors import UserError
+from apb.compress.pool import check_window, max_pool
+from burst.errors import choose
 
 
 @dataclass(frozen=True)
 class Query(Compressor):
     """Scores a token by the attention that the embedded question pays to it.
 
-    Softmax over the block per question token and query head, mean over question tokens and the heads of a group, then a
-    max-pool over ``window`` neighbours. Source: Spava (arXiv 2601.21444), with softmax instead of raw products.
+    Source: Spava (arXiv 2601.21444): raw products, mean, a max-pool of 5. The softmax is ours.
+
+    Parameters: ``logits``: ``softmax`` over the block per question token and query head, so that all of them weigh
+    alike, or ``raw`` products; ``reduce``: ``mean`` or ``max`` over question tokens and the query heads of a group;
+    ``window``: tokens that the max-pool afterwards spans.
     """
 
     name: ClassVar[str] = "query"
     needs_question: ClassVar[bool] = True
 
     window: int = 5
+    reduce: Literal["mean", "max"] = "mean"
+    logits: Literal["softmax", "raw"] = "softmax"
 
     def __post_init__(self) -> None:
-        if self.window < 1 or self.window % 2 == 0:
-            raise UserError(
-                "the window of the max-pool must have a middle",
-                given=f"compress.window={self.window}",
-                allowed="1, 3, 5, ...",
-                remedy="Choose an odd compress.window; 1 pools nothing.",
-            )
+        check_window(self.window)
+        choose("value of compress.reduce:", self.reduce, ("mean", "max"))
+        choose("value of compress.logits:", self.logits, ("softmax", "raw"))
 
     def score(self, block: Candidates) -> Tensor:
         """Return scores (B, K, S), fp32."""
@@ -44,7 +45,8 @@ class Query(Compressor):
         per_head = []
         for j in range(n_kv):  # one kv head at a time: the probabilities are group * Q * S
             q_BGQD = q_BHQD[:, j * group : (j + 1) * group]
-            logits_BGQS = (q_BGQD @ k_BKSD[:, j : j + 1].transpose(-1, -2)).float() * block.scale
-            per_head.append(logits_BGQS.softmax(dim=-1).mean(dim=(1, 2)))
-        scores_BKS = torch.stack(per_head, dim=1)
-        return F.max_pool1d(scores_BKS, self.window, stride=1, padding=self.window // 2)
+            weights_BGQS = (q_BGQD @ k_BKSD[:, j : j + 1].transpose(-1, -2)).float() * block.scale
+            if self.logits == "softmax":
+                weights_BGQS = weights_BGQS.softmax(dim=-1)
+            per_head.append(weights_BGQS.mean(dim=(1, 2)) if self.reduce == "mean" else weights_BGQS.amax(dim=(1, 2)))
+        return max_pool(torch.stack(per_head, dim=1), self.window)
