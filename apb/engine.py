@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import itertools
-import platform
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +13,21 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from apb.clusters import Cluster, cluster
+from apb.clusters import Cluster
+from apb.clusters import cluster as start_cluster
 from apb.decode.autoregressive import DecodeRequest
 from apb.decode.sampling import Sampling
 from apb.decode.text import TextStream
-from apb.host import HostReport, PrefillRequest
+from apb.host import PrefillRequest
 from apb.kv.handle import KVHandle
+from apb.metrics import added, decoded, measured, prefilled, versions
 from apb.plan import PrefillPlan
 from apb.prompt import Prompt, Text, make_question
 from apb.setup import Setup
 from burst.errors import UserError, choose
 
 DECODERS = ("autoregressive",)
+__all__ = ["DECODERS", "Engine", "Result", "versions"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Engine:
     def __init__(self, setup: Setup, cluster: Cluster) -> None:
         self.setup = setup
         self.cluster = cluster
+        self._closed = False
         self._ids = (f"cache-{i}" for i in itertools.count())
 
     @classmethod
@@ -56,10 +57,17 @@ class Engine:
         of Setup.make (hosts, strategy, compress, dtype, device, threads, ...) and the cluster's own (ray: address).
         Raises UserError for anything unknown, before any host starts.
         """
-        known = {f for f in Setup.make.__annotations__ if f != "return"}
+        known = Setup.make.__annotations__.keys() - {"model", "return"}
         settled = {name: options.pop(name) for name in list(options) if name in known}
+        if isinstance(model, Setup) and settled:
+            raise UserError(
+                "a Setup has settled these options already",
+                given=", ".join(settled),
+                allowed="the cluster's own options beside a Setup",
+                remedy="Give them to Setup.make, or give the model's name instead of a Setup.",
+            )
         setup = model if isinstance(model, Setup) else Setup.make(model, **settled)
-        return cls(setup, _start(cluster, setup, options))
+        return cls(setup, start_cluster(cluster, setup.spec, setup.hosts, **options))
 
     @property
     def model_path(self) -> str:
@@ -75,28 +83,34 @@ class Engine:
     ) -> KVHandle:
         """Prefill a context over the hosts and run the question, if there is one, over the sharded cache.
 
-        ``context`` and ``query`` are text or token ids; ``chat`` puts them into the chat template. Without a question
-        the cache is unconditioned: ask with ``handle.fork(query=...)``. ``on_layer(done, total)`` reports progress.
+        ``context`` and ``query`` are text or token ids; ``chat`` puts them into the chat template (a Prompt has its
+        question and its template already). Without a question the cache is unconditioned: ask with
+        ``handle.fork(query=...)``. ``on_layer(done, total)`` reports progress.
         """
         start = time.perf_counter()
+        if isinstance(context, Prompt) and query is not None:
+            raise UserError(
+                "a Prompt has its own question",
+                given="a Prompt and a query",
+                allowed="a Prompt alone, or context and query",
+                remedy="Make the Prompt with the question, or fork the cache and ask there.",
+            )
         prompt = context if isinstance(context, Prompt) else self.setup.prompt(context, query, chat=chat)
         plan = self.setup.plan(prompt)
         handle_id = next(self._ids)
         requests = [(self._request(handle_id, prompt, plan, rank),) for rank in range(plan.hosts)]
         reports = self._call("prefill", requests, _layers(on_layer))
-        conditioned = plan.question_len > 0
-        question = prompt.question
-        asked = (question.text or question.ids) if question else None
+        asked = prompt.question if plan.question_len else None
+        names = {"model": self.model_path, "cluster": self.cluster.name}
         return KVHandle(
             engine=self,
             id=handle_id,
             prompt=prompt,
-            chat=chat,
             exact=plan.exact,
-            conditioned_on=asked if conditioned else None,
+            conditioned_on=(asked.text or asked.ids) if asked else None,
             blocks=tuple((h.rank, h.block_len) for h in plan.host_plans),
             epoch=self.cluster.epoch,
-            metrics=self._prefill_metrics(prompt, plan, reports, time.perf_counter() - start),
+            metrics=names | prefilled(prompt, plan, reports, time.perf_counter() - start),
         )
 
     def generate(
@@ -119,13 +133,14 @@ class Engine:
         start = time.perf_counter()
         self._alive(handle)
         choose("decoder", decode, DECODERS)
-        self._check_generate(handle, max_new_tokens)
+        self._check_question(handle)
         request = DecodeRequest(
             max_new_tokens,
             Sampling(temperature, top_p, top_k, seed),
             self._stop_ids(),
             (stop,) if isinstance(stop, str) else tuple(stop or ()),
         )
+        self.setup.check_room(handle.next_position, max_new_tokens)
         stream = TextStream(self.setup.tokenizer, request.stop)
         first_token: list[float] = []
 
@@ -139,11 +154,13 @@ class Engine:
         rest = stream.finish()
         if rest and on_token is not None:
             on_token(rest)
-        decoded = reports[handle.owner].decoded
-        assert decoded is not None
-        handle.generated += decoded.token_ids
-        metrics = self._decode_metrics(handle, reports, decoded.times_s, first_token[0] - start)
-        return Result(stream.text, tuple(decoded.token_ids), decoded.finish_reason, metrics)
+        answer = reports[handle.owner].decoded
+        assert answer is not None
+        waited_s = 0.0 if handle.generated else handle.metrics["request_s"]  # the first answer waited for the prefill
+        metrics = decoded(handle.metrics, reports, answer.times_s, waited_s + first_token[0] - start)
+        handle.generated += answer.token_ids
+        metrics["conditioned_on"] = handle.conditioned_on
+        return Result(stream.text, tuple(answer.token_ids), answer.finish_reason, metrics)
 
     def fork(self, handle: KVHandle, query: Text | None = None) -> KVHandle:
         """Ask another question on the same context (only the query phase runs), or copy a cache as it stands."""
@@ -152,13 +169,15 @@ class Engine:
         prompt, generated = handle.prompt, list(handle.generated)
         ids: tuple[int, ...] | None = None
         if query is not None:
-            question = make_question(self.setup.tokenizer, query, chat=handle.chat)
+            question = make_question(self.setup.tokenizer, query, chat=prompt.chat)
             prompt, generated, ids = dataclasses.replace(prompt, question=question), [], question.query_ids
+            self.setup.check_ids(ids)
             self.setup.check_room(len(prompt.token_ids), 0)
         new_id = next(self._ids)
         reports = self._call("fork", [(handle.id, new_id, ids)] * self.cluster.hosts)
-        metrics = handle.metrics | self._measured(reports, time.perf_counter() - start)
-        metrics |= {"query_tokens": prompt.lengths.query, "forked": True}
+        metrics = handle.metrics | {"query_tokens": prompt.lengths.query, "forked": True}
+        if query is not None:
+            metrics |= measured(reports, time.perf_counter() - start)
         return dataclasses.replace(handle, id=new_id, prompt=prompt, generated=generated, metrics=metrics)
 
     def gather(self, handle: KVHandle, rank: int = 0) -> KVHandle:
@@ -171,13 +190,10 @@ class Engine:
                 allowed=f"0 to {self.cluster.hosts - 1}",
                 remedy="Choose one of the engine's hosts.",
             )
-        start = time.perf_counter()
         new_id = next(self._ids)
         reports = self._call("gather", [(handle.id, new_id, rank)] * self.cluster.hosts)
         blocks = ((rank, len(handle.prompt.context_ids)),)
-        moved = self._measured(reports, time.perf_counter() - start)
-        kinds = Counter(handle.metrics["bytes_by_kind"]) + Counter(moved["bytes_by_kind"])
-        metrics = handle.metrics | {"bytes_by_kind": dict(kinds), "bytes_sent": kinds.total(), "gathered_on": rank}
+        metrics = added(handle.metrics, reports) | {"gathered_on": rank}
         return dataclasses.replace(handle, id=new_id, blocks=blocks, generated=list(handle.generated), metrics=metrics)
 
     def logits(self, handle: KVHandle) -> Tensor:
@@ -194,12 +210,15 @@ class Engine:
         return logits
 
     def release(self, handle: KVHandle) -> None:
-        """Free a cache on all hosts."""
-        if handle.epoch == self.cluster.epoch:
+        """Free a cache on all hosts; may be called twice."""
+        gone = self._closed or handle.released or handle.epoch != self.cluster.epoch
+        if handle.engine is self and not gone:
             self._call("release", [(handle.id,)] * self.cluster.hosts)
+        handle.released = True
 
     def close(self) -> None:
-        """End the hosts."""
+        """End the hosts; may be called twice."""
+        self._closed = True
         self.cluster.close()
 
     def __enter__(self) -> Self:
@@ -213,6 +232,13 @@ class Engine:
     # -- how ------------------------------------------------------------------------------------------------------
 
     def _call(self, method: str, per_host: Sequence[tuple[Any, ...]], on_event: Any = None) -> list[Any]:
+        if self._closed:
+            raise UserError(
+                "this engine is closed",
+                given=f"a call of {method}",
+                allowed="calls before Engine.close, or inside the with block",
+                remedy="Start another engine with Engine.launch.",
+            )
         return self.cluster.call(method, per_host, on_event)
 
     def _request(self, handle_id: str, prompt: Prompt, plan: PrefillPlan, rank: int) -> PrefillRequest:
@@ -236,6 +262,13 @@ class Engine:
         )
 
     def _alive(self, handle: KVHandle) -> None:
+        if handle.engine is not self or handle.released:
+            raise UserError(
+                "this cache is not on the engine's hosts",
+                given=f"{handle.id}, " + ("released" if handle.released else "prefilled by another engine"),
+                allowed="caches prefilled by this engine and not released",
+                remedy="Call engine.prefill again.",
+            )
         if handle.epoch != self.cluster.epoch:
             raise UserError(
                 "this cache is gone: a host that held part of it died",
@@ -244,7 +277,7 @@ class Engine:
                 remedy="Call engine.prefill again.",
             )
 
-    def _check_generate(self, handle: KVHandle, max_new_tokens: int) -> None:
+    def _check_question(self, handle: KVHandle) -> None:
         if handle.prompt.question is None:
             raise UserError(
                 "this cache has no question yet",
@@ -252,84 +285,11 @@ class Engine:
                 allowed="a cache with a question",
                 remedy="Ask one: handle.fork(query=...).",
             )
-        if max_new_tokens < 1:
-            raise UserError(
-                "nothing to generate", given=max_new_tokens, allowed="1 or more", remedy="Raise decode.max_new_tokens."
-            )
-        self.setup.check_room(handle.next_position, max_new_tokens)
 
     def _stop_ids(self) -> tuple[int, ...]:
         from apb.models.loading import generation_stop_ids
 
         return generation_stop_ids(Path(self.model_path))
-
-    def _measured(self, reports: list[HostReport], elapsed_s: float) -> dict[str, Any]:
-        kinds, links = Counter[str](), Counter[str]()
-        for report in reports:
-            kinds.update(report.bytes_by_kind)
-            links.update(report.bytes_by_link)
-        return {
-            "prefill_s": max(r.wall_s for r in reports),
-            "request_s": elapsed_s,
-            "bytes_sent": kinds.total(),
-            "bytes_by_kind": dict(kinds),
-            "bytes_by_link": dict(links),
-            "host_work_s": [r.work_s for r in reports],
-            "peak_rss_bytes": max(r.peak_rss_bytes for r in reports),
-            "host_rss_growth_bytes": [r.peak_rss_bytes - r.rss_bytes for r in reports],
-        }
-
-    def _prefill_metrics(
-        self, prompt: Prompt, plan: PrefillPlan, reports: list[HostReport], elapsed_s: float
-    ) -> dict[str, Any]:
-        question = prompt.question
-        return {
-            "model": self.model_path,
-            "strategy": plan.strategy,
-            "compressor": plan.compressor,
-            "cluster": self.cluster.name,
-            "hosts": plan.hosts,
-            "context_tokens": len(prompt.context_ids),
-            "query_tokens": len(question.query_ids) if question else 0,
-            "exact": plan.exact,
-            "forked": False,
-            "plan": plan.to_dict(),
-            "versions": versions(),
-        } | self._measured(reports, elapsed_s)
-
-    def _decode_metrics(
-        self, handle: KVHandle, reports: list[HostReport], times_s: list[float], first_token_s: float
-    ) -> dict[str, Any]:
-        decoded = self._measured(reports, 0.0)
-        before = handle.metrics
-        kinds = Counter(before["bytes_by_kind"]) + Counter(decoded["bytes_by_kind"])
-        links = Counter(before["bytes_by_link"]) + Counter(decoded["bytes_by_link"])
-        spent = times_s[-1] - times_s[0]
-        return before | {
-            "conditioned_on": handle.conditioned_on,
-            "ttft_s": before["request_s"] + first_token_s,
-            "decode_tokens_per_s": (len(times_s) - 1) / spent if spent > 0 else None,
-            "bytes_sent": kinds.total(),
-            "bytes_by_kind": dict(kinds),
-            "bytes_by_link": dict(links),
-            "peak_rss_bytes": max(before["peak_rss_bytes"], decoded["peak_rss_bytes"]),
-            "accepted_length": None,
-        }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    found = {"python": platform.python_version()}
-    for name in ("apb-prefill", "torch", "transformers", "ray"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _start(name: str, setup: Setup, options: dict[str, Any]) -> Cluster:
-    return cluster(name, setup.spec, setup.hosts, **options)
 
 
 def _layers(on_layer: Callable[[int, int], None] | None) -> Callable[[dict[str, Any]], None] | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,14 @@ class PrefillRequest:
     block_ids: tuple[int, ...]
     question_delta: int
     query_ids: tuple[int, ...]  # empty: no query phase
+
+    @property
+    def agreement(self) -> str:
+        """What must be alike on all hosts: all but the tokens that each gets for itself."""
+        scorer = self.compressor
+        options = {f.name: repr(getattr(scorer, f.name)) for f in fields(scorer) if f.compare} if scorer else {}
+        shared = (self.handle, scorer and scorer.name, options, self.question_delta, self.query_ids)
+        return self.plan.digest + json.dumps(shared, sort_keys=True)
 
 
 @dataclass
@@ -162,7 +171,8 @@ class Host:
     def _prefill(self, request: PrefillRequest) -> None:
         plan, rank = request.plan, self.transport.rank
         host = plan.host_plans[rank]
-        self.transport.agree(plan.digest, step="agree on the plan")
+        # The shape is that of the model loaded here, which knows nothing of the plan's.
+        self.transport.agree(f"{request.agreement} {self.adapter.shape}", step="agree on the plan")
         question = None
         if plan.question_len and host.anchor_len:
             question = QuestionInAnchor(plan.anchor_skip, plan.question_len, request.question_delta)
@@ -210,6 +220,8 @@ class Host:
         work, waited, wall = t.clock(), t.waited_s, time.perf_counter()
         with torch.inference_mode():
             call()
+        if t.device.type == "cuda":
+            torch.cuda.synchronize(t.device)  # what is still queued belongs to this call's time
         return HostReport(
             work_s=t.clock() - work - (t.waited_s - waited),
             wall_s=time.perf_counter() - wall,

@@ -102,8 +102,7 @@ class HostPlan:
     rank: int
     start: int  # context positions [start, stop) are this host's block
     stop: int
-    anchor_len: int  # tokens run beside the block at positions 0.., dropped afterwards
-    anchor_visible: bool  # whether the block attends to the anchor
+    anchor_len: int  # tokens run beside the block at positions 0.., dropped afterwards; unseen by host 0's block
     steps: tuple[Step, ...]
 
     @property
@@ -145,7 +144,7 @@ class PrefillPlan:
 
     @cached_property
     def digest(self) -> str:
-        """Hash that all hosts compare before their first send."""
+        """Hash of the plan, which all hosts compare before their first send."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def passing_rows(self, rank: int) -> int:

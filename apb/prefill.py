@@ -60,10 +60,11 @@ class PrefillAttention:
     ) -> Tensor:
         """Execute the steps of one layer and return the attention output (B, S, H, D)."""
         a = self.host.anchor_len
-        regions: dict[Region, tuple[Tensor, Tensor]] = {"anchor": (k_BKSD[:, :, :a], v_BKSD[:, :, :a])}
+        # Keys and values by region, in parts: the passing blocks are laid side by side only where they are attended to.
+        regions: dict[Region, list[tuple[Tensor, Tensor]]] = {"anchor": [(k_BKSD[:, :, :a], v_BKSD[:, :, :a])]}
         # Copies, so that the kept KV does not hold the anchor's rows in memory.
         block_kv = LayerKV(k_BKSD[:, :, a:].clone(), v_BKSD[:, :, a:].clone())
-        regions["block"] = (block_kv.k_BKTD, block_kv.v_BKTD)
+        regions["block"] = [(block_kv.k_BKTD, block_kv.v_BKTD)]
         self.kept.append(block_kv)
         queries = {"anchor": q_BHSD[:, :, :a], "block": q_BHSD[:, :, a:]}
         merged = {"anchor": Accumulator(), "block": Accumulator()}
@@ -78,12 +79,11 @@ class PrefillAttention:
                     arriving = self._pass(step, layer, own, block_kv)
                 case WaitPassing():
                     assert arriving is not None
-                    arriving[0].wait()
-                    rows = torch.cat(arriving[1], dim=3) if arriving[1] else None
-                    if rows is not None:
-                        regions["passing"] = (rows[0], rows[1])
+                    handle, passed = arriving
+                    handle.wait()
+                    regions["passing"] = [(kv[0], kv[1]) for kv in passed]
                 case Attend():
-                    k, v = _concat([regions[name] for name in step.keys])
+                    k, v = _concat([part for name in step.keys for part in regions[name]])
                     part = self._kernel(queries[step.queries], k, v, causal=step.causal, scale=scale)
                     merged[step.queries].add(*part)
 

@@ -39,6 +39,7 @@ class Prompt:
     context_ids: tuple[int, ...]
     head: int  # tokens before the document's own text
     question: Question | None
+    chat: bool = False  # whether it stands in the chat template: a later question then does, too
 
     @property
     def lengths(self) -> PromptLengths:
@@ -69,7 +70,7 @@ def make_prompt(tokenizer: Any, context: Text, query: Text | None, *, chat: bool
         head = _bos(tokenizer)
     document = _content(tokenizer, context, "document")
     question = None if query is None else make_question(tokenizer, query, chat=chat)
-    return Prompt((*head, *document), len(head), question)
+    return Prompt((*head, *document), len(head), question, chat)
 
 
 def make_question(tokenizer: Any, query: Text, *, chat: bool) -> Question:
@@ -114,13 +115,19 @@ def _template(tokenizer: Any, chat: bool) -> tuple[str, str, str]:
 
 def _content(tokenizer: Any, text: Text, what: str) -> tuple[int, ...]:
     if isinstance(text, str):
-        empty = not text.strip()
         # What looks like a special token in the user's text is text.
-        ids = () if empty else _encode(tokenizer, text, special=False)
+        ids = _encode(tokenizer, text, special=False) if text.strip() else ()
     else:
-        ids = tuple(int(i) for i in text)
-        empty = not ids
-    if empty:
+        try:
+            ids = tuple(int(i) for i in text)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"the {what} is neither text nor token ids",
+                given=type(text).__name__,
+                allowed="a string, or whole numbers",
+                remedy=f"Give the {what} as one string.",
+            ) from error
+    if not ids:
         raise UserError(
             f"the {what} is empty", given="no text", allowed="some text", remedy=f"Give a {what} with words in it."
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,13 @@ class Setup:
         ``hosts``: None is the strategy's own default, else 4. ``threads``: intra-op threads a host. ``dtype`` auto is
         the checkpoint's own on a GPU and float32 on a CPU. Raises UserError for anything unknown or contradictory.
         """
-        from apb.models.adapter import check_config
+        from apb.models.honoured import check_config
         from apb.models.loading import load_config, load_tokenizer
         from apb.models.placement import resolve_device, resolve_dtype, torch_dtype
         from apb.models.resolve import resolve
         from apb.models.shape import model_shape
 
+        _check_numbers(hosts, threads, timeout_s)
         chosen = _strategy(strategy)
         scorer = _compressor(chosen, compress)
         count = hosts if hosts is not None else chosen.default_hosts or DEFAULT_HOSTS
@@ -83,9 +84,12 @@ class Setup:
         return dataclasses.replace(self, strategy=chosen, compressor=_compressor(chosen, None), hosts=count)
 
     def prompt(self, context: Text, query: Text | None, *, chat: bool = True) -> Prompt:
-        """Tokenise a prompt; raises UserError when a part is empty or a token id is out of range."""
-        prompt = make_prompt(self.tokenizer, context, query, chat=chat)
-        wrong = [i for i in prompt.token_ids if not 0 <= i < self.shape.vocab]
+        """Tokenise a prompt; raises UserError when a part is empty or the template cannot be split."""
+        return make_prompt(self.tokenizer, context, query, chat=chat)
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Refuse token ids that the model does not have; raises UserError."""
+        wrong = [i for i in ids if not 0 <= i < self.shape.vocab]
         if wrong:
             raise UserError(
                 "token ids outside the model's vocabulary",
@@ -93,23 +97,19 @@ class Setup:
                 allowed=f"0 to {self.shape.vocab - 1}",
                 remedy="Tokenise the text with this model's own tokenizer.",
             )
-        return prompt
 
     def plan(self, prompt: Prompt, new_tokens: int = 0) -> PrefillPlan:
         """Return the plan for a prompt; raises UserError when it cannot be done as asked, before anything is loaded."""
-        if (
-            self.compressor is not None
-            and self.compressor.needs_question
-            and prompt.question is None
-            and self.hosts > 1
-        ):
+        self.check_ids(prompt.token_ids)
+        plan = self.strategy.plan(prompt.lengths, self.hosts, self.shape, self.compressor)
+        scorer = self.compressor
+        if scorer is not None and scorer.needs_question and any(plan.kept_rows) and prompt.question is None:
             raise UserError(
-                f"compressor '{self.compressor.name}' needs a question",
+                f"compressor '{scorer.name}' needs a question",
                 given="a prefill without a question",
                 allowed="compressors that need none, such as expected, norm, recent and random",
-                remedy="Set compress=expected, or give the question.",
+                remedy="Set compress=expected, give the question, or pass nothing on (strategy.passing_len=0).",
             )
-        plan = self.strategy.plan(prompt.lengths, self.hosts, self.shape, self.compressor)
         self.check_room(len(prompt.token_ids), new_tokens)
         return plan
 
@@ -148,6 +148,17 @@ class Setup:
             remedy=f"Change one of these:{halved}{virtual} more machines (cluster.address) with more cluster.hosts "
             "make each block smaller; or shorten the document.",
         )
+
+
+def _check_numbers(hosts: int | None, threads: int, timeout_s: float) -> None:
+    whole = "a whole number, 1 or more"
+    for name, value, fine, allowed in (
+        ("hosts", hosts, hosts is None or (isinstance(hosts, int) and hosts >= 1), whole),
+        ("threads", threads, isinstance(threads, int) and threads >= 1, whole),
+        ("timeout_s", timeout_s, timeout_s > 0, "above 0 seconds"),
+    ):
+        if not fine:
+            raise UserError(f"{name} is out of range", given=value, allowed=allowed, remedy=f"Change {name}.")
 
 
 def _strategy(given: str | Strategy) -> Strategy:

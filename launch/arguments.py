@@ -22,11 +22,15 @@ _TEXTS = {"-d": "document", "--document": "document", "-q": "query", "--query": 
 
 @dataclass
 class Arguments:
-    """``words`` are the verb and its NAME; ``overrides`` are the ``key=value`` settings as written."""
+    """``words`` are the verb and its NAME; ``overrides`` are the ``key=value`` settings as written.
+
+    ``text`` is what the document was found to say: a sweep's runs share it, since a pipe can be read only once.
+    """
 
     words: list[str] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     document: str | None = None
+    text: str | None = None
     query: str | None = None
     multirun: bool = False
     help: bool = False

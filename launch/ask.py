@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apb.engine import Engine, Result
@@ -11,7 +12,7 @@ from apb.setup import Setup
 from launch.arguments import Arguments
 from launch.display import Display, seconds, size
 from launch.document import FACT, read
-from launch.prepare import check_fits, cores, elsewhere, make_setup
+from launch.prepare import check_fits, cores, make_setup, sharing
 from launch.settings import Settings, settle
 
 
@@ -28,7 +29,7 @@ def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> di
         _check(each, settings, document, question, display)
     display.note(f"Question: {question}")
     results = [_answer(each, settings, document, question, display) for each in setups]
-    _show(results, settings, display)
+    _show(results, setup, settings, display)
     found = _document(results[0], settings)
     if settings.compare:
         other = _document(results[1], settings)
@@ -65,7 +66,7 @@ def _answer(setup: Setup, settings: Settings, document: str, question: str, disp
         display.note(f"Prefill: {seconds(time.perf_counter() - start)}", style="dim")
         display.raw("Answer: ")
         try:
-            return engine.generate(
+            result = engine.generate(
                 handle,
                 decode.max_new_tokens,
                 decode=decode.name,
@@ -78,6 +79,7 @@ def _answer(setup: Setup, settings: Settings, document: str, question: str, disp
             )
         finally:
             display.raw("\n")
+        return dataclasses.replace(result, metrics=result.metrics | {"threads": setup.spec.threads})
 
 
 def _document(result: Result, settings: Settings) -> dict[str, Any]:
@@ -92,7 +94,7 @@ def _document(result: Result, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _show(results: list[Result], settings: Settings, display: Display) -> None:
+def _show(results: list[Result], setup: Setup, settings: Settings, display: Display) -> None:
     """Show the strategy's numbers, and full attention's beside them."""
     all_metrics = [r.metrics for r in results]
     first = all_metrics[0]
@@ -109,20 +111,33 @@ def _show(results: list[Result], settings: Settings, display: Display) -> None:
         rows = [[*row, f"{ratios[row[0]]:.2f}x" if row[0] in ratios else ""] for row in rows]
     display.note("")
     display.table(f"{settings.model} on {settings.cluster.name}", columns, rows)
-    if first["hosts"] > 1 and not elsewhere(settings):
-        display.note(_sharing(first["hosts"], settings))
+    if sharing(settings, setup.spec.device, first["hosts"]) > 1:
+        display.note(_caution(all_metrics, settings, setup.spec.device))
 
 
-def _sharing(hosts: int, settings: Settings) -> str:
-    n = cores()
-    if settings.cluster.name == "virtual":
-        how = f"The {hosts} hosts took turns in one process"
-    else:
-        how = f"The {hosts} hosts shared this machine's {n} core{'s' if n > 1 else ''}"
+def _caution(all_metrics: Sequence[Mapping[str, Any]], settings: Settings, device: str) -> str:
+    """Say which times mean something where hosts share one machine, and what each run had of it."""
+    shown, *others = all_metrics
+    hosts, threads, n = shown["hosts"], shown["threads"], cores()
+    here, each = _count(n, "core"), _count(threads, "thread")
+    local = sharing(settings, device, hosts)
+    virtual = settings.cluster.name == "virtual"
+    who = f"{'' if local == hosts else f'{local} of '}{shown['strategy']}'s {hosts} hosts"
+    how = f"took turns in one process of {each}" if virtual else f"shared this machine's {here}, {each} each"
+    said = f"Wall-clock times above are not those of {hosts} machines: {who} {how}."
+    for other in others:
+        said += f" {other['strategy']} had the {here} to itself and used {_count(other['threads'], 'thread')}:"
+        said += " wall-clock and its speed-up do not compare."
+    if not virtual and threads > 1 and threads * local > n:
+        return f"{said} Each host's compute (host_work_s) compares with cluster.threads=1 only."
     return (
-        f"{how}: the times above are not those of {hosts} machines. There the prefill would take "
+        f"{said} What compares is each host's own compute (host_work_s): on a machine each, the prefill would take "
         "about as long as the busiest host computes, plus the network."
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 _KINDS = {
@@ -134,6 +149,7 @@ _KINDS = {
 _TIMES = {"prefill": "prefill_s", "time to first token": "ttft_s"}
 _ROWS: list[tuple[str, Any]] = [
     ("hosts", lambda m: str(m["hosts"])),
+    ("CPU threads a host", lambda m: str(m["threads"])),
     ("context + question, tokens", lambda m: f"{m['context_tokens']:,} + {m['query_tokens']:,}"),
     ("cache equals full attention's", lambda m: "yes" if m["exact"] else "no, approximate"),
     ("prefill", lambda m: seconds(m["prefill_s"])),

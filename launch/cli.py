@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from launch.interrupt import interruptible
@@ -23,8 +24,15 @@ def main(argv: list[str] | None = None) -> int:
             code, text = command(words)
         except KeyboardInterrupt:
             code, text = 130, _INTERRUPTED
-        print(text, flush=True)
+        _print(text)
     return code
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # who read it, such as head, has seen enough; Python would flush once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 from burst.errors import UserError, choose
 from launch.arguments import Arguments, parse, unexpected
-from launch.compose import compose, expand
+from launch.compose import choices, compose, expand
 from launch.display import Display
 from launch.help import overview, verb_help
 from launch.output import DONE, FAILED, INTERRUPTED, USER, failure, kept, one_line
@@ -62,7 +62,7 @@ def _verb(arguments: Arguments, display: Display) -> tuple[int, dict[str, Any]]:
         raise unexpected(more[-1], name)
     for option, given, takes in (
         ("-d", arguments.document is not None, verb.document),
-        ("-q", arguments.query is not None, verb.document),
+        ("-q", arguments.query is not None, verb.query),
         ("-m", arguments.multirun, verb.sweeps),
     ):
         if given and not takes:
@@ -73,16 +73,24 @@ def _verb(arguments: Arguments, display: Display) -> tuple[int, dict[str, Any]]:
                 remedy=f"Leave {option} out.",
             )
     run = load(name)
-    if run is None:
-        raise UserError(
-            f"the verb '{name}' is not built yet",
-            given=name,
-            allowed=", ".join(v for v in VERBS if load(v)),
-            remedy="Use another verb, or a later version.",
-        )
+    overrides = arguments.overrides
+    if verb.name is not None:  # NAME chooses from the verb's own group of settings
+        overrides = [f"{name}={more[0] if more else _unnamed(name)}", *overrides]
     if arguments.multirun:
-        return _sweep(run, name, arguments, display)
-    return _once(run, name, arguments, arguments.overrides, display)
+        return _sweep(run, name, arguments, overrides, display)
+    return _once(run, name, arguments, overrides, display)
+
+
+def _unnamed(verb: str) -> str:
+    names = choices(verb)
+    if len(names) == 1:
+        return names[0]
+    raise UserError(
+        f"'apb {verb}' needs a name",
+        given=f"apb {verb}",
+        allowed=", ".join(names),
+        remedy=f"Write 'apb {verb} {names[0]}', for example.",
+    )
 
 
 def _once(
@@ -104,11 +112,13 @@ def _once(
         return failure(error, display, arguments.verbose)
 
 
-def _sweep(run: Run, name: str, arguments: Arguments, display: Display) -> tuple[int, dict[str, Any]]:
+def _sweep(
+    run: Run, name: str, arguments: Arguments, words: Sequence[str], display: Display
+) -> tuple[int, dict[str, Any]]:
     """Run a verb once for every combination; a run that fails does not lose the others."""
     runs: list[dict[str, Any]] = []
     codes = {DONE}
-    every = expand(arguments.overrides)
+    every = expand(words)
     for number, overrides in enumerate(every):
         display.note(f"Run {number + 1} of {len(every)}: {' '.join(overrides)}", style="bold")
         code, document = _once(run, name, arguments, overrides, display, str(number))

@@ -77,6 +77,13 @@ def compose(root: str, overrides: Sequence[str]) -> dict[str, Any]:
     return config
 
 
+def choices(group: str) -> list[str]:
+    """Return the names that a group of settings offers."""
+    with _hydra() as loader:
+        names: list[str] = loader.get_group_options(group)
+        return names
+
+
 @contextmanager
 def _hydra() -> Iterator[Any]:
     with initialize_config_module("conf", job_name="apb", version_base="1.3"):

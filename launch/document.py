@@ -12,6 +12,8 @@ from launch.arguments import Arguments
 FACT = "The secret number of the Velmora lighthouse is 7391846."
 QUESTION = "What is the secret number of the Velmora lighthouse?"
 BUDGET_CHARS = 25_500  # about 6,000 tokens of the embedded model
+# Hundreds of millions of tokens, more than any model's positions; it also ends pipes and devices that never do.
+LIMIT_BYTES = 10**9
 
 
 def read(arguments: Arguments, depth: float) -> tuple[str, str]:
@@ -35,7 +37,9 @@ def read(arguments: Arguments, depth: float) -> tuple[str, str]:
             allowed="-d FILE -q TEXT",
             remedy='Add a question: -q "What is this about?"',
         )
-    return _read_file(arguments.document), query
+    if arguments.text is None:
+        arguments.text = _read_file(arguments.document)
+    return arguments.text, query
 
 
 def default_document(depth: float) -> str:
@@ -68,7 +72,11 @@ def _planted(paragraphs: list[str], depth: float) -> str:
 def _read_file(name: str) -> str:
     where = "standard input" if name == "-" else f"the document '{name}'"
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        if name == "-":
+            data = sys.stdin.buffer.read(LIMIT_BYTES + 1)
+        else:
+            with Path(name).open("rb") as stream:
+                data = stream.read(LIMIT_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a path that no file can have
         reason = "it does not exist" if isinstance(error, FileNotFoundError) else str(error)
         if isinstance(error, IsADirectoryError):
@@ -79,6 +87,13 @@ def _read_file(name: str) -> str:
             allowed="a readable text file, or - for standard input",
             remedy="Check the path and its permissions.",
         ) from error
+    if len(data) > LIMIT_BYTES:
+        raise UserError(
+            f"{where} is longer than {LIMIT_BYTES:,} bytes",
+            given=f"-d {name}",
+            allowed=f"up to {LIMIT_BYTES:,} bytes of text",
+            remedy="Cut the document to what the model can hold; 'apb plan' shows how much that is.",
+        )
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from importlib import resources
 
-from launch.verbs import VERBS, Verb
+from launch.verbs import VERBS, Verb, built
 
 _SETTING = re.compile(r"^(\w+):\s*(.*?)(?:\s+#\s*(.*))?$")
 _GROUP = re.compile(r"^\s+- (\w+): (\S+)(?:\s+#\s*(.*))?$")
@@ -17,6 +17,10 @@ _EXAMPLES = {
         ("apb ask cluster=virtual compare=true", "all hosts in one process, beside full attention"),
         ('apb ask -d report.txt -q "What was decided, and why?"', "your own document"),
         ("apb ask -m strategy=apb,star cluster.hosts=2,4", "four runs, one after another"),
+    ],
+    "train": [
+        ("apb train retaining_heads model=org/name", "heads for a model, from generated prompts"),
+        ("apb train retaining_heads -d book.txt method=ridge", "in a minute or two, with a text of yours"),
     ],
     "plan": [
         ("apb plan cluster.hosts=8 strategy=star", "the built-in document on eight hosts"),
@@ -30,7 +34,7 @@ _EXAMPLES = {
 
 def overview() -> str:
     """Return the text of ``apb --help``."""
-    verbs = [(f"{name} {verb.name or ''}".strip(), verb.summary) for name, verb in VERBS.items()]
+    verbs = [(f"{name} {verb.name or ''}".strip(), verb.summary + _missing(name)) for name, verb in VERBS.items()]
     return "\n".join(
         [
             "apb: distributed long-context prefill for Hugging Face language models",
@@ -61,7 +65,7 @@ def verb_help(name: str) -> str:
     """Return the text of ``apb VERB --help``."""
     verb = VERBS[name]
     lines = [
-        f"apb {name}: {verb.summary}",
+        f"apb {name}: {verb.summary}{_missing(name)}",
         "",
         f"Usage: {_usage(name, verb)}",
         "",
@@ -69,7 +73,7 @@ def verb_help(name: str) -> str:
         *_columns(_options(verb)),
     ]
     if not _file(f"{name}.yaml").is_file():
-        return "\n".join([*lines, "", "This verb has no settings yet."])
+        return "\n".join([*lines, "", "This verb has no settings."])
     own, groups = _root(name)
     lines += [
         "",
@@ -85,12 +89,17 @@ def verb_help(name: str) -> str:
     return "\n".join([*lines, "", "Examples:", *_columns(examples)] if examples else lines)
 
 
+def _missing(name: str) -> str:
+    return "" if built(name) else " (not built yet)"
+
+
 def _usage(name: str, verb: Verb) -> str:
     parts = [
         "apb",
         name,
         verb.name or "",
-        "[-d FILE|-] [-q TEXT]" if verb.document else "",
+        "[-d FILE|-]" if verb.document else "",
+        "[-q TEXT]" if verb.query else "",
         "[-m]" if verb.sweeps else "",
     ]
     return " ".join([p for p in parts if p] + ["[key=value ...]"])
@@ -104,8 +113,9 @@ def _options(verb: Verb) -> list[tuple[str, str]]:
                 "-d, --document FILE",
                 "the document, UTF-8 text; - is standard input; left out: a built-in one",
             ),
-            ("-q, --query TEXT", "the question, any text"),
         ]
+    if verb.query:
+        found.append(("-q, --query TEXT", "the question, any text"))
     if verb.sweeps:
         found.append(("-m, --multirun", "run every combination of lists, key=a,b, and ranges, key=range(1,5)"))
     return [
@@ -140,9 +150,10 @@ def _choices(group: str, default: str) -> list[tuple[str, str]]:
         lines = _lines(f"{group}/{choice}.yaml")
         mark = " (default)" if choice == default else ""
         found.append((f"{choice}{mark}", lines[0].removeprefix("# ")))
+        prefix = "" if "# @package _global_" in lines else f"{group}."
         for line in lines:
             if (setting := _SETTING.match(line)) and setting[1] != "name":
-                found.append((f"  {group}.{setting[1]}={setting[2]}", setting[3] or ""))
+                found.append((f"  {prefix}{setting[1]}={setting[2]}", setting[3] or ""))
     return found
 
 

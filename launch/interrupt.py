@@ -41,6 +41,19 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def keeping_handlers() -> Iterator[None]:
+    """Put Python's own handlers for SIGINT and SIGTERM back after code that may replace them, as Ray's start does."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                if callable(handler):
+                    signal.signal(number, handler)
+
+
 def handled() -> None:
     """Say that an interrupt has arrived where it is dealt with."""
     signal.setitimer(signal.ITIMER_REAL, 0)

@@ -80,17 +80,23 @@ def elsewhere(settings: Settings) -> bool:
     return settings.cluster.name == "ray" and bool(settings.cluster.address or os.environ.get("RAY_ADDRESS"))
 
 
+def sharing(settings: Settings, device: str, hosts: int) -> int:
+    """Return how many hosts compute with the same processor: this machine's cores, or one GPU; 1 if not known."""
+    if settings.cluster.name == "virtual":
+        return hosts
+    return 1 if elsewhere(settings) or device.startswith("cuda") else _local_hosts(hosts)
+
+
 def _room(setup: Setup, settings: Settings) -> Room:
-    hosts, virtual = setup.hosts, settings.cluster.name == "virtual"
     if settings.memory_gb is not None:
         return Room(int(settings.memory_gb * 1e9), 1, 1, "each host's machine")
     if elsewhere(settings):
         return Room(None, 1, 1, "other machines")
+    together = sharing(settings, setup.spec.device, setup.hosts)
     if setup.spec.device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(setup.spec.device)
-        return Room(free, hosts if virtual else 1, 1, "the GPU")
-    sharing = _local_hosts(hosts)
-    return Room(_available(), sharing, 1 if virtual else sharing, "this machine")
+        return Room(free, together, 1, "the GPU")
+    return Room(_available(), together, 1 if settings.cluster.name == "virtual" else together, "this machine")
 
 
 def _local_hosts(hosts: int) -> int:

@@ -9,6 +9,7 @@ import functools
 import os
 import pickle
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,6 +107,8 @@ class Ranks:
         self._stopped = False
         if self.rank == 0:
             atexit.register(self.stop)
+        if "TORCHELASTIC_RUN_ID" in env:  # otherwise the parent is a shell, which may well end first
+            threading.Thread(target=_end_after_parent, args=(os.getppid(),), daemon=True).start()
 
     # -- rank 0 --------------------------------------------------------------------------------------------
 
@@ -249,3 +252,10 @@ class Ranks:
         self._host = self._transport = None
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _end_after_parent(parent: int) -> None:
+    """End this process soon after torchrun, which ends its processes itself unless it is killed."""
+    while os.getppid() == parent:
+        time.sleep(SLICE_S)
+    os.kill(os.getpid(), signal.SIGTERM)

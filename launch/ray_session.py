@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import socket
 import tempfile
 import threading
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from burst.errors import UserError
+from launch.interrupt import keeping_handlers
 from launch.ray_actor import LOOPBACK
 from launch.ray_watch import Watch
 
 # Logical CPUs of a Ray started here: slots for hosts, of several engines side by side; not cores.
 SLOTS = 64
+REACH_S = 10.0  # for a machine to accept a connection
 STORE_BYTES = 256 * 2**20  # prompts and logits go through Ray's object store; keys and values never do
 
 _lock = threading.Lock()
@@ -52,10 +55,11 @@ def open_session(address: str | None, hosts: int) -> bool:
             _users += 1 if _users else 0
             return _users > 0
         address = address or os.environ.get("RAY_ADDRESS") or None
-        if address is None:
-            _start(ray, hosts)
-        else:
-            _join(ray, address)
+        with keeping_handlers():
+            if address is None:
+                _start(ray, hosts)
+            else:
+                _join(ray, address)
         _users = 1
         return True
 
@@ -104,8 +108,9 @@ def _end(ray: Any) -> None:
 
 def _join(ray: Any, address: str) -> None:
     try:
+        _reach(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         ray.shutdown()
         raise UserError(
             f"cannot join a Ray cluster: {str(error).splitlines()[0]}",
@@ -113,6 +118,19 @@ def _join(ray: Any, address: str) -> None:
             allowed="auto, or HOST:PORT of a running Ray cluster of the same Ray and Python version",
             remedy="Start one with 'ray start --head', or leave cluster.address out to have one started.",
         ) from error
+
+
+def _reach(address: str) -> None:
+    """Raise an OSError or a ValueError when nobody listens at HOST:PORT; Ray itself would try for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise ValueError(f"'{address}' is not HOST:PORT")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(f"nobody answers at {address} ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -146,6 +164,8 @@ def place(hosts: int, on_gpu: bool, timeout_s: float) -> Placement:
     ray = load_ray()
     from ray.util import placement_group, placement_group_table
 
+    kind = "GPU" if on_gpu else "CPU"
+    free = int(ray.available_resources().get(kind, 0))  # before this request holds some of it
     bundle = {"CPU": 1, "GPU": 1} if on_gpu else {"CPU": 1}
     group = placement_group([bundle] * hosts, strategy="SPREAD")
     found = Placement(group, (), (), "", {})
@@ -161,7 +181,7 @@ def place(hosts: int, on_gpu: bool, timeout_s: float) -> Placement:
         found.remove()
         raise
     found.remove()
-    raise _no_room(ray, hosts, "GPU" if on_gpu else "CPU", timeout_s)
+    raise _no_room(int(ray.cluster_resources().get(kind, 0)), free, hosts, kind, timeout_s)
 
 
 def neighbours(node_of: list[str], first: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -175,9 +195,7 @@ def _address(ray: Any, node_id: str) -> str:
     return str(next(n["NodeManagerAddress"] for n in ray.nodes() if n["NodeID"] == node_id))
 
 
-def _no_room(ray: Any, hosts: int, kind: str, timeout_s: float) -> UserError:
-    total = int(ray.cluster_resources().get(kind, 0))
-    free = int(ray.available_resources().get(kind, 0))
+def _no_room(total: int, free: int, hosts: int, kind: str, timeout_s: float) -> UserError:
     one_gpu = " To put several hosts on one GPU, set cluster=virtual." if kind == "GPU" else ""
     return UserError(
         f"the Ray cluster has {total} {kind}s ({free} free), {hosts} hosts asked, one {kind} each; "

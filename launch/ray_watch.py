@@ -7,14 +7,17 @@ its folder stays. Run as a script: the folder is its argument; process ids come 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 
 CLEAR_S = 10.0  # clearing up takes milliseconds; a driver that closes waits no longer for it
+PAUSE_S = 0.5
 
 
 class Watch:
@@ -52,14 +55,33 @@ class Watch:
 
 def main(folder: str) -> None:
     """Read process ids until the driver is gone, then end those that are left and remove the folder."""
+    driver = os.getppid()
     processes: list[psutil.Process] = []
     for line in sys.stdin:
         with contextlib.suppress(psutil.Error):
             processes.append(psutil.Process(int(line)))
+    _kill(processes)
+    if not processes:  # it went while Ray was starting, before it could name any
+        while found := [p for p in psutil.process_iter() if p.pid not in (driver, os.getpid()) and _uses(p, folder)]:
+            _kill(found)
+            time.sleep(PAUSE_S)  # for those that were just being born
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _uses(process: psutil.Process, folder: str) -> bool:
+    """Whether a process was told the folder or, under whatever name it shows, writes its log there."""
+    try:
+        return any(folder in word for word in process.cmdline()) or any(
+            file.path.startswith(folder) for file in process.open_files()
+        )
+    except psutil.Error:
+        return False
+
+
+def _kill(processes: list[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.kill()  # psutil makes sure that the id still is this process's
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class DecodeSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """conf/ask.yaml, and conf/plan.yaml's own keys with their defaults."""
+    """conf/prompt.yaml; and what only some verbs take, with the defaults that the others leave it at."""
 
     model: str
     strategy: Strategy
@@ -61,10 +61,10 @@ class Settings:
     dtype: str
     device: str
     chat: bool
-    compare: bool
     needle_depth: float
     out: str | None
     timeout_s: float
+    compare: bool = False
     context_tokens: int | None = None
     query_tokens: int = 64
     memory_gb: float | None = None

@@ -25,7 +25,7 @@ from launch.settings import typed
 
 @dataclass(frozen=True)
 class _Settings:
-    """conf/train_retaining_heads.yaml."""
+    """conf/train.yaml with conf/train/retaining_heads.yaml."""
 
     model: str
     method: Literal["mlp", "ridge"]
@@ -44,8 +44,8 @@ class _Settings:
     out: str | None
 
 
-def retaining_heads(arguments: Arguments, config: Mapping[str, Any], display: Display) -> dict[str, Any]:
-    """Train retaining heads, show their held-out recall, and return the JSON document; raises UserError."""
+def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> dict[str, Any]:
+    """Train retaining heads (the one NAME there is), show their held-out recall, and return the JSON document; raises UserError."""
     from apb.models.adapter import check_config
     from apb.models.loading import load_config
     from apb.models.placement import resolve_device, resolve_dtype

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from burst.errors import UserError
 from launch.arguments import Arguments
 from launch.display import Display
 
@@ -18,13 +20,12 @@ Run = Callable[[Arguments, Mapping[str, Any], Display], dict[str, Any]]
 class Verb:
     """``target`` is "module:function", imported when used; ``name`` is what NAME stands for, if taken.
 
-    With ``names``, each NAME has a function of that name in ``target``'s module and its own root file, VERB_NAME.yaml.
+    NAME chooses from the verb's own group of settings.
     """
 
     summary: str
     target: str
     name: str | None = None
-    names: tuple[str, ...] = ()
     document: bool = False  # whether it takes -d
     query: bool = False  # whether it takes -q
     sweeps: bool = True  # whether it takes -m
@@ -37,20 +38,25 @@ VERBS = {
     "plan": Verb(
         "show blocks, bytes, FLOPs and memory before anything is loaded", "launch.plan:run", document=True, query=True
     ),
-    "train": Verb(
-        "train one of the small heads", "launch.train", name="NAME", names=("retaining_heads",), document=True
-    ),
+    "train": Verb("train one of the small heads", "launch.train:run", name="NAME", document=True),
     "check": Verb("check this machine or cluster", "launch.check:run"),
 }
 
 
-def load(name: str) -> Run | None:
-    """Return the function of verb ``name``, or None when it is not built yet."""
+def built(name: str) -> bool:
+    """Whether verb ``name`` can be used in this version; imports nothing of it but its package."""
+    return importlib.util.find_spec(VERBS[name].target.partition(":")[0]) is not None
+
+
+def load(name: str) -> Run:
+    """Return the function of verb ``name``; raises UserError when it is not built yet."""
+    if not built(name):
+        raise UserError(
+            f"the verb '{name}' is not built yet",
+            given=name,
+            allowed=", ".join(verb for verb in VERBS if built(verb)),
+            remedy="Use another verb, or a later version.",
+        )
     module, _, attribute = VERBS[name].target.partition(":")
-    try:
-        function: Run = getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if error.name != module:  # it is built, and something that it needs is missing
-            raise
-        return None
+    function: Run = getattr(importlib.import_module(module), attribute)
     return function

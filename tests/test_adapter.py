@@ -14,7 +14,8 @@ from torch import Tensor
 
 from apb.compress import Candidates, Compressor
 from apb.compress.norm import Norm
-from apb.models.adapter import Adapter, check_config
+from apb.models.adapter import Adapter
+from apb.models.honoured import check_config
 from apb.models.shape import model_shape
 from apb.strategies import strategy
 from bench.twin import twin
@@ -55,6 +56,11 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "phi3": lambda: transformers.Phi3Config(**COMMON),
     "phi3-partial": lambda: transformers.Phi3Config(**COMMON, rope_parameters=PARTIAL),
+    "phi": lambda: transformers.PhiConfig(**COMMON, rope_parameters=PARTIAL),  # turns half of a head, outside apply
+    "mixtral": lambda: transformers.MixtralConfig(
+        **COMMON, num_local_experts=4, num_experts_per_tok=2, sliding_window=None
+    ),
+    "mqa": lambda: transformers.LlamaConfig(**COMMON | {"num_key_value_heads": 1}),
     "glm": lambda: transformers.GlmConfig(**COMMON, head_dim=12, rope_parameters=PARTIAL),  # pairs (2i, 2i + 1)
     "glm-yarn": lambda: transformers.GlmConfig(
         **COMMON, head_dim=12, rope_parameters=YARN | {"partial_rotary_factor": 0.5}
@@ -148,6 +154,7 @@ REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
     "gpt_oss-window": ("sliding_window", lambda: gpt_oss(["sliding_attention", "full_attention"])),
     "dynamic": ("rope_type", lambda: transformers.LlamaConfig(**COMMON, rope_parameters=DYNAMIC)),
     "longrope": ("rope_type", lambda: transformers.Phi3Config(**COMMON, rope_parameters=LONG)),
+    "images": ("other inputs than text", transformers.Gemma3Config),
     "gpt2": ("positions other than RoPE", transformers.GPT2Config),
     "bloom": ("positions other than RoPE", transformers.BloomConfig),
 }
@@ -173,12 +180,9 @@ def test_what_is_not_honoured_is_refused_by_name(name: str) -> None:
     assert caught.value.remedy
 
 
-def test_sinks_are_refused_by_name() -> None:
-    config = gpt_oss(["full_attention", "full_attention"])
-    with pytest.raises(UserError, match=r"s_aux|sinks"):
-        adapter = adapt(config)
-        with torch.inference_mode():
-            adapter.run(torch.arange(5), torch.arange(5), Recorder())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_does_not_look_like_another_rotation(config: Any, dtype: torch.dtype) -> None:
+    assert adapt(config, dtype).dtype == dtype
 
 
 def test_a_mask_and_a_plain_call_are_refused_by_name() -> None:
@@ -201,12 +205,56 @@ def test_a_mask_and_a_plain_call_are_refused_by_name() -> None:
             model(ids, use_cache=False, apb_attention=Recorder())
 
 
-@pytest.mark.parametrize("name", ["Phi", "DeepseekV3", "StableLm"])
-def test_other_kinds_of_layers_are_refused(name: str) -> None:
-    """Phi names its output projection otherwise, DeepSeek compresses keys, StableLM drops keywords."""
-    config = getattr(transformers, f"{name}Config")(**COMMON, rope_parameters=PARTIAL)
-    with pytest.raises(UserError):
-        tiny_engine(adapt(config), strategy("apb"), 2, "norm").prefill(prompt_for())
+UNFIT: dict[str, tuple[str, Callable[[], Any]]] = {
+    "sinks": ("'s_aux'", lambda: gpt_oss(["full_attention"] * 2)),
+    "compressed keys": (
+        "DeepseekV3ForCausalLM: 0 of 2 layers",
+        lambda: transformers.DeepseekV3Config(**COMMON, rope_parameters=PARTIAL),
+    ),
+    "keywords dropped": (
+        "StableLmForCausalLM.*keywords",
+        lambda: transformers.StableLmConfig(**COMMON, rope_parameters=PARTIAL),
+    ),
+    "keywords dropped too": (
+        "NemotronForCausalLM.*keywords",
+        lambda: transformers.NemotronConfig(**COMMON, rope_parameters=PARTIAL),
+    ),
+    "a norm after RoPE": (
+        "HunYuanDenseV1ForCausalLM.*positions are not RoPE alone",
+        lambda: transformers.HunYuanDenseV1Config(**COMMON, head_dim=12),
+    ),
+    "layers without positions": (
+        "Cohere2ForCausalLM.*positions are not RoPE alone",
+        lambda: transformers.Cohere2Config(**COMMON, layer_types=["full_attention"] * 2, sliding_window=None),
+    ),
+    "attention twice a layer": (
+        r"DiffLlamaForCausalLM.*layers \[0, 0, 1, 1\]",
+        lambda: transformers.DiffLlamaConfig(**COMMON),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_models_that_attend_otherwise_are_refused_when_loaded(name: str) -> None:
+    match, make = UNFIT[name]
+    config = make()
+    check_config(config)
+    with pytest.raises(UserError, match=match) as caught:
+        adapt(config)
+    assert caught.value.remedy
+
+
+def test_attention_that_looks_ahead_is_refused() -> None:
+    model = build(CONFIGS["llama"]())
+    model.model.layers[1].self_attn.is_causal = False
+    with pytest.raises(UserError, match="is_causal"):
+        Adapter(model, model_shape(CONFIGS["llama"](), torch.float32))
+
+
+@pytest.mark.parametrize("make", [transformers.ViTConfig, lambda: transformers.Lfm2MoeConfig(layer_types=None)])
+def test_a_configuration_of_no_decoder_is_refused(make: Callable[[], Any]) -> None:
+    with pytest.raises(UserError, match="no decoder can be made"):
+        model_shape(make(), torch.float32)
 
 
 # -- projections ----------------------------------------------------------------------------------------

@@ -104,6 +104,8 @@ def test_gathered_bytes_are_the_caches_own() -> None:
     logits = 4 * shape.vocab
     assert moved.metrics["bytes_by_kind"]["gather"] == elsewhere * shape.kv_row_bytes * shape.layers + logits
     assert "gather" not in handle.metrics["bytes_by_kind"]
+    for metrics in (handle.metrics, moved.metrics, e.generate(moved, max_new_tokens=2).metrics):
+        assert metrics["bytes_sent"] == sum(metrics["bytes_by_kind"].values()) == sum(metrics["bytes_by_link"].values())
 
 
 def answer_on_rank(me: Rank, requests: list[PrefillRequest]) -> tuple[list[int], list[int], dict[str, int]]:
@@ -173,12 +175,27 @@ def test_a_fork_without_a_query_goes_its_own_way_from_here() -> None:
     parent = e.prefill(prompt())
     e.generate(parent, max_new_tokens=4)
     twins = [parent.fork() for _ in range(2)]
+    for cost in ("prefill_s", "request_s", "bytes_by_kind"):  # the prefill's, not the copying's
+        assert twins[0].metrics[cost] == parent.metrics[cost]
     want = e.generate(twins[0], max_new_tokens=8, **SAMPLED).token_ids
     assert len(parent.generated) == 4
     assert e.generate(twins[1], max_new_tokens=8, **SAMPLED).token_ids == want
     assert e.generate(parent, max_new_tokens=8, **SAMPLED).token_ids == want
     e.release(twins[0])
     assert e.generate(parent, max_new_tokens=1).token_ids
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("ready", [True, False], ids=["prompt", "text"])
+def test_a_later_question_is_put_as_the_first_one_was(chat: bool, ready: bool) -> None:
+    e = engine()
+    made = e.setup.prompt("the sea and the stars", "the king?", chat=chat)
+    handle = e.prefill(made) if ready else e.prefill("the sea and the stars", "the king?", chat=chat)
+    asked = handle.fork(query="the hill?").prompt.question
+    assert asked is not None
+    assert decoded(asked.query_ids) == ("\n\nthe hill?\nbot:" if chat else "\n\nthe hill?")
+    with pytest.raises(UserError, match="its own question"):
+        e.prefill(made, "the hill?")
 
 
 # -- generating -----------------------------------------------------------------------------------------
@@ -253,23 +270,38 @@ def test_what_cannot_be_generated_is_refused() -> None:
         engine(compress="query").prefill(prompt(question=False))
     with pytest.raises(UserError, match="no logits"):
         bare.logits()
-    with pytest.raises(UserError, match="nothing to generate"):
-        e.generate(asked, max_new_tokens=0)
+    for count in (0, -1, 1.5):
+        with pytest.raises(UserError, match="nothing to generate"):
+            e.generate(asked, max_new_tokens=count)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="neither text nor token ids"):
+        e.prefill(["the", "sea"], "the hill?")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="longer than the model's context"):
         e.generate(asked, max_new_tokens=400 - 161 + 1)
     with pytest.raises(UserError, match="longer than the model's context"):
         e.prefill(prompt(context=390))
     with pytest.raises(UserError, match="longer than the model's context"):
         bare.fork(query=list(ids(251, 1)))
+    for stop in ("", ["the", ""], [3]):
+        with pytest.raises(UserError, match="stop string is empty, or no string"):
+            e.generate(asked, stop=stop)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="unknown decoder"):
         e.generate(asked, decode="beam")
     with pytest.raises(UserError, match="no such host"):
         asked.gather(HOSTS)
     with pytest.raises(UserError, match="empty"):
         bare.fork(query=[])
-    for wrong in ({"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"seed": -1}):
-        with pytest.raises(UserError, match=f"decode.{next(iter(wrong))}"):
-            e.generate(asked, **wrong)  # type: ignore[arg-type]
+    outside = len(byte_tokenizer())
+    for wrong_ids in ([outside], [3, -1]):
+        with pytest.raises(UserError, match="outside the model's vocabulary"):
+            bare.fork(query=wrong_ids)
+        with pytest.raises(UserError, match="outside the model's vocabulary"):
+            e.prefill(list(range(40)), wrong_ids, chat=False)
+    with pytest.raises(UserError, match="outside the model's vocabulary"):
+        e.prefill(dataclasses.replace(prompt(), context_ids=(outside,) * 150))
+    for name, values in {"temperature": [-0.1], "top_p": [0.0, 1.1], "top_k": [-1, 1.5], "seed": [-1, 0.5]}.items():
+        for value in values:
+            with pytest.raises(UserError, match=f"decode.{name}"):
+                e.generate(asked, **{name: value})  # type: ignore[arg-type]
     e.generate(asked, max_new_tokens=1)  # none of that has hurt it
     with pytest.raises(UserError, match="no logits"):
         asked.logits()
@@ -278,16 +310,43 @@ def test_what_cannot_be_generated_is_refused() -> None:
         e.generate(asked)
 
 
+def test_caches_of_another_engine_or_released_are_refused() -> None:
+    e, other = engine(), engine()
+    mine, theirs = e.prefill(prompt()), other.prefill(prompt())
+    assert mine.id == theirs.id
+    copy = mine.fork()
+    mine.release()
+    mine.release()
+    theirs.release()
+    for call in (mine.logits, mine.fork, mine.gather, lambda: e.generate(theirs), lambda: other.generate(copy)):
+        with pytest.raises(UserError, match="not on the engine's hosts"):
+            call()
+    assert [len(e.cluster.host(r)._caches) for r in range(HOSTS)] == [1] * HOSTS
+    e.close()
+    e.close()
+    for closed in (lambda: e.generate(copy), lambda: e.prefill(prompt())):
+        with pytest.raises(UserError, match="engine is closed"):
+            closed()
+    copy.release()
+
+
 def test_the_handle_knows_where_every_position_lies() -> None:
     e = engine()
     handle = e.prefill(prompt())
-    e.generate(handle, max_new_tokens=3)
-    found = [handle.locate(p) for p in range(handle.next_position)]
     lengths = [length for _, length in handle.blocks]
     assert lengths == [38, 38, 37, 37]
     want = [(h, i) for h, length in enumerate(lengths) for i in range(length)]
-    want += [(3, 37 + i) for i in range(11 + 3)]
-    assert found == want
-    for position in (-1, handle.next_position):
-        with pytest.raises(UserError, match="no such position"):
-            handle.locate(position)
+    want += [(3, 37 + i) for i in range(11)]
+    for generated, cached in ((0, 161), (3, 163), (1, 164)):  # the last token's KV comes with the next one
+        if generated:
+            e.generate(handle, max_new_tokens=generated)
+            want += [(3, i) for i in range(len(want) - 113, cached - 113)]
+        assert [handle.locate(p) for p in range(cached)] == want
+        held = Counter(host for host, _ in want)
+        for rank in range(HOSTS):  # what the hosts really hold
+            cache = e.cluster.host(rank)._caches[handle.id]
+            assert cache.context[0].k_BKTD.shape[2] + len(cache.tail) == held[rank]
+        for position in (-1, cached, handle.next_position):
+            with pytest.raises(UserError, match="no such position"):
+                handle.locate(position)
+    assert handle.next_position == 165 and e.generate(handle.fork(), max_new_tokens=1).token_ids

@@ -13,7 +13,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from apb.models import (
@@ -85,6 +85,17 @@ def test_hub_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "give its path" in caught.value.remedy
 
 
+def test_hub_lost_while_fetching_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(*args: object, **options: object) -> None:
+        raise LocalEntryNotFoundError("connection lost, and nothing is cached")
+
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename="model.safetensors")])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **options: info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lose)
+    with pytest.raises(UserError, match=r"could not be fetched .* connection lost"):
+        resolve("some-org/some-model")
+
+
 def test_hub_out_of_reach_falls_back_to_its_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(*args: object, **options: object) -> None:
         raise ConnectionError("no route")
@@ -154,6 +165,13 @@ def test_stop_ids_are_the_union(tmp_path: Path) -> None:
         ({"dtype": "int8"}, "unknown dtype"),
         ({"device": "gpu"}, "unknown device"),
         ({"device": "cuda:99"}, "cuda:99"),
+        ({"device": "cpu:3"}, "no such device name.*cpu:3.*Set device=cpu"),
+        ({"device": "cpu:"}, "no such device name"),
+        ({"device": "auto:0"}, "no such device name"),
+        ({"device": "cuda:"}, "no such device name.*cuda:"),
+        ({"device": "cuda:-1"}, "no such device name"),
+        ({"device": "cuda:\u0663"}, "no such device name"),  # a digit, but none that torch reads
+        ({"device": "cuda:00"}, "no such device name"),
     ],
 )
 def test_wrong_dtype_or_device(options: dict[str, str], message: str, tiny_llama_path: Path) -> None:

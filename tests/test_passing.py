@@ -16,6 +16,7 @@ from apb.host import Host, HostSpec, PrefillRequest
 from apb.plan import PrefillPlan
 from apb.prompt import Prompt
 from apb.strategies import strategy
+from burst.errors import HostFailure
 from burst.kernels import Kernel
 from burst.transport import Handle, Message, VirtualWorld
 from burst.transport.process_group import ProcessGroupTransport, _Relay
@@ -90,6 +91,49 @@ def test_the_check_finds_blocks_that_are_forwarded_only_in_wait(hosts: int) -> N
         check_events(events, hosts)
 
 
+# -- agreeing before the first send ---------------------------------------------------------------------
+
+
+def changed(request: PrefillRequest, what: str) -> PrefillRequest:
+    if what == "compressor's option":
+        return dataclasses.replace(request, compressor=compressor("query", window=3))
+    if what == "question":
+        return dataclasses.replace(request, query_ids=(*request.query_ids[:-1], 7))
+    if what == "number of question tokens":
+        return dataclasses.replace(request, query_ids=request.query_ids[:-1])
+    if what == "question's place":
+        return dataclasses.replace(request, question_delta=request.question_delta + 1)
+    if what == "passing":
+        prompt, plan = make_prompt(CONTEXT), request.plan
+        other = strategy("apb", passing="allgather").plan(prompt.lengths, plan.hosts, plan.shape, compressor("query"))
+        return dataclasses.replace(request, plan=other)
+    assert what == "handle"
+    return dataclasses.replace(request, handle="b")
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["compressor's option", "question", "number of question tokens", "question's place", "passing", "handle"],
+)
+def test_hosts_that_differ_raise_before_anything_else_is_sent(what: str) -> None:
+    made = requests(make_prompt(CONTEXT), plan_for(3), with_question=True)
+    made[2] = changed(made[2], what)
+    world = VirtualWorld(3)
+    with pytest.raises(HostFailure, match=r"hosts \[2\] hold another plan"):
+        world.run(
+            lambda t: Host(HostSpec("tiny", "float32", "cpu"), t, tiny_llama(torch.float32)).prefill(made[t.rank])
+        )
+    assert all(t.ledger.by_kind() == {"agree": 64} for t in world.transports)
+
+
+def test_a_host_with_another_model_raises_before_anything_else_is_sent() -> None:
+    made = requests(make_prompt(CONTEXT), plan_for(2), with_question=True)
+    dtypes = (torch.float32, torch.float64)
+    world = VirtualWorld(2)
+    with pytest.raises(HostFailure, match="hold another plan"):
+        world.run(lambda t: Host(HostSpec("t", "auto", "cpu"), t, tiny_llama(dtypes[t.rank])).prefill(made[t.rank]))
+
+
 # -- processes ------------------------------------------------------------------------------------------
 
 
@@ -153,11 +197,16 @@ class Patient:
         return self._inner(q, k, v, causal=causal, scale=scale)
 
 
-def requests(prompt: Prompt, plan: PrefillPlan) -> list[PrefillRequest]:
-    """Return what the engine would hand to each host, without the query phase."""
+def plan_for(hosts: int) -> PrefillPlan:
+    lengths, shape = make_prompt(CONTEXT).lengths, tiny_llama(torch.float32).shape
+    return strategy("apb").plan(lengths, hosts, shape, compressor("query"))
+
+
+def requests(prompt: Prompt, plan: PrefillPlan, with_question: bool = False) -> list[PrefillRequest]:
+    """Return what the engine would hand to each host, if asked without the query phase."""
     engine = tiny_engine(tiny_llama(torch.float32), strategy("apb"), plan.hosts, "query")
     made = [engine._request("a", prompt, plan, rank) for rank in range(plan.hosts)]
-    return [dataclasses.replace(r, query_ids=()) for r in made]
+    return made if with_question else [dataclasses.replace(r, query_ids=()) for r in made]
 
 
 def prefill_patiently(
@@ -191,7 +240,7 @@ def prefill_patiently(
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_hop_is_done_while_the_block_is_computed(world: int) -> None:
     prompt = make_prompt(CONTEXT)
-    plan = strategy("apb").plan(prompt.lengths, world, tiny_llama(torch.float32).shape, compressor("query"))
+    plan = plan_for(world)
     made = requests(prompt, plan)
     answers = shared_pool(world).run(prefill_patiently, Delayed, made, 10.0)
     hosts = VirtualWorld(world)
@@ -215,7 +264,7 @@ def virtual_kv(t: Any, made: list[PrefillRequest]) -> Tensor:
 
 def test_the_patient_kernel_finds_blocks_that_are_forwarded_only_in_wait() -> None:
     prompt = make_prompt(CONTEXT)
-    plan = strategy("apb").plan(prompt.lengths, 4, tiny_llama(torch.float32).shape, compressor("query"))
+    plan = plan_for(4)
     pool = Pool(4)
     try:
         answers = pool.run(prefill_patiently, LazyDelayed, requests(prompt, plan), 1.0)

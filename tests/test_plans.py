@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apb.compress import Candidates, compressor
+from apb.engine import Engine
 from apb.plan import Attend, ModelShape, PromptLengths, Select
 from apb.strategies import Strategy, strategy
 from burst.errors import UserError
+from tests.tiny import tiny_engine, tiny_llama
 
 SHAPE = ModelShape(
     layers=3,
@@ -48,8 +51,10 @@ def test_lengths_that_do_not_fit_are_refused(options: dict[str, int]) -> None:
 @pytest.mark.parametrize("options", [{"anchor_len": 11}, {"anchor_len": 107}, {"passing_len": 100}])
 def test_lengths_at_the_limits_are_taken(options: dict[str, int]) -> None:
     lengths = PromptLengths(context=302, head=5, question=6, query=11)
-    if options.get("anchor_len") == 107:
-        assert strategy("apb", **options).plan(lengths, 3, SHAPE, compressor("query")).kept_rows[0] == 0
+    plan = strategy("apb", **options).plan(lengths, 3, SHAPE, compressor("query"))
+    anchor, passing = options.get("anchor_len", 25), options.get("passing_len", 12)  # a quarter and an eighth of 100
+    assert plan.anchor_len == anchor and [h.anchor_len for h in plan.host_plans[1:]] == [anchor, anchor]
+    assert plan.kept_rows == (max(0, min(passing, 101 - anchor)), passing, 0)
 
 
 def test_what_cannot_be_planned_is_refused() -> None:
@@ -66,6 +71,25 @@ def test_what_cannot_be_planned_is_refused() -> None:
         strategy("apb", anchor=3)
     with pytest.raises(UserError, match="unknown strategy"):
         strategy("abp")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"hosts": 0}, {"hosts": -1}, {"hosts": 2.5}, {"hosts": "4"}, {"threads": 0}, {"timeout_s": 0.0}],
+    ids=str,
+)
+def test_numbers_out_of_range_are_refused_before_the_model_is_looked_for(options: dict[str, Any]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(UserError, match=f"{name} is out of range") as caught:
+        Engine.launch("no-such-model", **options)
+    assert caught.value.given == value
+
+
+def test_a_setup_takes_no_options_that_it_has_settled() -> None:
+    setup = tiny_engine(tiny_llama(torch.float32), strategy("apb"), 2, "norm").setup
+    with pytest.raises(UserError, match="settled") as caught:
+        Engine.launch(setup, hosts=4, dtype="float64")
+    assert caught.value.given == "hosts, dtype"
 
 
 @pytest.mark.parametrize("window", [0, 4, -1])
@@ -121,7 +145,7 @@ def test_plans_hold_together(lengths: PromptLengths, hosts: int, made: Strategy,
             attends = [s for s in host.steps if isinstance(s, Attend) and not s.causal]
             assert sum(s.pairs for s in attends) == host.block_len * seen
         else:
-            assert not host.anchor_visible
+            assert all(s.keys == (s.queries,) for s in host.steps if isinstance(s, Attend))  # nothing but themselves
     e, layers = SHAPE.element_size, SHAPE.layers
     row = 2 * SHAPE.kv_heads * SHAPE.head_dim * e
     for rank in range(hosts):
@@ -132,7 +156,7 @@ def test_plans_hold_together(lengths: PromptLengths, hosts: int, made: Strategy,
         assert plan.passing_bytes(rank) == rows * row * layers
     m = lengths.query
     partial = m * SHAPE.q_heads * (SHAPE.head_dim * e + 4)
-    assert all(plan.partial_bytes(m) == (hosts - 1) * partial * layers for _ in range(hosts))
+    assert plan.partial_bytes(m) == (hosts - 1) * partial * layers
     assert plan.bytes_by_kind(m).get("passing", 0) == sum(plan.passing_bytes(r) for r in range(hosts))
     assert sum(h.block_len for h in plan.host_plans) == lengths.context
 

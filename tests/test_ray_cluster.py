@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -186,6 +187,45 @@ def test_no_ray_at_the_address(model: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     with pytest.raises(UserError, match="ray start --head"):
         ray_session.open_session("auto", 2)
+
+
+@pytest.mark.parametrize("address", ["nonsense", "ray://here:1", "127.0.0.1:99999", "{closed}"])
+def test_an_address_where_nobody_is(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    import ray
+
+    from launch import ray_session
+
+    with socket.create_server((LOOPBACK, 0)) as server:
+        closed = f"{LOOPBACK}:{server.getsockname()[1]}"
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("Ray was asked, which waits for minutes"))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with pytest.raises(UserError, match=r"cannot join a Ray cluster: .*(HOST:PORT|nobody answers)"):
+        ray_session.open_session(address.format(closed=closed), 2)
+
+
+def test_a_driver_that_dies_while_ray_starts(tmp_path: Path) -> None:
+    """It could name no process to its watch, which finds them by the folder that they use."""
+    script = f"""
+import subprocess, sys, time
+from pathlib import Path
+from launch.ray_watch import Watch
+Watch(Path({str(tmp_path)!r}))
+log = open({str(tmp_path / "agent.out")!r}, "w")
+for words in ([{str(tmp_path)!r}], []):
+    code = "import time; print(flush=True); time.sleep(60)"
+    pipe = subprocess.PIPE if words else log
+    started = subprocess.Popen([sys.executable, "-c", code, *words], stdout=pipe)
+    print(started.pid, flush=True)
+    if words:
+        started.stdout.readline()
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        pids = [int(driver.stdout.readline()) for _ in range(2)]
+        driver.kill()
+    assert gone(pids) and not tmp_path.exists()
 
 
 def test_ports_are_never_busy() -> None:

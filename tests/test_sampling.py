@@ -69,6 +69,17 @@ def test_greedy_takes_the_first_of_the_largest() -> None:
     assert Sampling().choose(torch.tensor([0.0, 2.0, 2.0]), position=3) == 1
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-308, 1e-30])
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.5}])
+def test_the_smallest_temperatures_are_greedy(temperature: float, options: dict[str, Any]) -> None:
+    logits = torch.tensor([-3.0, 40.0, 39.9, -torch.inf])
+    sampling = Sampling(temperature=temperature, **options)
+    assert sampling.probabilities(logits).tolist() == [0.0, 1.0, 0.0, 0.0]
+    assert sampling.choose(logits, position=3) == 1
+    tied = sampling.probabilities(torch.tensor([1.0, 7.0, 7.0]))
+    assert not tied.isnan().any() and tied.sum() == 1
+
+
 # -- text -----------------------------------------------------------------------------------------------
 
 

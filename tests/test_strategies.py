@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from apb.engine import Engine
-from apb.plan import ModelShape, PrefillPlan
+from apb.plan import Attend, ModelShape, PrefillPlan
 from apb.strategies import strategy
 from bench.twin import Sizes, Twin, sizes, twin
+from burst.errors import UserError
 from tests import tiny
 from tests.tiny import make_prompt, tiny_engine, tiny_llama
 
@@ -78,9 +79,11 @@ def check(
 
 def check_sizes(plan: PrefillPlan, want: Sizes, *, last_offers: bool) -> None:
     """The plan's lengths are those worked out from the rules in words."""
-    assert tuple((h.start, h.stop) for h in plan.host_plans) == want.spans
-    assert tuple(h.anchor_len for h in plan.host_plans) == want.beside
-    assert [h.anchor_visible for h in plan.host_plans[1:]] == [True] * (plan.hosts - 1)
+    hosts = plan.host_plans
+    assert tuple((h.start, h.stop) for h in hosts) == want.spans
+    assert tuple(h.anchor_len for h in hosts) == want.beside
+    seen = [any(isinstance(s, Attend) and s.queries == "block" and "anchor" in s.keys for s in h.steps) for h in hosts]
+    assert seen == [h.rank > 0 for h in hosts]
     rows = want.rows if last_offers else (*want.rows[:-1], 0)  # in a ring nobody asks the last host for its rows
     assert plan.kept_rows == rows
     if plan.hosts > 1 and plan.strategy == "apb":
@@ -207,6 +210,19 @@ def test_every_byte_of_prefill_query_and_decoding_is_in_the_formula(passing: str
     # Five tokens are decided, four of them went through the model again.
     expected = bytes_in_words(want, 4, m, 5, 4, passing, plan.shape)
     assert result.metrics["bytes_by_kind"] == plan.bytes_by_kind(m, 5, 4) == expected
+
+
+@pytest.mark.parametrize("hosts, lengths", [(4, {"passing_len": 0}), (2, {"anchor_len": 100})])
+def test_a_compressor_that_selects_nothing_needs_no_question(hosts: int, lengths: dict[str, int]) -> None:
+    prompt = make_prompt(200, question=0)  # an anchor as long as block 0 leaves it nothing to offer
+    handles = [
+        tiny_engine(tiny_llama(torch.float64), strategy("apb", **lengths), hosts, select).prefill(prompt)
+        for select in ("query", "norm")
+    ]
+    found = [h.fork(query=list(prompt.context_ids[:4])).logits() for h in handles]
+    torch.testing.assert_close(found[0], found[1], atol=0, rtol=0)
+    with pytest.raises(UserError, match="needs a question"):
+        tiny_engine(tiny_llama(torch.float64), strategy("apb", passing_len=1), 4, "query").prefill(prompt)
 
 
 def test_without_a_question_only_the_prefill_is_sent() -> None:

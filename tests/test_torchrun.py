@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from apb.engine import Engine
 from burst.errors import UserError
+from launch.ranks import _end_after_parent
 from launch.torchrun import TorchrunCluster, arguments
 from tests import torchrun_driver
 from tests.tiny import saved_llama
@@ -91,6 +93,16 @@ def test_not_started_by_torchrun(model: str) -> None:
     with pytest.raises(UserError, match="torchrun --standalone --nproc-per-node"):
         Engine.launch(model, hosts=2, cluster="torchrun")
     assert TorchrunCluster.name == "torchrun"
+
+
+def test_ranks_end_after_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents = iter([7, 7, 1])
+    sent: list[int] = []
+    monkeypatch.setattr("launch.ranks.SLICE_S", 0.0)
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append(number))
+    _end_after_parent(7)
+    assert sent == [signal.SIGTERM]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from typing import Any
 
 from apb.clusters.base import Cluster
 from apb.host import HostSpec
-from burst.errors import UserError, choose
+from apb.registry import check_options
+from burst.errors import choose
 
 CLUSTERS = {
     "virtual": "apb.clusters.virtual:VirtualCluster",
@@ -21,15 +22,7 @@ def cluster(name: str, spec: HostSpec, hosts: int, **options: Any) -> Cluster:
     """Start the cluster ``name``; raises UserError for unknown names and options."""
     module, _, attribute = CLUSTERS[choose("cluster", name, CLUSTERS)].partition(":")
     make = getattr(importlib.import_module(module), attribute)
-    allowed = list(inspect.signature(make).parameters)[2:]
-    for option in options:
-        if option not in allowed:
-            raise UserError(
-                f"cluster '{name}' has no option '{option}'",
-                given=option,
-                allowed=", ".join(allowed) or "no options",
-                remedy=f"Remove cluster.{option} or choose another cluster.",
-            )
+    check_options("cluster", "cluster", name, options, list(inspect.signature(make).parameters)[2:])
     made: Cluster = make(spec, hosts, **options)
     return made
 

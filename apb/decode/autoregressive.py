@@ -11,6 +11,7 @@ from apb.decode.sampling import Sampling
 from apb.decode.text import TextStream
 from apb.kv.cache import CacheAttention, HostCache
 from apb.models.adapter import Adapter
+from burst.errors import UserError
 from burst.kernels import Kernel
 from burst.transport import Transport
 
@@ -21,12 +22,32 @@ _TOKEN_BITS = 32
 
 @dataclass(frozen=True)
 class DecodeRequest:
-    """What to generate: at most ``max_new_tokens``, ended earlier by a stop token or a stop string."""
+    """What to generate: at most ``max_new_tokens``, ended earlier by a stop token or a stop string.
+
+    Raises UserError when there is nothing to generate, or for an empty stop string.
+    """
 
     max_new_tokens: int = 64
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise UserError(
+                "nothing to generate",
+                given=self.max_new_tokens,
+                allowed="a whole number, 1 or more",
+                remedy="Change decode.max_new_tokens.",
+            )
+        wrong = [s for s in self.stop if not s or not isinstance(s, str)]  # an empty one stands before every text
+        if wrong:
+            raise UserError(
+                "a stop string is empty, or no string",
+                given=f"decode.stop={wrong[0]!r}",
+                allowed="strings of one character or more",
+                remedy="Leave decode.stop out to stop at the model's own stop tokens only.",
+            )
 
 
 @dataclass

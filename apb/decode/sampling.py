@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +26,8 @@ class Sampling:
         checks = [
             ("temperature", self.temperature, math.isfinite(self.temperature) and self.temperature >= 0, "0 or more"),
             ("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0, up to 1"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
-            ("seed", self.seed, 0 <= self.seed < 2**64, "0 to 2**64 - 1"),
+            ("top_k", self.top_k, isinstance(self.top_k, int) and self.top_k >= 0, "whole: 0 (off) or more"),
+            ("seed", self.seed, isinstance(self.seed, int) and 0 <= self.seed < 2**64, "whole: 0 to 2**64 - 1"),
         ]
         for name, value, fine, allowed in checks:
             if not fine:
@@ -51,7 +52,9 @@ class Sampling:
 
     def probabilities(self, logits_V: Tensor) -> Tensor:
         """Return the sampling distribution (V,), fp64: temperature, then top-k, then top-p."""
-        logits_V = logits_V.double() / self.temperature
+        logits_V = logits_V.double()
+        # Below the largest logit nothing overflows but to -inf, and 1 / temperature itself stays finite.
+        logits_V = (logits_V - logits_V.max()) / max(self.temperature, sys.float_info.min)
         if 0 < self.top_k < logits_V.numel():
             least = logits_V.topk(self.top_k).values[-1]
             logits_V = logits_V.masked_fill(logits_V < least, -torch.inf)

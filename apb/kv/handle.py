@@ -22,16 +22,16 @@ class KVHandle:
     anchors or drove the selection; None when the cache serves every question alike.
     """
 
-    engine: Engine
+    engine: Engine = field(repr=False)
     id: str
-    prompt: Prompt
-    chat: bool
+    prompt: Prompt = field(repr=False)
     exact: bool
     conditioned_on: str | tuple[int, ...] | None
     blocks: tuple[tuple[int, int], ...]  # (host, context tokens) in position order
     epoch: int
-    metrics: dict[str, Any]
-    generated: list[int] = field(default_factory=list)
+    metrics: dict[str, Any] = field(repr=False)
+    generated: list[int] = field(default_factory=list, repr=False)
+    released: bool = False
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -49,18 +49,22 @@ class KVHandle:
         return self.blocks[-1][0]
 
     def locate(self, position: int) -> tuple[int, int]:
-        """Return (host, index in that host's part) of a position's KV; raises UserError beyond the cache."""
+        """Return (host, index in that host's part) of a position's KV; raises UserError beyond the cache.
+
+        The last generated token has no KV yet: it is computed when generation goes on.
+        """
+        cached = self.next_position - bool(self.generated)
         start = 0
         for host, length in self.blocks:
             if 0 <= position < start + length:
                 return host, position - start
             start += length
-        if not start <= position < self.next_position:
+        if not start <= position < cached:
             raise UserError(
                 "no such position in this cache",
                 given=position,
-                allowed=f"0 to {self.next_position - 1}",
-                remedy="Ask for a position of the prompt or of generated text.",
+                allowed=f"0 to {cached - 1}",
+                remedy="Ask for a position of the prompt or of generated text before its last token.",
             )
         host, length = self.blocks[-1]
         return host, length + position - start

@@ -1,6 +1,6 @@
 """The only code that knows transformers' models: attention swapped in, states passed as keywords, nothing copied.
 
-Shapes: B batch, S tokens, H query heads, K kv heads, D head dim, E projection width, V vocabulary.
+Shapes: B batch, S tokens, H query heads, K kv heads, D head dim (R rotary, P not), E projection width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from apb.compress.base import Projections
+from apb.models.honoured import PlainCall, check_config, check_keywords, check_model
 from apb.plan import ModelShape
 from burst.errors import UserError
 
 IMPLEMENTATION = "apb"
-# Keywords that carry something attention would have to honour; anything but None (or 0) is refused by name.
-_REFUSED = ("sliding_window", "softcap", "s_aux", "attention_mask", "chunk_size", "head_mask")
-# Frequencies that change with the sequence length: hosts that see different positions would rotate differently.
-_REFUSED_ROPE = ("dynamic", "longrope")
 
 _captured = threading.local()  # projections of the layer under way; virtual ranks are threads, so each has its own
 
@@ -55,12 +52,9 @@ def _attend(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention hook: check that nothing is asked that we do not do, then hand over."""
-    given = {"attention_mask": attention_mask, "dropout": dropout or None, **others}
-    for name in (*_REFUSED, "dropout"):
-        if given.get(name) is not None:
-            raise refuse(name, given[name])
+    check_keywords(module, {"attention_mask": attention_mask, "dropout": dropout, **others})
     if apb_attention is None:
-        raise UserError(
+        raise PlainCall(
             "the model was called without its distributed attention",
             given="a plain forward call",
             allowed="calls through apb.models.adapter.Adapter",
@@ -69,20 +63,11 @@ def _attend(
     layer = module.layer_idx
     assert isinstance(layer, int)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return apb_attention(layer, query, key, value, scale, _take_projections()), None
+    out_BSHD = apb_attention(layer, query, key, value, scale, _take_projections())
+    return out_BSHD.contiguous(), None  # most models would copy it themselves in their next line, some insist on it
 
 
 AttentionInterface.register(IMPLEMENTATION, _attend)
-
-
-def refuse(name: str, value: object) -> UserError:
-    """Return the error for something an architecture asks of attention that is not honoured."""
-    return UserError(
-        f"this model asks attention for '{name}', which distributed prefill does not honour",
-        given=f"{name}={value if not isinstance(value, Tensor) else 'a tensor'}",
-        allowed="causal attention over all tokens: no window, soft cap, sinks, mask or dropout",
-        remedy="Choose another model, or a checkpoint whose config.json does not set it.",
-    )
 
 
 def _take_projections() -> Projections | None:
@@ -109,6 +94,12 @@ class Adapter:
         self._attentions = self._attention_modules()
         for module in self._attentions:
             self._hook_projections(module)
+        check_model(self)
+
+    @property
+    def name(self) -> str:
+        """The model's class."""
+        return type(self._model).__name__
 
     @property
     def device(self) -> torch.device:
@@ -145,8 +136,10 @@ class Adapter:
         # cos and sin carry the scaling of YaRN and its like; it is in x already.
         scaling = getattr(rotary, "attention_scaling", 1.0)
         apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        rotated: Tensor = apply(x_BHSD, x_BHSD, cos / scaling, sin / scaling)[0]
-        return rotated
+        turning = cos.shape[-1]  # the dimensions beyond are never rotated
+        x_BHSR, rest_BHSP = x_BHSD[..., :turning], x_BHSD[..., turning:]
+        rotated: Tensor = apply(x_BHSR, x_BHSR, cos / scaling, sin / scaling)[0]
+        return torch.cat([rotated, rest_BHSP], dim=-1) if rest_BHSP.shape[-1] else rotated
 
     def _forward(
         self, module: nn.Module, ids_S: Tensor, positions_S: Tensor, attention: Attention, **options: Any
@@ -169,8 +162,8 @@ class Adapter:
         if len(found) != self.shape.layers:
             raise UserError(
                 "the model's attention layers could not be found",
-                given=f"{type(self._model).__name__}: {len(found)} of {self.shape.layers} layers",
-                allowed="decoders whose every layer has one attention module with q, k, v and o projections",
+                given=f"{self.name}: {len(found)} of {self.shape.layers} layers",
+                allowed="decoders whose every layer has one attention module with q, k and v projections",
                 remedy="Choose a Llama-like decoder (Llama, Qwen, Mistral, Granite, Phi-3 and the like).",
             )
         return found
@@ -201,28 +194,5 @@ class Adapter:
 
 
 def _has_projections(module: nn.Module) -> bool:
-    """Whether q, k, v and o are plain projections; DeepSeek's compressed keys, for one, are not."""
-    names = ("qkv_proj", "o_proj") if hasattr(module, "qkv_proj") else ("q_proj", "k_proj", "v_proj", "o_proj")
-    return all(hasattr(module, name) for name in names)
-
-
-def check_config(config: Any) -> None:
-    """Refuse by name what a model's configuration asks of attention that is not honoured; raises UserError."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds - {"full_attention", "sliding_attention"}:
-        raise refuse("layer_types", sorted(kinds))
-    window = getattr(config, "sliding_window", None)
-    windowed = "sliding_attention" in kinds or getattr(config, "use_sliding_window", None) is not False
-    if window is not None and windowed and (hasattr(config, "layer_types") is False or "sliding_attention" in kinds):
-        raise refuse("sliding_window", window)
-    for name in ("attn_logit_softcapping", "attention_chunk_size", "alibi"):
-        if getattr(config, name, None):
-            raise refuse(name, getattr(config, name))
-    if getattr(config, "is_encoder_decoder", False):
-        raise refuse("is_encoder_decoder", True)
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
-    if kind in _REFUSED_ROPE:
-        raise refuse("rope_type", kind)
-    if not rope and getattr(config, "rope_theta", None) is None:
-        raise refuse("positions other than RoPE", getattr(config, "model_type", "?"))
+    """Whether q, k and v are plain projections; DeepSeek's compressed keys, for one, are not."""
+    return hasattr(module, "qkv_proj") or all(hasattr(module, f"{name}_proj") for name in "qkv")

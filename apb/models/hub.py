@@ -24,7 +24,7 @@ def download(name: str, on_progress: Progress) -> Path:
     UserError when the model does not exist, is gated, or the hub is out of reach and nothing is cached.
     """
     import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     wanted = list(_WANTED)
     try:
@@ -47,7 +47,7 @@ def download(name: str, on_progress: Progress) -> Path:
             "is gated",
             f"Accept its licence at https://huggingface.co/{name} and log in with 'hf auth login'.",
         ) from error
-    except (LocalEntryNotFoundError, UserError):
+    except UserError:
         raise
     except RepositoryNotFoundError as error:
         raise _error(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -32,12 +33,21 @@ def resolve_dtype(name: str, device: str, config: Any) -> str:
 
 def resolve_device(name: str) -> str:
     """Settle ``auto`` (cuda where there is one) and check that the device exists; raises UserError."""
-    kind, _, index = name.partition(":")
+    kind, colon, index = name.partition(":")
     choose("device", kind, ("auto", "cpu", "cuda"))
+    if colon and (kind != "cuda" or not re.fullmatch("0|[1-9][0-9]*", index)):
+        raise UserError(
+            "no such device name",
+            given=f"device={name}",
+            allowed="auto, cpu, cuda, cuda:N (N counts the machine's GPUs from 0)",
+            remedy=f"Set device={kind}." if kind != "cuda" else "Set device=cuda:0, or device=cuda.",
+        )
     if kind == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    if kind == "cuda" and (not count or (index and not (index.isdigit() and int(index) < count))):
+    if kind == "cpu":
+        return name
+    count = torch.cuda.device_count()
+    if not count or (index and int(index) >= count):
         raise UserError(
             "no such GPU on this machine",
             given=f"device={name}",

@@ -6,19 +6,34 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from apb.plan import ModelShape
+from burst.errors import UserError
 
 
 def model_shape(config: Any, dtype: torch.dtype) -> ModelShape:
     """Return the shape of the model that ``config`` describes, its activations in ``dtype``; loads no weights.
 
     The parameters are counted on a model without storage, so every architecture counts right; a mixture of experts is
-    charged for the experts that one token visits.
+    charged for the experts that one token visits. Raises UserError when no decoder can be made of the configuration.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        return _counted(model, config, dtype)
+    # Architectures read their configurations each in its own way; whatever is missing or wrong, it is in this file.
+    except (AttributeError, TypeError, ValueError, KeyError, IndexError, ArithmeticError, RuntimeError) as error:
+        kind = getattr(config, "model_type", "?")
+        raise UserError(
+            f"no decoder can be made of the model's configuration: {error}",
+            given=f"config.json of type {kind}",
+            allowed="configurations of causal decoders that the installed transformers can build",
+            remedy="Choose another model, or mend its config.json.",
+        ) from error
+
+
+def _counted(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> ModelShape:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     outside = {id(p) for m in (embedding, head) for p in m.parameters()}
     visited = getattr(config, "num_experts_per_tok", None) or 1

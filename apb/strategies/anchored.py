@@ -49,7 +49,7 @@ def anchored_plan(
         if seen:
             keys = (beside if visible else 0) + passing
             steps.append(Attend("block", tuple(seen), causal=False, pairs=block * keys))
-        plans.append(HostPlan(rank, start, stop, beside, visible, tuple(steps)))
+        plans.append(HostPlan(rank, start, stop, beside, tuple(steps)))
     return PrefillPlan(
         strategy=strategy,
         compressor=compressor,

@@ -43,6 +43,8 @@ class APB(Strategy):
         passing = self._passing(smallest)
         last_sends = self.passing == "allgather"
         kept = [min(passing, stop - start) for start, stop in spans]
+        # Host 0 offers none of the first l_a positions of the context, as published, though the anchors hold only the
+        # first l_a - l_q of them beside the question: l_q positions of block 0 are neither in an anchor nor passed on.
         kept[0] = max(0, min(passing, first - anchor))
         if hosts == 1 or not last_sends:
             kept[-1] = 0

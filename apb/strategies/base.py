@@ -23,7 +23,3 @@ class Strategy(ABC):
         self, lengths: PromptLengths, hosts: int, shape: ModelShape, compressor: Compressor | None = None
     ) -> PrefillPlan:
         """Return the plan as data; raises UserError for lengths or host counts the strategy cannot take."""
-
-    def conditions(self, plan: PrefillPlan) -> bool:
-        """Whether the cache depends on the question that was asked first."""
-        return plan.question_len > 0

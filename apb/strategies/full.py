@@ -32,7 +32,7 @@ class Full(Strategy):
         ((start, stop),) = blocks(lengths.context, hosts)
         n = stop - start
         step = Attend("block", ("block",), causal=True, pairs=n * (n + 1) // 2)
-        host = HostPlan(0, start, stop, anchor_len=0, anchor_visible=False, steps=(step,))
+        host = HostPlan(0, start, stop, anchor_len=0, steps=(step,))
         return PrefillPlan(
             strategy=self.name,
             compressor=None,

@@ -1,0 +1,29 @@
+"""``apb plan``: what a prefill would cost, from lengths or texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+pytest_plugins = ("tests.command",)
+
+
+def test_plan(apb: Any, model: Path, document: Path) -> None:
+    ran = apb("plan", "-d", str(document), "-q", "Who?", f"model={model}", "cluster=virtual", "cluster.hosts=3")
+    found = ran.document
+    assert ran.code == 0 and found["hosts"] == 3 and found["fits"] is True
+    assert [row["host"] for row in found["plan"]["per_host"]] == [0, 1, 2]
+    assert "It fits" in ran.err and "passes on" in ran.err
+
+
+def test_plan_of_lengths_alone(apb: Any, model: Path, document: Path) -> None:
+    common = ("plan", f"model={model}")
+    found = apb(*common, "context_tokens=400", "query_tokens=40", "memory_gb=80").document
+    assert (found["context_tokens"], found["query_tokens"]) == (400, 40)
+    assert found["memory_available_bytes"] == 80_000_000_000
+    apb(*common, "context_tokens=400", "memory_gb=0.0001").refused("does not fit", "0.0 GB free")
+    apb(*common, "compare=true").refused("unknown key 'compare'")
+    apb(*common, "context_tokens=4000").refused("longer than the model's context")
+    apb(*common, "context_tokens=1").refused("context_tokens leaves no room")
+    apb(*common, "context_tokens=400", "query_tokens=2").refused("query_tokens leaves no room")
+    apb(*common, "context_tokens=400", "-d", str(document), "-q", "Who?").refused("one of them")
