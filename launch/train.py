@@ -45,8 +45,8 @@ class _Settings:
 
 
 def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> dict[str, Any]:
-    """Train retaining heads (the one NAME there is), show their held-out recall, and return the JSON document; raises UserError."""
-    from apb.models.adapter import check_config
+    """Train retaining heads, show their held-out recall, and return the JSON document; raises UserError."""
+    from apb.models.honoured import check_config
     from apb.models.loading import load_config
     from apb.models.placement import resolve_device, resolve_dtype
     from apb.models.resolve import resolve

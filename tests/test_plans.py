@@ -101,7 +101,11 @@ def test_a_window_without_a_middle_is_refused(window: int) -> None:
 @pytest.mark.parametrize("seed", [-1, 0, 123456789, 2**63])
 def test_random_selection_takes_any_seed(seed: int) -> None:
     keys = torch.zeros(1, 2, 20, 8)
-    blocks = [Candidates(layer, rank, keys, keys, keys, 1.0, None, None, 0, 0, lambda x, _: x) for layer in (0, 1) for rank in (0, 1)]
+    blocks = [
+        Candidates(layer, rank, keys, keys, keys, 1.0, None, None, 0, 0, lambda x, _: x)
+        for layer in (0, 1)
+        for rank in (0, 1)
+    ]
     scores = [compressor("random", seed=seed).score(block) for block in blocks]
     again = compressor("random", seed=seed).score(blocks[0])
     assert torch.equal(again, scores[0])

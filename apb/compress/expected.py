@@ -56,12 +56,13 @@ class Expected(Compressor):
             mean_BGS = (k_B1SD @ ahead_BH1D[:, heads].transpose(-1, -2))[..., 0] * block.scale
             variance_BGS = ((k_B1SD @ covariance_BHDD[:, heads]) * k_B1SD).sum(dim=-1) * block.scale**2
             per_head.append((mean_BGS + variance_BGS / 2).softmax(dim=-1).mean(dim=1))
-        return torch.stack(per_head, dim=1) * block.v_BKSD.to(exact).norm(dim=-1)
+        norms_BKS: Tensor = torch.linalg.vector_norm(block.v_BKSD.to(exact), dim=-1)
+        return torch.stack(per_head, dim=1) * norms_BKS
 
     def _rotation(self, block: Candidates, width: int, dtype: torch.dtype) -> Tensor:
         """Return the mean rotation (D, D) to the positions behind the context, found by rotating unit vectors."""
         device = block.k_BKSD.device
-        ahead_J = torch.linspace(0, self.future - 1, min(self.future, _SAMPLED), device=device).round().long() + block.end
+        ahead_J = torch.linspace(0, self.future - 1, min(self.future, _SAMPLED), device=device).round().long()
         units_11SD = torch.eye(width, dtype=dtype, device=device).repeat(len(ahead_J), 1)[None, None]
-        rotated_11SD = block.rotate(units_11SD, ahead_J.repeat_interleave(width))
+        rotated_11SD = block.rotate(units_11SD, (ahead_J + block.end).repeat_interleave(width))
         return rotated_11SD.view(len(ahead_J), width, width).mean(dim=0)

@@ -18,8 +18,8 @@ class SnapKV(Compressor):
     """Scores a token by the attention it gets from the block's last tokens, mean-pooled over its neighbours.
 
     Softmax per observer over the tokens it sees, mean over the observers that see a token and the query heads of a
-    group. Source: SnapKV (arXiv 2404.14469), section 4. There the observers are kept as well; here they compete, because
-    what a block passes on is not much longer than the observation window.
+    group. Source: SnapKV (arXiv 2404.14469), section 4. There the observers are kept as well; here they compete,
+    because what a block passes on is not much longer than the observation window.
 
     Parameters: ``observers``: tokens at the block's end; ``window``: tokens that the mean-pool spans.
     """

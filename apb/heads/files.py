@@ -103,7 +103,9 @@ def _read(file: Path) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
-                return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}
+                metadata: dict[str, str] = opened.metadata() or {}
+                names: list[str] = opened.keys()
+                return {name: opened.get_tensor(name) for name in names}, metadata
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
         raise _damaged(file, f"it cannot be read ({error})") from error

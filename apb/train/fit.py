@@ -32,11 +32,11 @@ class Recipe:
 
     method: Method = "mlp"
     hidden: int = 128
-    epochs: int = 8
+    epochs: int = 10
     batch: int = 512  # tokens
     lr: float = 1e-3
     weight_decay: float = 0.05
-    softness: float = 0.25  # standard deviations of importance
+    softness: float = 1.0  # standard deviations of importance
     penalty: float = 1e-2
     seed: int = 0
 
@@ -45,13 +45,15 @@ class Recipe:
         for key, fine in (("hidden", self.hidden >= 1), ("epochs", self.epochs >= 1), ("batch", self.batch >= 1)):
             if not fine:
                 raise UserError(
-                    f"{key} is out of range", given=f"{key}={getattr(self, key)}", allowed="1 or more", remedy=f"Change {key}."
+                    f"{key} is out of range",
+                    given=f"{key}={getattr(self, key)}",
+                    allowed="1 or more",
+                    remedy=f"Change {key}.",
                 )
 
 
 def fit(recipe: Recipe, layer: int, x_NE: Tensor, margin_NK: Tensor, on_step: Callable[[int, int], None]) -> Head:
     """Return the head of ``layer``, fp32: the same for the same recipe and tokens; ``on_step(done, total)``."""
-    device = x_NE.device
     mean_E = x_NE.float().mean(dim=0)
     deviation_E = x_NE.float().std(dim=0).clamp_min(1e-4)
     if recipe.method == "ridge":

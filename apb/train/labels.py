@@ -26,14 +26,14 @@ OnLayer = Callable[[int, Tensor, Tensor], None]
 @dataclass(frozen=True)
 class Layout:
     """One prompt as a sequence: template head, then with ``embedded`` a copy of the question as in APB's anchors, the
-    document, and the rows (question and answer) that importance is taken from; ``end`` is those rows' first position."""
+    document, and the rows (question and answer) that importance is taken from."""
 
     ids: tuple[int, ...]
     positions: tuple[int, ...]
     head: int
     document: int  # first document token
     rows: int  # first token of the query phase
-    end: int
+    end: int  # those rows' first position
 
     @classmethod
     def of(cls, sample: Sample, *, embedded: bool) -> Layout:

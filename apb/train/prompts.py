@@ -103,7 +103,7 @@ def _needles(m: Material) -> tuple[str, str, str]:
 
 
 def _tracking(m: Material) -> tuple[str, str, str]:
-    chains, lines = m.rng.choice((1, 2, 3)), []
+    chains, lines = m.rng.choice((1, 2, 3)), list[str]()
     names = ["".join(m.rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=m.rng.choice((1, 3, 5)))) for _ in range(40)]
     names = list(dict.fromkeys(names))
     by_value: dict[str, list[str]] = {}
@@ -124,7 +124,8 @@ def _tracking(m: Material) -> tuple[str, str, str]:
 
 
 def _records(m: Material) -> tuple[str, str, str]:
-    r, people, lines = m.rng, {}, []
+    r, people = m.rng, dict[str, dict[str, str]]()
+    lines: list[str] = []
     while sum(map(len, lines)) < m.budget:
         name = f"{r.choice(FIRST_NAMES)} {r.choice(LAST_NAMES)}"
         if name in people:
@@ -137,8 +138,9 @@ def _records(m: Material) -> tuple[str, str, str]:
         }
         people[name] = facts
         lines.append(
-            f"{name}, born in {facts['year of birth']}, lives in {facts['home town']} and works as a {facts['profession']}. "
-            f"What {name.split()[0]} treasures most is a {facts['most treasured possession']}. {m.sentence()}"
+            f"{name}, born in {facts['year of birth']}, lives in {facts['home town']} and works as a "
+            f"{facts['profession']}. What {name.split()[0]} treasures most is a {facts['most treasured possession']}. "
+            f"{m.sentence()}"
         )
     name = r.choice(list(people))
     what = r.choice(list(people[name]))

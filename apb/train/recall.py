@@ -13,7 +13,7 @@ from torch import Tensor
 
 from apb.heads import Head
 from apb.models.adapter import Adapter
-from apb.train.labels import observe
+from apb.train.labels import OnLayer, observe
 from apb.train.prompts import Prompts
 from apb.train.shards import top_count
 from burst.kernels import Kernel
@@ -68,19 +68,22 @@ def measure(
     done = 0
     for number in range(count):
         sample = prompts.sample(number, held_out=True)
-        rng = torch.Generator().manual_seed(number)
         for anchor, embedded in ANCHORS.items():
             on_prompt(done, count * len(ANCHORS))
-
-            def on_layer(layer: int, x_TE: Tensor, importance_KT: Tensor, anchor: str = anchor) -> None:
-                for name, heads in scorers.items():
-                    head = heads[layer]
-                    scores_KT = head(x_TE.to(head.fc1_WE.dtype)).T
-                    recall.add(name, anchor, sample.family, scores_KT, importance_KT)
-                chance_KT = torch.rand(importance_KT.shape, generator=rng).to(importance_KT.device)
-                recall.add("random", anchor, sample.family, chance_KT, importance_KT)
-
-            observe(adapter, kernel, sample, embedded=embedded, on_layer=on_layer)
+            book = _booking(recall, anchor, sample.family, scorers, torch.Generator().manual_seed(number))
+            observe(adapter, kernel, sample, embedded=embedded, on_layer=book)
             done += 1
     on_prompt(done, done)
     return recall
+
+
+def _booking(
+    recall: Recall, anchor: str, family: str, scorers: Mapping[str, Sequence[Head]], rng: torch.Generator
+) -> OnLayer:
+    def on_layer(layer: int, x_TE: Tensor, importance_KT: Tensor) -> None:
+        for name, heads in scorers.items():
+            recall.add(name, anchor, family, heads[layer](x_TE).T, importance_KT)
+        chance_KT = torch.rand(importance_KT.shape, generator=rng).to(importance_KT.device)
+        recall.add("random", anchor, family, chance_KT, importance_KT)
+
+    return on_layer

@@ -15,7 +15,7 @@ from typing import Any
 from apb.heads import Head, RetainingHeads, load, save
 from apb.models.adapter import Adapter
 from apb.train import shards
-from apb.train.fit import Recipe, fit
+from apb.train.fit import Method, Recipe, fit
 from apb.train.prompts import Prompts
 from apb.train.recall import measure
 from burst.errors import UserError
@@ -79,8 +79,10 @@ def train(
     prompts = Prompts(tokenizer, text, (job.shortest, job.longest), adapter.shape.max_positions, job.seed)
     files = _label(job, adapter, kernel, prompts, folder / _SAMPLES, on_progress)
     # Ridge is fitted beside the MLP: a network that is no better than a closed form is not worth its cost.
-    methods = ("ridge", "mlp") if job.recipe.method == "mlp" else ("ridge",)
-    found = {method: _fit(job, method, adapter, files, folder / _LAYERS, on_progress) for method in methods}
+    methods: tuple[Method, ...] = ("ridge", "mlp") if job.recipe.method == "mlp" else ("ridge",)
+    found: dict[str, list[Head]] = {
+        method: _fit(job, method, adapter, files, folder / _LAYERS, on_progress) for method in methods
+    }
     recall = measure(
         adapter,
         kernel,
@@ -148,7 +150,7 @@ def _label(
 
 
 def _fit(
-    job: Job, method: str, adapter: Adapter, files: list[Path], folder: Path, on_progress: OnProgress
+    job: Job, method: Method, adapter: Adapter, files: list[Path], folder: Path, on_progress: OnProgress
 ) -> list[Head]:
     """Fit what is missing of the layers and return every layer's head, fp32, on the model's device."""
     folder.mkdir(exist_ok=True)
@@ -170,7 +172,8 @@ def _fit(
 
 
 def _check_room(token_ids: tuple[int, ...], positions: int) -> None:
-    _range("longest", f"{len(token_ids)} tokens in one prompt", len(token_ids) < positions, f"below {positions} positions")
+    given = f"{len(token_ids)} tokens in one prompt"
+    _range("longest", given, len(token_ids) < positions, f"below {positions} positions")
 
 
 def _range(key: str, value: object, fine: bool, allowed: str) -> None:

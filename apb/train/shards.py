@@ -36,7 +36,9 @@ def top_count(tokens: int) -> int:
     return max(1, round(tokens * TOP_SHARE))
 
 
-def write(file: Path, adapter: Adapter, kernel: Kernel, sample: Sample, *, embedded: bool, keep: int, seed: int) -> None:
+def write(
+    file: Path, adapter: Adapter, kernel: Kernel, sample: Sample, *, embedded: bool, keep: int, seed: int
+) -> None:
     """Label a prompt and write at most ``keep`` of its document tokens, the same ones in every layer.
 
     Per layer ``x.I`` (N, E), bf16, and ``y.I`` (N, K), fp32 margins. The file appears whole or not at all.
