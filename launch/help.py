@@ -149,8 +149,9 @@ def _choices(group: str, default: str) -> list[tuple[str, str]]:
     for choice in sorted(names, key=lambda n: n != default):
         lines = _lines(f"{group}/{choice}.yaml")
         mark = " (default)" if choice == default else ""
-        found.append((f"{choice}{mark}", lines[0].removeprefix("# ")))
-        prefix = "" if "# @package _global_" in lines else f"{group}."
+        top_level = lines[0] == "# @package _global_"
+        found.append((f"{choice}{mark}", lines[top_level].removeprefix("# ")))
+        prefix = "" if top_level else f"{group}."
         for line in lines:
             if (setting := _SETTING.match(line)) and setting[1] != "name":
                 found.append((f"  {prefix}{setting[1]}={setting[2]}", setting[3] or ""))

@@ -84,16 +84,16 @@ def settle(config: Mapping[str, Any]) -> Settings:
     decode, cluster = settings.decode, settings.cluster
     choose("decoder", decode.name, DECODERS)
     Sampling(decode.temperature, decode.top_p, decode.top_k, decode.seed)
-    _range("decode.max_new_tokens", decode.max_new_tokens, decode.max_new_tokens >= 1, "1 or more")
-    _range("decode.stop", list(decode.stop), all(decode.stop), "texts of at least one character")
+    in_range("decode.max_new_tokens", decode.max_new_tokens, decode.max_new_tokens >= 1, "1 or more")
+    in_range("decode.stop", list(decode.stop), all(decode.stop), "texts of at least one character")
     for key, count in (("hosts", cluster.hosts), ("threads", cluster.threads)):
-        _range(f"cluster.{key}", count, count is None or count >= 1, "1 or more")
+        in_range(f"cluster.{key}", count, count is None or count >= 1, "1 or more")
     depth, timeout, memory = settings.needle_depth, settings.timeout_s, settings.memory_gb
-    _range("needle_depth", depth, 0 <= depth <= 1, "0.0 to 1.0")
-    _range("timeout_s", timeout, math.isfinite(timeout) and timeout > 0, "more than 0 seconds")
-    _range("memory_gb", memory, memory is None or (math.isfinite(memory) and memory > 0), "more than 0")
+    in_range("needle_depth", depth, 0 <= depth <= 1, "0.0 to 1.0")
+    in_range("timeout_s", timeout, math.isfinite(timeout) and timeout > 0, "more than 0 seconds")
+    in_range("memory_gb", memory, memory is None or (math.isfinite(memory) and memory > 0), "more than 0")
     tokens = settings.context_tokens
-    _range("context_tokens", tokens, tokens is None or tokens >= 1, "1 or more")
+    in_range("context_tokens", tokens, tokens is None or tokens >= 1, "1 or more")
     return settings
 
 
@@ -139,6 +139,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     )
 
 
-def _range(key: str, value: Any, fine: bool, allowed: str) -> None:
+def in_range(key: str, value: Any, fine: bool, allowed: str) -> None:
+    """Raise a UserError that names the key unless its value is ``fine``."""
     if not fine:
         raise UserError(f"{key} is out of range", given=f"{key}={value}", allowed=allowed, remedy=f"Change {key}.")

@@ -20,7 +20,7 @@ from apb.train.retaining import Job, Trained, digest, finished, train
 from launch.arguments import Arguments
 from launch.display import Display, size
 from launch.document import corpus
-from launch.settings import typed
+from launch.settings import in_range, typed
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> di
     from apb.models.resolve import resolve
 
     settings = typed(_Settings, dict(config) | {"model": config["model"]["name"]}, "")
+    in_range("threads", settings.threads, settings.threads >= 1, "1 or more")
     text = corpus(arguments)
     cache = Path(os.environ.get("APB_CACHE") or default_cache_dir())
     with display.progress() as on_progress:

@@ -51,11 +51,12 @@ def load(file: Path) -> RetainingHeads:
     Hidden width, layers and kv heads are the tensors' own. Keys that are no head's are passed over, as published
     checkpoints have them. Raises UserError for a file that cannot be read or lacks a part.
     """
-    return _load(file, file.stat().st_mtime_ns)
+    now = file.stat()
+    return _load(file, (now.st_mtime_ns, now.st_ino, now.st_size))
 
 
 @functools.lru_cache(maxsize=4)
-def _load(file: Path, changed_ns: int) -> RetainingHeads:
+def _load(file: Path, version: tuple[int, ...]) -> RetainingHeads:
     tensors, about = _read(file)
     parts: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():

@@ -20,7 +20,6 @@ from apb.train.words import ADJECTIVES, CITIES, FIRST_NAMES, JOBS, LAST_NAMES, N
 from burst.errors import UserError
 
 HELD_OUT_SHARE = 0.1  # of the text, at its end: windows for held-out prompts never overlap those for training
-_HELD_OUT_SEED = 1 << 32  # held-out prompts' seeds start here, training prompts' below
 LEAST_TEXT = 2000  # characters
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
 
@@ -192,7 +191,8 @@ class Prompts:
 
     def sample(self, number: int, *, held_out: bool = False) -> Sample:
         """Return prompt ``number``; neighbouring numbers are of different families."""
-        rng = random.Random(self._seed * (1 << 40) + number + (_HELD_OUT_SEED if held_out else 0))
+        # Texts and numbers seed in different ways. Two numbers would not do: Random(2) and Random(2 + 2**32) are alike.
+        rng = random.Random(f"held out {self._seed} {number}" if held_out else self._seed * (1 << 40) + number)
         shortest, longest = self._tokens
         tokens = round(shortest * (longest / shortest) ** rng.random())  # as many short as long ones, by factors
         family = _TURNS[number % len(_TURNS)]

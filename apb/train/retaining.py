@@ -75,8 +75,8 @@ def train(
     but the job, so a run that was killed ends with the weights of one that was not. Raises UserError when the folder
     is another job's, or when prompts do not fit the model.
     """
-    _claim(folder, job)
     prompts = Prompts(tokenizer, text, (job.shortest, job.longest), adapter.shape.max_positions, job.seed)
+    _claim(folder, job)
     files = _label(job, adapter, kernel, prompts, folder / _SAMPLES, on_progress)
     # Ridge is fitted beside the MLP: a network that is no better than a closed form is not worth its cost.
     methods: tuple[Method, ...] = ("ridge", "mlp") if job.recipe.method == "mlp" else ("ridge",)
