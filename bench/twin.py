@@ -2,7 +2,8 @@
 
 Every host's anchor, every block and the question stand one after another in one sequence; a boolean mask
 over all of it says who sees whom, per layer and kv head, and attention is one plain softmax. Written from the
-description of the method, without the code under test: lengths, selection and masks are worked out again.
+description of the method, without the code under test: lengths, selection and masks are worked out again. Only the
+model, and the numbers of random selection, are the same.
 
 Shapes: H query heads, K kv heads, N tokens of the sequence, L block tokens, Q question tokens, D head dim.
 """

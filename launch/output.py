@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -49,6 +50,13 @@ def failure(error: BaseException, display: Display, verbose: bool) -> tuple[int,
             display.note(f"  {label + ':':8} {text}")
     keys = {"type": kind, "given": given, "allowed": allowed, "remedy": remedy, "message": message}
     return code, {"error": keys}
+
+
+def told(error: BaseException) -> int:
+    """Tell of an error where no command is under way yet, on both streams; return the exit code."""
+    code, document = failure(error, Display(), verbose=False)
+    sys.stdout.write(one_line(document) + "\n")
+    return code
 
 
 def _place(error: BaseException) -> str:

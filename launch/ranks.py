@@ -64,7 +64,10 @@ Command = Start | Call | Drop | Stop
 
 @functools.cache
 def ranks() -> Ranks:
-    """Return this process's place among torchrun's; raises UserError when torchrun did not start it."""
+    """Return this process's place among torchrun's; raises UserError when torchrun did not start it.
+
+    Also for an address at which the processes cannot meet, such as a busy port.
+    """
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
         raise UserError(
             "cluster 'torchrun' runs in processes that torchrun starts",
@@ -72,7 +75,16 @@ def ranks() -> Ranks:
             allowed="torchrun, or cluster=ray or cluster=virtual, which start their hosts themselves",
             remedy="Run: torchrun --standalone --nproc-per-node=4 -m launch.torchrun ask -d FILE -q QUESTION",
         )
-    return Ranks()
+    try:
+        return Ranks()
+    except (ValueError, dist.DistError) as error:
+        env = os.environ
+        raise UserError(
+            f"the processes cannot meet: {str(error).splitlines()[0]}",
+            given=f"MASTER_ADDR={env['MASTER_ADDR']}, MASTER_PORT={env['MASTER_PORT']}",
+            allowed="rank 0's machine, and a port of it that is free and that all processes reach",
+            remedy="Choose another port (torchrun --master-port), or run torchrun with --standalone.",
+        ) from error
 
 
 class Ranks:

@@ -11,6 +11,7 @@ from apb.host import Host, HostSpec, OnEvent
 from burst.errors import HostFailure, UserError
 from burst.transport import VirtualWorld
 from launch.outcome import Outcome, values
+from launch.output import USER, told
 from launch.ranks import Call, Drop, ranks
 
 
@@ -117,14 +118,18 @@ def lead(program: Callable[[], int | None]) -> int:
     """
     if "RANK" not in os.environ:
         return program() or 0
-    if ranks().rank:
-        ranks().follow()
+    try:
+        here = ranks()
+    except UserError as error:
+        return told(error) if os.environ["RANK"] == "0" else USER
+    if here.rank:
+        here.follow()
         # At once: torchrun ends what is still there when rank 0 has failed, and calls that another failure.
         os._exit(0)
     try:
         return program() or 0
     finally:
-        ranks().stop()
+        here.stop()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apb.compress import Candidates, compressor
+from apb.compress import Candidates, compressor, top_rows
 from apb.engine import Engine
 from apb.plan import Attend, ModelShape, PromptLengths, Select
 from apb.strategies import Strategy, strategy
@@ -94,8 +94,30 @@ def test_a_setup_takes_no_options_that_it_has_settled() -> None:
 
 @pytest.mark.parametrize("window", [0, 4, -1])
 def test_a_window_without_a_middle_is_refused(window: int) -> None:
-    with pytest.raises(UserError, match="max-pool"):
+    with pytest.raises(UserError, match="must have a middle"):
         compressor("query", window=window)
+
+
+def test_a_long_question_is_scored_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    gen = torch.Generator().manual_seed(1)
+    keys, asked = torch.randn(1, 2, 20, 8, generator=gen), torch.randn(1, 6, 50, 8, generator=gen)
+    block = Candidates(0, 0, keys, keys, keys, 0.4, asked, None, 0, 0, lambda x, _: x)
+    whole = compressor("query").score(block)
+    monkeypatch.setattr("apb.compress.query._AT_ONCE", 3 * 20 * 7)  # seven question tokens, the last part has one
+    torch.testing.assert_close(compressor("query").score(block), whole, atol=1e-7, rtol=1e-5)
+    weights = (asked.unflatten(1, (2, 3)) @ keys[:, :, None].mT * 0.4).softmax(-1).mean(dim=(2, 3))
+    pooled = torch.nn.functional.pad(weights, (2, 2)).unfold(-1, 5, 1).amax(-1)
+    torch.testing.assert_close(whole, pooled, atol=1e-7, rtol=1e-5)
+
+
+def test_ties_go_to_the_earlier_token_and_skipped_ones_are_never_kept() -> None:
+    scores = torch.tensor([[[9.0, 1, 5, 5, 5, 2], [9, 9, 9, 9, 9, 9]]])
+    assert top_rows(scores, 2, skip=1).tolist() == [[[2, 3], [1, 2]]]
+    assert top_rows(scores, 4, skip=2).tolist() == [[[2, 3, 4, 5], [2, 3, 4, 5]]]
+    assert scores[0, 0, 0] == 9  # the compressor's own scores stay as they are
+    keys = torch.ones(1, 1, 300, 8)
+    norms = compressor("norm").score(Candidates(0, 0, keys, keys, keys, 1.0, None, None, 0, 0, lambda x, _: x))
+    assert top_rows(norms, 3, skip=0).tolist() == [[[0, 1, 2]]]
 
 
 @pytest.mark.parametrize("seed", [-1, 0, 123456789, 2**63])

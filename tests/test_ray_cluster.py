@@ -225,7 +225,8 @@ time.sleep(60)
         assert driver.stdout is not None
         pids = [int(driver.stdout.readline()) for _ in range(2)]
         driver.kill()
-    assert gone(pids) and not tmp_path.exists()
+    assert gone(pids)
+    assert settled(lambda: not tmp_path.exists())
 
 
 def test_ports_are_never_busy() -> None:
@@ -299,12 +300,17 @@ class Driver:
         return self._process.wait(60)
 
 
-def gone(pids: tuple[int, ...] | list[int], within_s: float = 20.0) -> bool:
+def gone(pids: tuple[int, ...] | list[int]) -> bool:
     """Whether all these processes end in time."""
+    return settled(lambda: not any(alive(pid) for pid in pids))
+
+
+def settled(condition: Callable[[], bool], within_s: float = 20.0) -> bool:
+    """Whether something comes about in time."""
     end = time.monotonic() + within_s
-    while any(alive(pid) for pid in pids) and time.monotonic() < end:
+    while not condition() and time.monotonic() < end:
         time.sleep(0.1)
-    return not any(alive(pid) for pid in pids)
+    return condition()
 
 
 def alive(pid: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from apb.engine import Engine
 from burst.errors import UserError
 from launch.ranks import _end_after_parent
-from launch.torchrun import TorchrunCluster, arguments
+from launch.torchrun import TorchrunCluster, arguments, lead
 from tests import torchrun_driver
 from tests.tiny import saved_llama
 
@@ -95,6 +96,17 @@ def test_not_started_by_torchrun(model: str) -> None:
     assert TorchrunCluster.name == "torchrun"
 
 
+def test_a_busy_port(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+        assert lead(lambda: pytest.fail("it ran")) == 2
+    found = capsys.readouterr()
+    assert f"MASTER_PORT={port}" in json.loads(found.out)["error"]["given"] and "cannot meet" in found.err
+
+
 def test_ranks_end_after_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     parents = iter([7, 7, 1])
     sent: list[int] = []
@@ -122,7 +134,8 @@ def test_arguments(given: list[str], completed: list[str]) -> None:
 def test_command_line(model: str, tmp_path: Path) -> None:
     document = tmp_path / "document.txt"
     document.write_text("the king of the hill sees the sea and the stars. " * 20)
-    done = torchrun("launch.torchrun", "-d", str(document), "-q", "what?", f"model={model}", "compare=true")
+    words = ("-d", str(document), "-q", "what?", f"model={model}", "compare=true", "decode.max_new_tokens=4")
+    done = torchrun("launch.torchrun", *words)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])
     assert (answer["cluster"], answer["hosts"], answer["compare"]["hosts"]) == ("torchrun", 2, 1)

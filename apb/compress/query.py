@@ -12,6 +12,8 @@ from apb.compress.base import Candidates, Compressor
 from apb.compress.pool import check_window, max_pool
 from burst.errors import choose
 
+_AT_ONCE = 2**24  # probabilities held at a time: 64 MB in fp32, however long the question is
+
 
 @dataclass(frozen=True)
 class Query(Compressor):
@@ -42,11 +44,16 @@ class Query(Compressor):
         assert q_BHQD is not None, "the plan gives every selecting host the question's queries"
         n_kv = k_BKSD.shape[1]
         group = q_BHQD.shape[1] // n_kv
-        per_head = []
-        for j in range(n_kv):  # one kv head at a time: the probabilities are group * Q * S
-            q_BGQD = q_BHQD[:, j * group : (j + 1) * group]
-            weights_BGQS = (q_BGQD @ k_BKSD[:, j : j + 1].transpose(-1, -2)).float() * block.scale
-            if self.logits == "softmax":
-                weights_BGQS = weights_BGQS.softmax(dim=-1)
-            per_head.append(weights_BGQS.mean(dim=(1, 2)) if self.reduce == "mean" else weights_BGQS.amax(dim=(1, 2)))
+        rows = max(1, _AT_ONCE // (group * k_BKSD.shape[2]))
+        mean, per_head = self.reduce == "mean", []
+        for j in range(n_kv):
+            k_B1DS = k_BKSD[:, j : j + 1].transpose(-1, -2)
+            parts_BS = []
+            for q_BGQD in q_BHQD[:, j * group : (j + 1) * group].split(rows, dim=2):
+                weights_BGQS = (q_BGQD @ k_B1DS).float() * block.scale
+                if self.logits == "softmax":
+                    weights_BGQS = weights_BGQS.softmax(dim=-1)
+                parts_BS.append(weights_BGQS.sum(dim=(1, 2)) if mean else weights_BGQS.amax(dim=(1, 2)))
+            found_PBS = torch.stack(parts_BS)
+            per_head.append(found_PBS.sum(dim=0) / (group * q_BHQD.shape[2]) if mean else found_PBS.amax(dim=0))
         return max_pool(torch.stack(per_head, dim=1), self.window)

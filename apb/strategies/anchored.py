@@ -24,32 +24,19 @@ def anchored_plan(
     """Put the hosts' steps together. ``first_host_head``: tokens that host 0, which has no anchor, runs beside its
     block (unseen by it) so that its compressor knows the question."""
     hosts = len(spans)
+    passes = route if hosts > 1 else "none"
     plans = []
     for rank, (start, stop) in enumerate(spans):
-        visible = rank > 0
-        beside = anchor_len if visible else first_host_head
-        passing = sum(kept_rows[:rank]) if route != "none" else 0
-        steps: list[Step] = []
-        if kept_rows[rank]:
-            steps.append(Select(kept_rows[rank], skip=min(anchor_len, stop) if rank == 0 else 0))
-        if route != "none" and hosts > 1:
-            steps.append(Pass(route))
-        if beside:
-            steps.append(Attend("anchor", ("anchor",), causal=True, pairs=beside * (beside + 1) // 2))
-        block = stop - start
-        # The passing blocks travel while this runs, so it stands before the wait.
-        steps.append(Attend("block", ("block",), causal=True, pairs=block * (block + 1) // 2))
-        if route != "none" and hosts > 1:
-            steps.append(WaitPassing())
-        seen: list[Region] = []
-        if visible and beside:
-            seen.append("anchor")
-        if passing:
-            seen.append("passing")
-        if seen:
-            keys = (beside if visible else 0) + passing
-            steps.append(Attend("block", tuple(seen), causal=False, pairs=block * keys))
-        plans.append(HostPlan(rank, start, stop, beside, tuple(steps)))
+        beside = anchor_len if rank else first_host_head
+        steps = _steps(
+            block=stop - start,
+            beside=beside,
+            sees_anchor=rank > 0,
+            select=Select(kept_rows[rank], skip=min(anchor_len, stop) if rank == 0 else 0),
+            route=passes,
+            passing=0 if passes == "none" else sum(kept_rows[:rank]),
+        )
+        plans.append(HostPlan(rank, start, stop, beside, steps))
     return PrefillPlan(
         strategy=strategy,
         compressor=compressor,
@@ -63,3 +50,31 @@ def anchored_plan(
         exact=hosts == 1,
         host_plans=tuple(plans),
     )
+
+
+def _steps(
+    *,
+    block: int,
+    beside: int,
+    sees_anchor: bool,
+    select: Select,
+    route: Literal["ring", "allgather", "none"],
+    passing: int,
+) -> tuple[Step, ...]:
+    """Return one host's steps in order; lengths in tokens, ``passing``: rows that arrive from earlier hosts."""
+    steps: list[Step] = []
+    if select.rows:
+        steps.append(select)
+    if route != "none":
+        steps.append(Pass(route))
+    if beside:
+        steps.append(Attend("anchor", ("anchor",), causal=True, pairs=beside * (beside + 1) // 2))
+    # The passing blocks travel while this runs, so it stands before the wait.
+    steps.append(Attend("block", ("block",), causal=True, pairs=block * (block + 1) // 2))
+    if route != "none":
+        steps.append(WaitPassing())
+    lengths: dict[Region, int] = {"anchor": beside if sees_anchor else 0, "passing": passing}
+    seen = tuple(region for region, length in lengths.items() if length)
+    if seen:
+        steps.append(Attend("block", seen, causal=False, pairs=block * sum(lengths.values())))
+    return tuple(steps)

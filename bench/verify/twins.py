@@ -31,6 +31,10 @@ def check(recorder: Recorder, model: str) -> dict[str, Any]:
     """Compare the next token's logits for every strategy, length, number of hosts and cluster."""
     oracle = Setup.make(model, device="cpu", dtype="float32")
     adapter = load_adapter(oracle.spec)
+
+    def rotate(x_HSD: Tensor, delta: int, layer: int) -> Tensor:
+        return adapter.rotate(x_HSD[None], delta, layer)[0]
+
     for hosts in HOSTS:
         keys = {(c, s, n): f"twins/{c}/{hosts}/{s}/{n}" for c in CLUSTERS for s in STRATEGIES for n in LENGTHS}
         if all(key in recorder.done for key in keys.values()):
@@ -39,7 +43,7 @@ def check(recorder: Recorder, model: str) -> dict[str, Any]:
         for strategy, tokens, setup in _settings(model, hosts):
             prompt = setup.prompt(_ids(setup, tokens), QUESTION)
             select = "query" if strategy == "apb" else None
-            want[f"{strategy}/{tokens}"] = twin(adapter, adapter.rotate, prompt, strategy, hosts, select=select).logits
+            want[f"{strategy}/{tokens}"] = twin(adapter, rotate, prompt, strategy, hosts, select=select).logits
         for name in CLUSTERS:
             found = _gloo(model, hosts) if name == "gloo" else _engines(model, hosts, name)
             for strategy in STRATEGIES:
