@@ -9,6 +9,7 @@ from torch import Tensor
 
 from apb.compress.base import Candidates, Compressor
 from apb.compress.pool import check_window, max_pool
+from apb.heads import find, head_input, load, on_device
 from apb.plan import ModelShape
 
 
@@ -35,14 +36,10 @@ class Retaining(Compressor):
 
     def check(self, shape: ModelShape) -> None:
         """Raise UserError unless the heads are there and belong to such a model."""
-        from apb.heads import find, load
-
         load(find(self.heads)).check(shape)
 
     def score(self, block: Candidates) -> Tensor:
         """Return scores (B, K, S), fp32; the heads run in the model's type."""
-        from apb.heads import find, head_input, load, on_device
-
         assert block.projections is not None
         heads = load(find(self.heads))
         layers = on_device(heads, block.k_BKSD.device, block.k_BKSD.dtype)
