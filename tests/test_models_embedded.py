@@ -199,7 +199,7 @@ def test_damaged_cache_says_delete(name: str, how: str, fake: tuple[Embedded, Pa
         file.write_bytes(file.read_bytes()[:-2])
     with pytest.raises(UserError) as caught:
         ensure(fake[0], tmp_path / "cache")
-    assert caught.value.remedy == f"Delete the folder {made}; it will be fetched again on the next run."
+    assert caught.value.remedy.startswith(f"Delete the folder {made}: in the cache it is fetched again")
     shutil.rmtree(made)
     check_manifest(ensure(fake[0], tmp_path / "cache"))
 

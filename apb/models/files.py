@@ -27,16 +27,17 @@ def silent(phase: str, done: int, total: int) -> None:
 def damaged(file: Path, what: str) -> UserError:
     """Return the error for a bad model file, with the remedy that fits its folder."""
     folder = file.parent
-    if (folder / MANIFEST).exists():
-        remedy = f"Delete the folder {folder}; it will be fetched again on the next run."
-    else:
-        remedy = f"Copy or download {file.name} into {folder} again."
+    remedy = _replace(folder) if (folder / MANIFEST).exists() else f"Copy or download {file.name} into {folder} again."
     return UserError(
         f"the model file {file} is damaged: {what}",
         given=str(file),
         allowed="a model folder as it was published",
         remedy=remedy,
     )
+
+
+def _replace(folder: Path) -> str:
+    return f"Delete the folder {folder}: in the cache it is fetched again on the next run; copy it again elsewhere."
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def check_manifest(folder: Path, *, full: bool = False) -> None:
             f"the folder {folder} is no complete model of this package's cache",
             given=str(folder),
             allowed=f"a folder with {MANIFEST}",
-            remedy=f"Delete the folder {folder}; it will be fetched again on the next run.",
+            remedy=_replace(folder),
         )
     for name, entry in _entries(folder):
         file = folder / name
