@@ -108,7 +108,8 @@ class Engine:
             prompt=prompt,
             exact=plan.exact,
             conditioned_on=(asked.text or asked.ids) if asked else None,
-            blocks=tuple((h.rank, h.block_len) for h in plan.host_plans),
+            blocks=plan.blocks,
+            owner=plan.hosts - 1,
             epoch=self.cluster.epoch,
             metrics=names | prefilled(prompt, plan, reports, time.perf_counter() - start),
         )
@@ -194,7 +195,8 @@ class Engine:
         reports = self._call("gather", [(handle.id, new_id, rank)] * self.cluster.hosts)
         blocks = ((rank, len(handle.prompt.context_ids)),)
         metrics = added(handle.metrics, reports) | {"gathered_on": rank}
-        return dataclasses.replace(handle, id=new_id, blocks=blocks, generated=list(handle.generated), metrics=metrics)
+        generated = list(handle.generated)
+        return dataclasses.replace(handle, id=new_id, blocks=blocks, owner=rank, generated=generated, metrics=metrics)
 
     def logits(self, handle: KVHandle) -> Tensor:
         """Return the next token's logits (V,); raises UserError before a question or after generating."""
@@ -256,7 +258,7 @@ class Engine:
             plan=plan,
             compressor=self.setup.compressor,
             anchor_ids=anchor,
-            block_ids=context[host.start : host.stop],
+            block_ids=tuple(token for start, stop in host.spans for token in context[start:stop]),
             question_delta=delta,
             query_ids=question.query_ids if question else (),
         )

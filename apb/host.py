@@ -16,6 +16,7 @@ from torch import Tensor
 from apb.compress.base import Compressor
 from apb.decode.autoregressive import Decoded, DecodeRequest, forward, generate
 from apb.decode.text import TextStream
+from apb.exact import ExactAttention
 from apb.kv.cache import HostCache, Tail
 from apb.kv.gather import gather
 from apb.models.adapter import Adapter
@@ -42,7 +43,7 @@ class HostSpec:
 
 @dataclass(frozen=True)
 class PrefillRequest:
-    """One host's share of a prefill. ``anchor_ids`` stand at positions 0.., ``block_ids`` from the plan's start."""
+    """One host's share of a prefill. ``anchor_ids`` stand at positions 0.., ``block_ids`` at the plan's spans."""
 
     handle: str
     plan: PrefillPlan
@@ -173,32 +174,36 @@ class Host:
         host = plan.host_plans[rank]
         # The shape is that of the model loaded here, which knows nothing of the plan's.
         self.transport.agree(f"{request.agreement} {self.adapter.shape}", step="agree on the plan")
-        question = None
-        if plan.question_len and host.anchor_len:
-            question = QuestionInAnchor(plan.anchor_skip, plan.question_len, request.question_delta)
-        attention = PrefillAttention(
-            plan,
-            self.transport,
-            self.kernel,
-            request.compressor,
-            question,
-            self.adapter.rotate,
-            on_layer=lambda layer: self._say(kind="layer", done=layer + 1, total=plan.shape.layers),
-        )
+        attention = self._prefill_attention(request)
         device = self.adapter.device
         ids_S = torch.tensor(request.anchor_ids + request.block_ids, device=device)
-        positions_S = torch.cat([torch.arange(host.anchor_len), torch.arange(host.start, host.stop)]).to(device)
+        positions_S = torch.cat([torch.arange(a, b) for a, b in ((0, host.anchor_len), *host.spans)]).to(device)
         self.adapter.run(ids_S, positions_S, attention)
         cache = HostCache(
             context=attention.kept,
             members=tuple(range(plan.hosts)),
-            block_lens=tuple(h.block_len for h in plan.host_plans),
+            spans=tuple(h.spans for h in plan.host_plans),
             tail=Tail(plan.shape.layers),
             length=plan.lengths.context,
         )
         if request.query_ids:
             self._forward(cache, request.query_ids)
         self._caches[request.handle] = cache
+
+    def _prefill_attention(self, request: PrefillRequest) -> PrefillAttention | ExactAttention:
+        """Return what executes the plan's steps on this host."""
+        plan = request.plan
+
+        def on_layer(layer: int) -> None:
+            self._say(kind="layer", done=layer + 1, total=plan.shape.layers)
+
+        if plan.spread is not None:
+            return ExactAttention(plan, self.transport, self.kernel, on_layer)
+        question = None
+        if plan.question_len and plan.host_plans[self.transport.rank].anchor_len:
+            question = QuestionInAnchor(plan.anchor_skip, plan.question_len, request.question_delta)
+        rotate = self.adapter.rotate
+        return PrefillAttention(plan, self.transport, self.kernel, request.compressor, question, rotate, on_layer)
 
     def _fork(self, source: str, handle: str, query_ids: tuple[int, ...] | None) -> None:
         cache = self._caches[source].fork()

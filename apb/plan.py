@@ -9,12 +9,16 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from burst.errors import UserError
+
+if TYPE_CHECKING:
+    from apb.spread import Spread
 
 TOKEN_BYTES = 8  # one int64 per decided token, broadcast to every host
 AGREE_BYTES = 32  # one SHA-256 per agreement, to every peer
@@ -92,7 +96,17 @@ class Attend:
     pairs: int
 
 
-Step = Select | Pass | WaitPassing | Attend
+@dataclass(frozen=True)
+class AttendAll:
+    """Attend exactly to all earlier positions, wherever they are, by the plan's ``spread``.
+
+    ``head_pairs`` counts the query-key pairs computed here, each head by itself.
+    """
+
+    head_pairs: int
+
+
+Step = Select | Pass | WaitPassing | Attend | AttendAll
 
 
 @dataclass(frozen=True)
@@ -100,25 +114,34 @@ class HostPlan:
     """One host's part: its block, the anchor it runs beside it, and the steps of every layer in order."""
 
     rank: int
-    start: int  # context positions [start, stop) are this host's block
-    stop: int
+    spans: tuple[tuple[int, int], ...]  # context positions [start, stop) of this host's block, ascending
     anchor_len: int  # tokens run beside the block at positions 0.., dropped afterwards; unseen by host 0's block
     steps: tuple[Step, ...]
 
     @property
+    def start(self) -> int:
+        """The block's first position."""
+        return self.spans[0][0]
+
+    @property
+    def stop(self) -> int:
+        """The position after the block's last one."""
+        return self.spans[-1][1]
+
+    @property
     def block_len(self) -> int:
         """Tokens whose KV stays on this host."""
-        return self.stop - self.start
+        return sum(stop - start for start, stop in self.spans)
 
     @property
     def tokens_run(self) -> int:
         """Tokens that go through the linear layers here."""
         return self.block_len + self.anchor_len
 
-    @property
-    def pairs(self) -> int:
-        """Query-key pairs computed per query head and layer."""
-        return sum(step.pairs for step in self.steps if isinstance(step, Attend))
+    def head_pairs(self, q_heads: int) -> int:
+        """Query-key pairs computed in one layer, each head by itself."""
+        shared = sum(step.pairs for step in self.steps if isinstance(step, Attend))
+        return shared * q_heads + sum(step.head_pairs for step in self.steps if isinstance(step, AttendAll))
 
 
 @dataclass(frozen=True)
@@ -136,6 +159,7 @@ class PrefillPlan:
     kept_rows: tuple[int, ...]  # p_h: rows that host h selects and passes on
     exact: bool
     host_plans: tuple[HostPlan, ...]
+    spread: Spread | None = None  # how exact attention reaches over all hosts
 
     @property
     def hosts(self) -> int:
@@ -146,6 +170,12 @@ class PrefillPlan:
     def digest(self) -> str:
         """Hash of the plan, which all hosts compare before their first send."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        """Where the context lies: (host, tokens) of every stretch in position order."""
+        stretches = sorted((start, stop, h.rank) for h in self.host_plans for start, stop in h.spans)
+        return tuple((rank, stop - start) for start, stop, rank in stretches)
 
     def passing_rows(self, rank: int) -> int:
         """Passing rows that host ``rank``'s block attends to."""
@@ -161,6 +191,12 @@ class PrefillPlan:
             rows = 0
         return rows * self.shape.kv_row_bytes * self.shape.layers
 
+    def prefill_bytes(self, rank: int) -> dict[str, int]:
+        """Bytes host ``rank`` sends while the context is prefilled, by kind, all layers."""
+        if self.spread is not None:
+            return {kind: count * self.shape.layers for kind, count in self.spread.sent(rank, self.shape).items()}
+        return {"passing": self.passing_bytes(rank)}
+
     def partial_bytes(self, tokens: int) -> int:
         """Bytes each host sends to merge the attention of ``tokens`` query or decoded tokens, all layers."""
         return (self.hosts - 1) * tokens * self.shape.partial_row_bytes * self.shape.layers
@@ -169,29 +205,32 @@ class PrefillPlan:
         """Bytes all hosts send together: prefill, ``query_tokens`` in the query phase, then ``decided`` tokens of which
         ``forwarded`` went through the model again."""
         peers = self.hosts - 1
-        kinds = {
-            "agree": AGREE_BYTES * self.hosts * peers,
-            "passing": sum(self.passing_bytes(r) for r in range(self.hosts)),
-            "partials": self.hosts * self.partial_bytes(query_tokens + forwarded),
-            "token": TOKEN_BYTES * decided * peers,
-        }
+        kinds = Counter(
+            {
+                "agree": AGREE_BYTES * self.hosts * peers,
+                "partials": self.hosts * self.partial_bytes(query_tokens + forwarded),
+                "token": TOKEN_BYTES * decided * peers,
+            }
+        )
+        for rank in range(self.hosts):
+            kinds.update(self.prefill_bytes(rank))
         return {kind: count for kind, count in kinds.items() if count}
 
     def prefill_flops(self, rank: int) -> int:
         """FLOPs of host ``rank`` for the context: linear layers and attention, anchors counted, scoring not."""
         host = self.host_plans[rank]
-        return self._flops(host.tokens_run, host.pairs)
+        return self._flops(host.tokens_run, host.head_pairs(self.shape.q_heads))
 
     def query_flops(self, rank: int) -> int:
         """FLOPs of host ``rank`` for the query phase, which runs on every host."""
         m = self.lengths.query
         owner = rank == self.hosts - 1
         pairs = m * self.host_plans[rank].block_len + (m * (m + 1) // 2 if owner else 0)
-        return self._flops(m, pairs) + (2 * self.shape.head_params if owner else 0)
+        return self._flops(m, pairs * self.shape.q_heads) + (2 * self.shape.head_params if owner else 0)
 
-    def _flops(self, tokens: int, pairs: int) -> int:
+    def _flops(self, tokens: int, head_pairs: int) -> int:
         s = self.shape
-        return 2 * s.linear_params * tokens + 4 * s.q_heads * s.head_dim * s.layers * pairs
+        return 2 * s.linear_params * tokens + 4 * s.head_dim * s.layers * head_pairs
 
     def memory(self, rank: int, new_tokens: int = 0) -> dict[str, int]:
         """Bytes host ``rank`` needs: weights, KV (``new_tokens`` on the last host), and one layer's activations."""
@@ -203,6 +242,8 @@ class PrefillPlan:
         attention = (3 * s.q_heads + 4 * s.kv_heads) * s.head_dim * s.element_size + 2 * s.q_heads * s.head_dim * 4
         widest = 3 * s.hidden * s.element_size + max(3 * s.intermediate * s.element_size, attention)
         passing = (self.passing_rows(rank) + host.anchor_len) * s.kv_row_bytes * 2
+        if self.spread is not None:
+            passing += self.spread.workspace(rank, s)
         return {
             "weights": s.total_params * s.element_size,
             "kv": kept * s.kv_row_bytes * s.layers,
@@ -217,13 +258,14 @@ class PrefillPlan:
                 "host": r,
                 "start": host.start,
                 "stop": host.stop,
+                "spans": [list(span) for span in host.spans],
                 "block_tokens": host.block_len,
                 "anchor_tokens": host.anchor_len,
                 "passing_rows": self.passing_rows(r),
                 "kept_rows": self.kept_rows[r],
                 "prefill_flops": self.prefill_flops(r),
                 "query_flops": self.query_flops(r),
-                "passing_bytes": self.passing_bytes(r),
+                "passing_bytes": sum(self.prefill_bytes(r).values()),
                 "query_bytes": self.partial_bytes(self.lengths.query),
                 "memory_bytes": sum(memory.values()),
                 "memory": memory,

@@ -9,7 +9,7 @@ from typing import Any
 
 from burst.errors import UserError, choose
 from launch.arguments import Arguments, parse, unexpected
-from launch.compose import choices, compose, expand
+from launch.compose import compose, expand
 from launch.display import Display
 from launch.help import overview, verb_help
 from launch.output import DONE, FAILED, INTERRUPTED, USER, failure, kept, one_line
@@ -73,24 +73,10 @@ def _verb(arguments: Arguments, display: Display) -> tuple[int, dict[str, Any]]:
                 remedy=f"Leave {option} out.",
             )
     run = load(name)
-    overrides = arguments.overrides
-    if verb.name is not None:  # NAME chooses from the verb's own group of settings
-        overrides = [f"{name}={more[0] if more else _unnamed(name)}", *overrides]
+    chosen = [f"{name}={word}" for word in more]  # NAME chooses from the configuration group of that name
     if arguments.multirun:
-        return _sweep(run, name, arguments, overrides, display)
-    return _once(run, name, arguments, overrides, display)
-
-
-def _unnamed(verb: str) -> str:
-    names = choices(verb)
-    if len(names) == 1:
-        return names[0]
-    raise UserError(
-        f"'apb {verb}' needs a name",
-        given=f"apb {verb}",
-        allowed=", ".join(names),
-        remedy=f"Write 'apb {verb} {names[0]}', for example.",
-    )
+        return _sweep(run, name, arguments, [*chosen, *arguments.overrides], display)
+    return _once(run, name, arguments, [*chosen, *arguments.overrides], display)
 
 
 def _once(
@@ -113,12 +99,12 @@ def _once(
 
 
 def _sweep(
-    run: Run, name: str, arguments: Arguments, words: Sequence[str], display: Display
+    run: Run, name: str, arguments: Arguments, given: Sequence[str], display: Display
 ) -> tuple[int, dict[str, Any]]:
     """Run a verb once for every combination; a run that fails does not lose the others."""
     runs: list[dict[str, Any]] = []
     codes = {DONE}
-    every = expand(words)
+    every = expand(given)
     for number, overrides in enumerate(every):
         display.note(f"Run {number + 1} of {len(every)}: {' '.join(overrides)}", style="bold")
         code, document = _once(run, name, arguments, overrides, display, str(number))

@@ -21,7 +21,7 @@ from burst.errors import UserError, choose
 
 # Free text and paths: Hydra's grammar would stumble over spaces, commas, '=' and letters beyond ASCII.
 RAW = ("model", "out", "cluster.address", "compress.heads", "decode.stop")
-_OPTIONAL_GROUPS = ("compress",)
+_OPTIONAL_GROUPS = ("bench", "compress")
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
@@ -75,13 +75,6 @@ def compose(root: str, overrides: Sequence[str]) -> dict[str, Any]:
     for key, text in raw.items():
         _place(config, key, text)
     return config
-
-
-def choices(group: str) -> list[str]:
-    """Return the names that a group of settings offers."""
-    with _hydra() as loader:
-        names: list[str] = loader.get_group_options(group)
-        return names
 
 
 @contextmanager

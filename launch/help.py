@@ -12,6 +12,10 @@ _GROUP = re.compile(r"^\s+- (\w+): (\S+)(?:\s+#\s*(.*))?$")
 _MODEL = "NAME of conf/model, folder with config.json, or hub id 'organisation/model'"
 
 _EXAMPLES = {
+    "bench": [
+        ("apb bench attention", "our schedules beside one dense call and public peers"),
+        ("apb bench attention bench.tokens=32768 bench.ranks=8 bench.dtype=bfloat16", "another size"),
+    ],
     "ask": [
         ("apb ask", "four hosts on this machine, a built-in document"),
         ("apb ask cluster=virtual compare=true", "all hosts in one process, beside full attention"),
@@ -24,6 +28,7 @@ _EXAMPLES = {
     ],
     "plan": [
         ("apb plan cluster.hosts=8 strategy=star", "the built-in document on eight hosts"),
+        ("apb plan strategy=ring burst.explain=true", "and which exact schedule would be fastest"),
         (
             "apb plan model=org/name context_tokens=131072 memory_gb=80",
             "a length, for machines of 80 GB each",
@@ -78,7 +83,7 @@ def verb_help(name: str) -> str:
     lines += [
         "",
         "Settings (key=value, with their defaults):",
-        *_columns([("model=smollm2-135m", _MODEL), *own]),
+        *_columns([*((f"model={default}", _MODEL) for group, default, _ in groups if group == "model"), *own]),
     ]
     for group, default, comment in groups:
         if group == "model":

@@ -14,6 +14,7 @@ from launch.arguments import Arguments
 from launch.display import Display, flops, size
 from launch.document import read
 from launch.prepare import Room, check_fits, make_setup
+from launch.schedules import explain
 from launch.settings import Settings, settle
 
 
@@ -34,6 +35,9 @@ def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> di
     new_tokens = settings.decode.max_new_tokens
     plan = setup.plan(prompt, new_tokens)
     _show(plan, new_tokens, setup, settings, display)
+    schedules = None
+    if settings.burst is not None and settings.burst.explain:
+        schedules = explain(plan, settings.burst, setup.spec.device, display)
     room = check_fits(setup, plan, settings)
     _show_room(plan, new_tokens, room, display)
     return {
@@ -50,6 +54,7 @@ def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> di
         "memory_available_bytes": room.available,
         "fits": room.available is not None or None,
         "plan": plan.to_dict(new_tokens),
+        "burst": schedules,
         "versions": versions(),
     }
 
@@ -81,13 +86,14 @@ def _show(plan: PrefillPlan, new_tokens: int, setup: Setup, settings: Settings, 
         f"{lengths.query:,} query tokens, up to {new_tokens:,} new ones; "
         f"the model takes {plan.shape.max_positions:,}."
     )
+    passing = plan.spread is None  # the others pass rows on, or could
+    columns = ["host", "positions", *(["anchor", "passed in", "passes on"] if passing else [])]
+    columns += ["prefill", "sends", "weights", "KV", "activations"]
     rows = [
         [
             str(row["host"]),
-            f"{row['start']:,}-{row['stop'] - 1:,}",
-            f"{row['anchor_tokens']:,}",
-            f"{row['passing_rows']:,}",
-            f"{row['kept_rows']:,}",
+            ", ".join(f"{start:,}-{stop - 1:,}" for start, stop in row["spans"]),
+            *(f"{row[key]:,}" for key in ("anchor_tokens", "passing_rows", "kept_rows") if passing),
             flops(row["prefill_flops"]),
             size(row["passing_bytes"] + row["query_bytes"]),
             size(row["memory"]["weights"]),
@@ -96,22 +102,11 @@ def _show(plan: PrefillPlan, new_tokens: int, setup: Setup, settings: Settings, 
         ]
         for row in plan.rows(new_tokens)
     ]
-    columns = [
-        "host",
-        "positions",
-        "anchor",
-        "passed in",
-        "passes on",
-        "prefill",
-        "sends",
-        "weights",
-        "KV",
-        "activations",
-    ]
     scorer = f", compressor {plan.compressor}" if plan.compressor else ""
     exact = "exact" if plan.exact else "approximate"
     display.table(f"strategy {plan.strategy}{scorer}: {exact}", columns, rows)
-    display.note("anchor, passed in, passes on: tokens (the latter two per layer and kv head)", style="dim")
+    if passing:
+        display.note("anchor, passed in, passes on: tokens (the latter two per layer and kv head)", style="dim")
     _compare(plan, setup, display)
 
 

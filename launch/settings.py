@@ -15,6 +15,7 @@ from apb.decode.sampling import Sampling
 from apb.engine import DECODERS
 from apb.strategies import Strategy, strategy
 from burst.errors import UserError, choose
+from launch.schedules import BurstSettings
 
 _WORDS = {
     bool: "true or false",
@@ -68,6 +69,7 @@ class Settings:
     context_tokens: int | None = None
     query_tokens: int = 64
     memory_gb: float | None = None
+    burst: BurstSettings | None = None
 
 
 def settle(config: Mapping[str, Any]) -> Settings:
@@ -80,6 +82,8 @@ def settle(config: Mapping[str, Any]) -> Settings:
         "cluster": typed(ClusterSettings, config["cluster"], "cluster."),
         "decode": typed(DecodeSettings, config["decode"], "decode."),
     }
+    if "burst" in config:
+        values["burst"] = typed(BurstSettings, config["burst"], "burst.")
     settings = typed(Settings, values, "")
     decode, cluster = settings.decode, settings.cluster
     choose("decoder", decode.name, DECODERS)

@@ -27,3 +27,21 @@ def test_plan_of_lengths_alone(apb: Any, model: Path, document: Path) -> None:
     apb(*common, "context_tokens=1").refused("context_tokens leaves no room")
     apb(*common, "context_tokens=400", "query_tokens=2").refused("query_tokens leaves no room")
     apb(*common, "context_tokens=400", "-d", str(document), "-q", "Who?").refused("one of them")
+
+
+def test_plan_explains_the_choice_of_a_schedule(apb: Any, model: Path) -> None:
+    common = ("plan", f"model={model}", "context_tokens=400", "memory_gb=80")
+    four = (*common, "cluster.hosts=4")
+    assert apb(*four).document["burst"] is None
+    ran = apb(*four, "strategy=ring", "burst.explain=true", "burst.nodes=2", "burst.machine=cuda")
+    found = ran.document["burst"]
+    rows = {row["schedule"]: row for row in found["candidates"]}
+    assert set(rows) == {"ring", "double_ring", "burst", "allgather", "ulysses", "usp"}
+    assert found["schedule"] == next(iter(rows)) and found["nodes"] == 2 and found["layout"] == "zigzag"
+    sent = ran.document["plan"]["bytes_by_kind"]["kv"]  # by all layers
+    assert rows["ring"]["intra_bytes"] + rows["ring"]["inter_bytes"] == sent / found["layers"]
+    assert all(row["exposed_ms"] >= 0 for row in rows.values())
+    assert "exposed ms" in ran.err and found["reason"] in ran.err
+    apb(*four, "burst.explain=true", "burst.nodes=5").refused("nodes", "1 to 4")
+    apb(*four, "burst.explain=true", "burst.machine=abacus").refused("cpu", "cuda")
+    assert apb(*common, "strategy=full", "burst.explain=true").document["burst"]["schedule"]

@@ -81,6 +81,20 @@ def test_same_as_virtual(engine: Engine, model: str) -> None:
     assert kinds[0] == kinds[1] == booked
 
 
+@pytest.mark.parametrize("name", ["ring", "burst", "allgather", "ulysses", "usp"])
+def test_exact_strategies_answer_as_full_does(engine: Engine, model: str, name: str) -> None:
+    exact = Engine(engine.setup.using(name), engine.cluster)
+    handle = exact.prefill(CONTEXT, QUESTION, chat=False)
+    with Engine.launch(model, strategy="full", cluster="virtual") as full:
+        want = full.prefill(CONTEXT, QUESTION, chat=False)
+        assert (exact.logits(handle) - full.logits(want)).abs().max() < 1e-4
+        tokens = full.generate(want, max_new_tokens=8).token_ids
+    result = exact.generate(handle, max_new_tokens=8)
+    plan, count = exact.setup.plan(handle.prompt), len(tokens)
+    assert result.token_ids == tokens
+    assert result.metrics["bytes_by_kind"] == plan.bytes_by_kind(len(QUESTION), decided=count, forwarded=count - 1)
+
+
 def test_events_come_in_order_and_in_the_callers_thread(engine: Engine) -> None:
     said: list[Any] = []
 

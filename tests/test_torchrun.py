@@ -69,6 +69,14 @@ def test_same_as_virtual(model: str, found: dict[str, Any]) -> None:
     same(found["again"], want)  # a second cluster in the same processes, with another deadline
 
 
+def test_exact_strategies_answer_as_full_does(model: str, found: dict[str, Any]) -> None:
+    full = expected(model, hosts=1, strategy="full")
+    for name in torchrun_driver.EXACT:
+        same(found[name], expected(model, hosts=torchrun_driver.HOSTS, strategy=name))
+        assert found[name]["token_ids"] == full["token_ids"]
+        assert (torch.tensor(found[name]["logits"]) - torch.tensor(full["logits"])).abs().max() < 1e-4
+
+
 def test_one_host_while_the_others_idle(model: str, found: dict[str, Any]) -> None:
     same(found["alone"], expected(model, hosts=1, strategy="full"))
 

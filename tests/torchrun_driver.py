@@ -14,6 +14,7 @@ from burst.errors import UserError
 from tests.tiny import random_ids
 
 HOSTS = 2
+EXACT = ("ring", "burst", "allgather", "ulysses", "usp")
 CONTEXT, QUESTION = random_ids(401, 4), random_ids(9, 5)
 
 
@@ -50,6 +51,8 @@ def main(model: str, out: str) -> None:
     found: dict[str, Any] = {}
     with Engine.launch(model, hosts=HOSTS, cluster="torchrun", timeout_s=60.0) as engine:
         found["all"] = answer(engine)
+        for name in EXACT:
+            found[name] = answer(Engine(engine.setup.using(name), engine.cluster))
         try:
             Engine.launch(model, hosts=HOSTS, cluster="torchrun")
         except UserError as error:

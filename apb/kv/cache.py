@@ -73,11 +73,11 @@ class Tail:
 
 @dataclass
 class HostCache:
-    """What one host knows of one cache. ``members`` hold parts of it, in position order; the owner's tail grows."""
+    """What one host knows of one cache. ``members`` hold parts of its context; the owner's tail grows."""
 
     context: list[LayerKV]  # by layer; shared between forks, never written to; empty when not a member
     members: tuple[int, ...]
-    block_lens: tuple[int, ...]  # context tokens that each member holds
+    spans: tuple[tuple[tuple[int, int], ...], ...]  # context positions [start, stop) of each member's rows
     tail: Tail
     length: int  # tokens with KV, context and tail: the next token's position
     logits: Tensor | None = None  # (V,) of the next token, on the owner
@@ -87,6 +87,11 @@ class HostCache:
     def owner(self) -> int:
         """The host that decides tokens and keeps the new KV: the last member."""
         return self.members[-1]
+
+    @property
+    def block_lens(self) -> tuple[int, ...]:
+        """Context tokens that each member holds."""
+        return tuple(sum(stop - start for start, stop in spans) for spans in self.spans)
 
     @property
     def context_len(self) -> int:

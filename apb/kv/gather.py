@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ def gather(cache: HostCache, rank: int, transport: Transport, shape: ModelShape,
             held = cache.tail.view(layer)
             late = _move(held, tail_len, cache.owner, rank, transport, shape, like, f"layer {layer}: gather")
         if transport.rank == rank:
-            k_and_v = torch.cat(parts, dim=3)
+            k_and_v = _in_order(parts, cache.spans)
             context.append(LayerKV(k_and_v[0], k_and_v[1]))
             if late is not None:
                 tail.append(layer, late[0], late[1])
@@ -39,12 +41,21 @@ def gather(cache: HostCache, rank: int, transport: Transport, shape: ModelShape,
     return HostCache(
         context=context,
         members=(rank,),
-        block_lens=(cache.context_len,),
+        spans=(((0, cache.context_len),),),
         tail=tail,
         length=cache.length,
         logits=logits if transport.rank == rank else None,
         undecoded=cache.undecoded,
     )
+
+
+def _in_order(parts: Sequence[Tensor], spans: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
+    """Put the members' rows, (2, B, K, T, D) each, into position order."""
+    stretches: dict[int, Tensor] = {}
+    for part, held in zip(parts, spans, strict=True):
+        sizes = [stop - start for start, stop in held]
+        stretches |= {start: rows for (start, _), rows in zip(held, part.split(sizes, dim=3), strict=True)}
+    return torch.cat([stretches[start] for start in sorted(stretches)], dim=3)
 
 
 def _move(

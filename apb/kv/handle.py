@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,8 @@ class KVHandle:
     prompt: Prompt = field(repr=False)
     exact: bool
     conditioned_on: str | tuple[int, ...] | None
-    blocks: tuple[tuple[int, int], ...]  # (host, context tokens) in position order
+    blocks: tuple[tuple[int, int], ...]  # (host, context tokens) of every stretch in position order
+    owner: int  # the host that keeps new KV and decides tokens
     epoch: int
     metrics: dict[str, Any] = field(repr=False)
     generated: list[int] = field(default_factory=list, repr=False)
@@ -43,22 +45,18 @@ class KVHandle:
         """Position of the next token to be decided."""
         return len(self.token_ids)
 
-    @property
-    def owner(self) -> int:
-        """The host that keeps new KV and decides tokens."""
-        return self.blocks[-1][0]
-
     def locate(self, position: int) -> tuple[int, int]:
         """Return (host, index in that host's part) of a position's KV; raises UserError beyond the cache.
 
         The last generated token has no KV yet: it is computed when generation goes on.
         """
         cached = self.next_position - bool(self.generated)
-        start = 0
+        start, held = 0, Counter[int]()
         for host, length in self.blocks:
             if 0 <= position < start + length:
-                return host, position - start
+                return host, held[host] + position - start
             start += length
+            held[host] += length
         if not start <= position < cached:
             raise UserError(
                 "no such position in this cache",
@@ -66,8 +64,7 @@ class KVHandle:
                 allowed=f"0 to {cached - 1}",
                 remedy="Ask for a position of the prompt or of generated text before its last token.",
             )
-        host, length = self.blocks[-1]
-        return host, length + position - start
+        return self.owner, held[self.owner] + position - start
 
     def fork(self, query: Text | None = None) -> KVHandle:
         """Return a second cache over the same context: asked ``query`` instead, or (None) as this one stands now."""

@@ -11,6 +11,11 @@ STRATEGIES = {
     "full": "apb.strategies.full:Full",
     "star": "apb.strategies.star:Star",
     "apb": "apb.strategies.apb:APB",
+    "ring": "apb.strategies.ring:Ring",
+    "burst": "apb.strategies.burst:Burst",
+    "allgather": "apb.strategies.allgather:AllGather",
+    "ulysses": "apb.strategies.ulysses:Ulysses",
+    "usp": "apb.strategies.usp:USP",
 }
 
 

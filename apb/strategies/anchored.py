@@ -36,7 +36,7 @@ def anchored_plan(
             route=passes,
             passing=0 if passes == "none" else sum(kept_rows[:rank]),
         )
-        plans.append(HostPlan(rank, start, stop, beside, steps))
+        plans.append(HostPlan(rank, ((start, stop),), beside, steps))
     return PrefillPlan(
         strategy=strategy,
         compressor=compressor,

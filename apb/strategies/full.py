@@ -27,12 +27,12 @@ class Full(Strategy):
                 "strategy 'full' runs on one host",
                 given=f"{hosts} hosts",
                 allowed="1",
-                remedy="Leave cluster.hosts out, or choose strategy=apb or star.",
+                remedy="Leave cluster.hosts out, or choose strategy=ring, apb or star.",
             )
-        ((start, stop),) = blocks(lengths.context, hosts)
-        n = stop - start
+        (span,) = blocks(lengths.context, hosts)
+        n = span[1]
         step = Attend("block", ("block",), causal=True, pairs=n * (n + 1) // 2)
-        host = HostPlan(0, start, stop, anchor_len=0, steps=(step,))
+        host = HostPlan(0, (span,), anchor_len=0, steps=(step,))
         return PrefillPlan(
             strategy=self.name,
             compressor=None,

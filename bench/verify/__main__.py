@@ -13,6 +13,7 @@ from bench.report import document, say
 from bench.verify.runner import Recorder, conditions
 
 CHECKS = {
+    "burst": "distributed attention: exact, bytes as counted, precision, overhead, 200 faults (hours)",
     "full": "full attention equals transformers' greedy generate: 50 prompts, 64 tokens",
     "twins": "star and apb equal their dense masked twins on virtual, gloo and ray; ledger = plan = formula",
     "needles": "160 needles in noise, 1k to 7k tokens, 4 and 8 hosts",

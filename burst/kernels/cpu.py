@@ -10,8 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from burst.kernels.base import Checked, Kernel
+from burst.kernels.base import Checked, Kernel, stand_in
 
+LONG = 768  # queries; from here on the backward works in steps of 256, below in steps of 64 or 32
 VECTOR_LANES = 64  # elements; no CPU's vector of fp32 is longer (SVE's 2048 bits)
 
 
@@ -34,4 +35,47 @@ def attend(q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, causal: bool, scale: 
     return out_BHSD, lse_BHS
 
 
-KERNEL: Kernel = Checked("cpu", attend, device="cpu", any_value_dim=False)
+def backward(
+    q_BHSD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTD: Tensor,
+    out_BHSD: Tensor | None,
+    lse_BHS: Tensor,
+    dout_BHSD: Tensor,
+    delta_BHS: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Call the aten op with the whole softmax's out and lse; the gradients are dense as (B, S, H, D).
+
+    For bf16 and fp16 the op adds up the gradients of keys and values in that type, step by step and over the query
+    heads of a group. Where steps are short, a group's heads are called one by one, and summed, and returned, in fp32.
+
+    Source: ``_scaled_dot_product_flash_attention_for_cpu_backward``, which knows ``out`` but no delta.
+    """
+    if out_BHSD is None:
+        assert delta_BHS is not None
+        out_BHSD = stand_in(dout_BHSD, delta_BHS)
+    group = q_BHSD.shape[1] // k_BKTD.shape[1]
+    if group == 1 or q_BHSD.shape[2] >= LONG or q_BHSD.dtype in (torch.float32, torch.float64):
+        return _call(q_BHSD, k_BKTD, v_BKTD, out_BHSD, lse_BHS, dout_BHSD, causal, scale)
+    dq_BHSD = torch.empty_like(q_BHSD)
+    dk_BKTD, dv_BKTD = (torch.zeros(x.shape, dtype=torch.float32) for x in (k_BKTD, v_BKTD))
+    for member in range(group):
+        q, out, lse, dout = (x[:, member::group] for x in (q_BHSD, out_BHSD, lse_BHS, dout_BHSD))
+        dq_BHSD[:, member::group], dk, dv = _call(q, k_BKTD, v_BKTD, out, lse.contiguous(), dout, causal, scale)
+        dk_BKTD.add_(dk)
+        dv_BKTD.add_(dv)
+    return dq_BHSD, dk_BKTD, dv_BKTD
+
+
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, lse, 0.0, causal, scale=scale
+    )
+    return dq, dk, dv
+
+
+KERNEL: Kernel = Checked("cpu", attend, backward, device="cpu", any_value_dim=False)

@@ -10,25 +10,64 @@ import math
 import torch
 from torch import Tensor
 
-from burst.kernels.base import Checked, Kernel
+from burst.kernels.base import Checked, Kernel, row_sums
 from burst.merge import accumulate_dtype
 
 
 def attend(q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Compute softmax(scale q k^T) v and its lse in fp32 (fp64 for fp64); ``out`` is rounded to q's dtype."""
-    batch, heads, length, dim = q_BHSD.shape
-    kv_heads, keys = k_BKTD.shape[1:3]
-    acc = accumulate_dtype(q_BHSD.dtype)
-    # The queries of one group become rows of their kv head, so no key is repeated.
-    q_BKRD = q_BHSD.to(acc).reshape(batch, kv_heads, heads // kv_heads * length, dim)
-    scores_BHST = (q_BKRD @ k_BKTD.to(acc).mT * scale).view(batch, heads, length, keys)
-    if causal:
-        later_ST = torch.ones(length, keys, dtype=torch.bool, device=q_BHSD.device).triu(1)
-        scores_BHST = scores_BHST.masked_fill(later_ST, -math.inf)
+    q_BKRD, k, v = _grouped(q_BHSD, k_BKTD.shape[1]), _wide(k_BKTD), _wide(v_BKTE)
+    scores_BHST = _scores(q_BKRD, k, q_BHSD.shape, causal, scale)
     lse_BHS = scores_BHST.logsumexp(-1)
-    weights_BKRT = (scores_BHST - lse_BHS.unsqueeze(-1)).exp().view(batch, kv_heads, -1, keys)
-    out_BHSE = (weights_BKRT @ v_BKTE.to(acc)).view(batch, heads, length, v_BKTE.shape[3])
+    weights_BKRT = (scores_BHST - lse_BHS.unsqueeze(-1)).exp().view(*q_BKRD.shape[:3], -1)
+    out_BHSE = (weights_BKRT @ v).view(*q_BHSD.shape[:3], v.shape[3])
     return out_BHSE.to(q_BHSD.dtype), lse_BHS
 
 
-KERNEL: Kernel = Checked("reference", attend)
+def backward(
+    q_BHSD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTE: Tensor,
+    out_BHSE: Tensor | None,
+    lse_BHS: Tensor,
+    dout_BHSE: Tensor,
+    delta_BHS: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute P = exp(scale q k^T - lse), dS = P (dO V^T - delta) scale, dS K, dS^T Q and P^T dO."""
+    if delta_BHS is None:
+        assert out_BHSE is not None
+        delta_BHS = row_sums(dout_BHSE, out_BHSE)
+    kv_heads, shape = k_BKTD.shape[1], q_BHSD.shape
+    q_BKRD, dout_BKRE = _grouped(q_BHSD, kv_heads), _grouped(dout_BHSE, kv_heads)
+    k, v = _wide(k_BKTD), _wide(v_BKTE)
+    scores_BHST = _scores(q_BKRD, k, shape, causal, scale)
+    weights_BKRT = (scores_BHST - lse_BHS.unsqueeze(-1)).exp().view(*q_BKRD.shape[:3], -1)
+    delta_BKR1 = delta_BHS.reshape(*q_BKRD.shape[:3], 1)
+    dscores_BKRT = weights_BKRT * (dout_BKRE @ v.mT - delta_BKR1) * scale
+    dq_BHSD = (dscores_BKRT @ k).view(shape)
+    dk_BKTD, dv_BKTE = dscores_BKRT.mT @ q_BKRD, weights_BKRT.mT @ dout_BKRE
+    return dq_BHSD.to(q_BHSD.dtype), dk_BKTD.to(q_BHSD.dtype), dv_BKTE.to(q_BHSD.dtype)
+
+
+def _grouped(x_BHSD: Tensor, kv_heads: int) -> Tensor:
+    """Widen, and make the queries of a group rows R = G * S of their kv head, so that no key is repeated."""
+    batch, heads, length, dim = x_BHSD.shape
+    return _wide(x_BHSD).reshape(batch, kv_heads, heads // kv_heads * length, dim)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(accumulate_dtype(x.dtype))
+
+
+def _scores(q_BKRD: Tensor, k_BKTD: Tensor, shape: torch.Size, causal: bool, scale: float) -> Tensor:
+    """Return the scaled scores (B, H, S, T), -inf where ``causal`` hides a later key."""
+    scores_BHST = (q_BKRD @ k_BKTD.mT * scale).view(*shape[:3], k_BKTD.shape[2])
+    if causal:
+        later_ST = torch.ones(scores_BHST.shape[2:], dtype=torch.bool, device=q_BKRD.device).triu(1)
+        scores_BHST = scores_BHST.masked_fill(later_ST, -math.inf)
+    return scores_BHST
+
+
+KERNEL: Kernel = Checked("reference", attend, backward)

@@ -14,7 +14,7 @@ from torch import Tensor
 from burst.errors import HostFailure
 from burst.ledger import Ledger
 
-Observer = Callable[[str, str, int], None]  # (event "post" | "arrive" | "wait", step, peer)
+Observer = Callable[[str, str, int], None]  # (event "post" | "arrive" | "wait" | "compute", step, peer)
 
 
 class Message(NamedTuple):
@@ -73,11 +73,14 @@ class Transport(ABC):
         self.ledger = Ledger()
         self.waited_s = 0.0
         self.clock: Callable[[], float] = time.perf_counter
+        self.agreed: set[str] = set()  # what ``agree_once`` has found equal on all ranks
 
     # -- the primitive ------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _exchange(self, sends: Sequence[Message], recvs: Sequence[Message], kind: str, step: str) -> Handle:
+    def _exchange(
+        self, sends: Sequence[Message], recvs: Sequence[Message], kind: str, step: str, channel: str
+    ) -> Handle:
         """Start sends and receives."""
 
     @abstractmethod
@@ -86,10 +89,23 @@ class Transport(ABC):
     ) -> Handle:
         """Start sends and receives; a receive that has arrived is sent on to ``forward_to`` without the caller."""
 
-    def exchange(self, sends: Sequence[Message], recvs: Sequence[Message], *, kind: str, step: str) -> Handle:
-        """Start point-to-point sends and receives; messages between two ranks keep their order."""
+    def exchange(
+        self, sends: Sequence[Message], recvs: Sequence[Message], *, kind: str, step: str, channel: str = ""
+    ) -> Handle:
+        """Start point-to-point sends and receives; messages between two ranks keep their order.
+
+        Exchanges of different channels that ``open`` has seen may overtake each other where the backend can; so both
+        ends must name the same channel.
+        """
         out, into = self._checked(sends, recvs, step)
-        return self._exchange(out, into, kind, step)
+        return self._exchange(out, into, kind, step, channel)
+
+    def open(self, channels: Sequence[str]) -> None:  # noqa: B027 - most transports need nothing
+        """Prepare channels on all ranks together, in this order; a backend without channels has nothing to do."""
+
+    def mark(self, step: str, peer: int) -> None:
+        """Tell the observer that the caller's own work on ``peer``'s data begins (event ``compute``)."""
+        self._observe("compute", step, peer)
 
     def relay(
         self,
@@ -155,6 +171,12 @@ class Transport(ABC):
                 step=step,
                 peer=0,
             )
+
+    def agree_once(self, text: str, *, step: str) -> None:
+        """As ``agree``, but each text once: all ranks make the same calls, so they also skip the same ones."""
+        if text not in self.agreed:
+            self.agree(text, step=step)
+            self.agreed.add(text)
 
     # -- for implementations ------------------------------------------------------------------------------------
 

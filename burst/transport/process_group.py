@@ -125,6 +125,7 @@ class ProcessGroupTransport(Transport):
         # Relays run beside the rank's own exchanges: their own communicator keeps the two orders apart.
         self._relay_group = dist.new_group(timeout=timedelta(seconds=timeout_s))
         self._stream: torch.cuda.Stream | None = None
+        self._channels: dict[str, dist.ProcessGroup | None] = {}
 
     @classmethod
     def connect(
@@ -179,11 +180,31 @@ class ProcessGroupTransport(Transport):
     ) -> Handle:
         return _Relay(self, sends, recvs, kind, step, forward_to)
 
-    def _exchange(self, sends: Sequence[Message], recvs: Sequence[Message], kind: str, step: str) -> Handle:
+    def agree_once(self, text: str, *, step: str) -> None:
+        # gloo ends the whole process when a message is longer than its receiver expects, before anyone can raise.
+        # So its ranks compare every time; NCCL's compare once, because reading the answer stops the device.
+        if self.on_gpu:
+            super().agree_once(text, step=step)
+        else:
+            self.agree(text, step=step)
+
+    def open(self, channels: Sequence[str]) -> None:
+        # A communicator a channel, and so a stream of its own, on NCCL; gloo's operations do not wait for each other.
+        for name in channels if self.on_gpu else ():
+            if name not in self._channels:
+                group = dist.new_group(timeout=timedelta(seconds=self.timeout_s))
+                # A communicator's first call must involve all its ranks, or NCCL waits for those that are left out.
+                dist.all_reduce(torch.zeros(1, device=self.device), group=group)
+                self._channels[name] = group
+
+    def _exchange(
+        self, sends: Sequence[Message], recvs: Sequence[Message], kind: str, step: str, channel: str
+    ) -> Handle:
         for m in sends:
             self._record(m.peer, m.tensor, kind)
-        ops = [dist.P2POp(dist.irecv, m.tensor, m.peer) for m in recvs]
-        ops += [dist.P2POp(dist.isend, m.tensor, m.peer) for m in sends]
+        group = self._channels.get(channel)
+        ops = [dist.P2POp(dist.irecv, m.tensor, m.peer, group) for m in recvs]
+        ops += [dist.P2POp(dist.isend, m.tensor, m.peer, group) for m in sends]
         messages = [*recvs, *sends]
         if not ops:
             return _Works(self, [], step)

@@ -51,7 +51,9 @@ class VirtualTransport(Transport):
         super().__init__(rank, world.size, **options)  # type: ignore[arg-type]
         self._world = world
 
-    def _exchange(self, sends: Sequence[Message], recvs: Sequence[Message], kind: str, step: str) -> Handle:
+    def _exchange(
+        self, sends: Sequence[Message], recvs: Sequence[Message], kind: str, step: str, channel: str
+    ) -> Handle:
         return self._relay(sends, recvs, kind, step, None)
 
     def _relay(
@@ -104,6 +106,8 @@ class VirtualWorld:
 
     def _reset(self) -> None:
         self._failure: BaseException | None = None
+        for transport in self.transports:
+            transport.agreed.clear()  # a run that failed may have left some ranks ahead of others
         self._batons = [threading.Semaphore(0) for _ in range(self.size)]
         self._blocked: dict[int, tuple[Callable[[], bool], str, int | None]] = {}
         self._sends: defaultdict[tuple[int, int], deque[_Op]] = defaultdict(deque)
@@ -138,7 +142,10 @@ class VirtualWorld:
         del self._blocked[rank]
         try:
             if self._failure is None:
-                results[rank] = fn(self.transports[rank])
+                # One autograd thread serves a device: a rank that waits for a peer inside it would wait for ever,
+                # because the peer's backward needs the same thread. So every rank's backward stays in its own.
+                with torch.autograd.set_multithreading_enabled(False):
+                    results[rank] = fn(self.transports[rank])
         except BaseException as error:  # handed to the driver, which raises it
             if self._failure is None:
                 self._failure = error

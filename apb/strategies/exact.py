@@ -1,0 +1,55 @@
+"""What the exact strategies share: every position attends to all earlier ones, by one of burst's schedules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from apb.compress.base import Compressor
+from apb.plan import AttendAll, HostPlan, ModelShape, PrefillPlan, PromptLengths, blocks
+from apb.spread import Spread
+from apb.strategies.base import Strategy
+from burst.errors import choose
+
+Layout = Literal["contiguous", "zigzag"]  # what a host holds: one stretch, or one from each end
+
+
+@dataclass(frozen=True)
+class Exact(Strategy):
+    """A strategy that is named after its schedule. ``layout`` says who holds which positions."""
+
+    layout: Layout = "zigzag"
+
+    def spread(self, context: int, hosts: int, shape: ModelShape) -> Spread:
+        """Return which layout and schedule attend."""
+        return Spread(self.name, self.layout, context, hosts)
+
+    def plan(
+        self, lengths: PromptLengths, hosts: int, shape: ModelShape, compressor: Compressor | None = None
+    ) -> PrefillPlan:
+        """Return the plan; raises UserError for more hosts than tokens, or an unknown layout."""
+        blocks(lengths.context, hosts)  # refuses what no strategy can take
+        choose("layout", self.layout, get_args(Layout))
+        spread = self.spread(lengths.context, hosts, shape)
+        return PrefillPlan(
+            strategy=self.name,
+            compressor=None,
+            shape=shape,
+            lengths=lengths,
+            anchor_len=0,
+            anchor_skip=0,
+            question_len=0,
+            route="none",
+            kept_rows=(0,) * hosts,
+            exact=True,
+            host_plans=tuple(
+                HostPlan(
+                    rank,
+                    spread.spans(rank),
+                    anchor_len=0,
+                    steps=(AttendAll(spread.head_pairs(rank, shape)),),
+                )
+                for rank in range(hosts)
+            ),
+            spread=spread,
+        )

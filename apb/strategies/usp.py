@@ -1,0 +1,24 @@
+"""Exact attention by heads among groups of hosts, and a ring between the groups."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from apb.plan import ModelShape
+from apb.spread import Spread
+from apb.strategies.exact import Exact
+
+
+@dataclass(frozen=True)
+class USP(Exact):
+    """``ulysses`` neighbours share their positions by heads. Source: arXiv 2405.07719."""
+
+    name: ClassVar[str] = "usp"
+    ulysses: int | None = None  # a divisor of the hosts; None: the largest that divides the kv heads too
+
+    def spread(self, context: int, hosts: int, shape: ModelShape) -> Spread:
+        """Return which layout and schedule attend; raises UserError where groups do not divide the hosts."""
+        even = math.gcd(hosts, shape.kv_heads)  # otherwise some neighbours get more kv heads than others
+        return Spread(self.name, self.layout, context, hosts, even if self.ulysses is None else self.ulysses)

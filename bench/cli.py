@@ -1,0 +1,27 @@
+"""``apb bench NAME``: finds the benchmark and runs it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from burst.errors import UserError
+from launch.arguments import Arguments
+from launch.display import Display
+
+BENCHES = {"attention": "bench.attention.show"}
+
+
+def main(arguments: Arguments, config: Mapping[str, Any], display: Display) -> dict[str, Any]:
+    """Run the benchmark that the configuration names; raises UserError when it names none."""
+    chosen = config.get("bench")
+    if not chosen:
+        raise UserError(
+            "no benchmark named",
+            given="apb bench",
+            allowed=", ".join(BENCHES),
+            remedy="Write 'apb bench attention'.",
+        )
+    document: dict[str, Any] = importlib.import_module(BENCHES[chosen["name"]]).run(chosen, display)
+    return document
