@@ -39,7 +39,7 @@ class PrefillAttention:
         kernel: Kernel,
         compressor: Compressor | None,
         question: QuestionInAnchor | None,
-        rotate: Callable[[Tensor, int, int], Tensor],
+        rotate: Callable[[Tensor, int | Tensor, int], Tensor],
         on_layer: Callable[[int], None],
     ) -> None:
         self.plan = plan
@@ -120,6 +120,9 @@ class PrefillAttention:
                 scale=scale,
                 question_q_BHQD=question_q,
                 projections=projections,
+                start=self.host.start,
+                end=self.plan.lengths.context,
+                rotate=lambda x_BHSD, delta: self._rotate(x_BHSD, delta, layer),
             )
         )
         index_BKR = top_rows(scores_BKL, step.rows, step.skip)

@@ -66,9 +66,12 @@ class Setup:
         check_config(config)
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device, config)
+        shape = model_shape(config, torch_dtype(dtype))
+        if scorer is not None:
+            scorer.check(shape)
         return cls(
             spec=HostSpec(str(path), dtype, device, threads=threads, timeout_s=timeout_s),
-            shape=model_shape(config, torch_dtype(dtype)),
+            shape=shape,
             tokenizer=load_tokenizer(path),
             strategy=chosen,
             compressor=scorer,
@@ -105,8 +108,8 @@ class Setup:
             raise UserError(
                 f"compressor '{scorer.name}' needs a question",
                 given="a prefill without a question",
-                allowed="norm, recent, random",
-                remedy="Set compress=norm, give the question, or pass nothing on (strategy.passing_len=0).",
+                allowed="compressors that need none, such as expected, norm, recent and random",
+                remedy="Set compress=expected, give the question, or pass nothing on (strategy.passing_len=0).",
             )
         self.check_room(len(prompt.token_ids), new_tokens)
         return plan

@@ -12,17 +12,44 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from apb.compress.base import Candidates
+from apb.compress.base import Candidates, Projections
 from apb.compress.random import Random
 from apb.models.adapter import Adapter
 from apb.prompt import Prompt
 
 ANCHOR, BLOCK, QUERY = 0, 1, 2
 Rotate = Callable[[Tensor, int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One block in one layer, for a score that is given from outside; queries and keys are rotated."""
+
+    layer: int
+    q_HLD: Tensor
+    k_KLD: Tensor
+    v_KLD: Tensor
+    raw_LE: tuple[Tensor, Tensor, Tensor]  # q, k and v before rotation
+    question_HQD: Tensor  # the anchor's question, turned on to where it really stands
+    scale: float
+    start: int  # the block's first position
+    end: int  # the context's length
+
+
+class Scorer(Protocol):
+    """A selection rule that the twin does not know by name: scores (K, L) of a block."""
+
+    needs_question: bool
+
+    def __call__(self, block: Seen) -> Tensor: ...
+
+
+Select = str | Scorer | None
 
 
 @dataclass(frozen=True)
@@ -42,7 +69,7 @@ def sizes(
     prompt: Prompt,
     hosts: int,
     *,
-    select: str | None = None,
+    select: Select = None,
     anchor_len: int | None = None,
     passing_len: int | None = None,
 ) -> Sizes:
@@ -62,7 +89,8 @@ def sizes(
     l_p = passing_len if passing_len is not None else max(1, n // hosts // 8)
     rows = [min(l_p, size) for size in lengths]
     rows[0] = min(l_p, max(0, lengths[0] - l_a))  # the first l_a positions stand in every anchor already
-    head = s + l_q if select == "query" and rows[0] else 0
+    asks = select == "query" or getattr(select, "needs_question", False)
+    head = s + l_q if asks and rows[0] else 0
     return Sizes(spans, l_a, s, l_q, tuple(rows), (head,) + (l_a,) * (hosts - 1))
 
 
@@ -81,10 +109,9 @@ class Twin:
 class _Dense:
     """The attention of the whole sequence in one layer after another."""
 
-    needs_projections = False
-
-    def __init__(self, prompt: Prompt, sizes: Sizes, select: str | None, rotate: Rotate) -> None:
+    def __init__(self, prompt: Prompt, sizes: Sizes, select: Select, rotate: Rotate) -> None:
         self.sizes, self.select, self.rotate = sizes, select, rotate
+        self.needs_projections = callable(select)
         ids: list[int] = []
         positions: list[int] = []
         kind: list[int] = []
@@ -132,12 +159,18 @@ class _Dense:
         )
 
     def __call__(
-        self, layer: int, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, projections: object
+        self,
+        layer: int,
+        q_BHSD: Tensor,
+        k_BKSD: Tensor,
+        v_BKSD: Tensor,
+        scale: float,
+        projections: Projections | None,
     ) -> Tensor:
         q_HND, k_KND, v_KND = q_BHSD[0], k_BKSD[0], v_BKSD[0]
         heads, n, _ = q_HND.shape
         group = heads // k_KND.shape[0]
-        selected_KN = self._selected(layer, q_HND, k_KND, scale)
+        selected_KN = self._selected(layer, q_HND, k_KND, v_KND, scale, projections)
         self.out.keys.append(k_KND)
         self.out.values.append(v_KND)
         self.out.selected.append(selected_KN)
@@ -150,13 +183,29 @@ class _Dense:
                 out_HND[h] = scores_NN.softmax(-1) @ v_KND[j]
         return out_HND.transpose(0, 1)[None]
 
-    def _selected(self, layer: int, q_HND: Tensor, k_KND: Tensor, scale: float) -> Tensor:
+    def _selected(
+        self,
+        layer: int,
+        q_HND: Tensor,
+        k_KND: Tensor,
+        v_KND: Tensor,
+        scale: float,
+        projections: Projections | None,
+    ) -> Tensor:
         chosen_KN = torch.zeros(k_KND.shape[:2], dtype=torch.bool)
         for host, rows in enumerate(self.sizes.rows):
             if not rows:
                 continue
             block = self.out.rows[host]
-            scores_KL = self._scores(layer, host, q_HND, k_KND[:, block], scale)
+            if callable(self.select):
+                assert projections is not None
+                raw = (projections.q_BSE[0, block], projections.k_BSE[0, block], projections.v_BSE[0, block])
+                start, end = self.sizes.spans[host][0], self.sizes.spans[-1][1]
+                asked = self._question(layer, host, q_HND) if self.select.needs_question else q_HND[:, :0]
+                parts = (q_HND[:, block], k_KND[:, block], v_KND[:, block], raw, asked)
+                scores_KL = self.select(Seen(layer, *parts, scale, start, end))
+            else:
+                scores_KL = self._scores(layer, host, q_HND, k_KND[:, block], scale)
             if host == 0:
                 scores_KL[:, : self.sizes.anchor] = -torch.inf
             best = (-scores_KL).argsort(dim=-1, stable=True)[:, :rows]  # ties to the earlier token
@@ -170,12 +219,12 @@ class _Dense:
         if self.select == "norm":
             return -k_KLD.pow(2).sum(-1).sqrt()
         if self.select == "random":
-            seen = Candidates(layer, host, q_HND[None], k_KLD[None], k_KLD[None], scale, None, None)
+            seen = Candidates(
+                layer, host, q_HND[None], k_KLD[None], k_KLD[None], scale, None, None, 0, 0, lambda x, delta: x
+            )
             return Random().score(seen)[0]
         assert self.select == "query"
-        s, l_q = self.sizes.skip, self.sizes.question
-        beside = self._rows(ANCHOR, host)
-        q_HQD = self.rotate(q_HND[:, beside[s : s + l_q]], self.delta, layer)
+        q_HQD = self._question(layer, host, q_HND)
         group = q_HND.shape[0] // k_KLD.shape[0]
         means = []
         for j in range(k_KLD.shape[0]):
@@ -185,6 +234,11 @@ class _Dense:
         padded = torch.nn.functional.pad(mean_KL, (2, 2), value=-torch.inf)
         return padded.unfold(-1, 5, 1).amax(-1)  # max-pool over 5 neighbours
 
+    def _question(self, layer: int, host: int, q_HND: Tensor) -> Tensor:
+        s, l_q = self.sizes.skip, self.sizes.question
+        beside = self._rows(ANCHOR, host)
+        return self.rotate(q_HND[:, beside[s : s + l_q]], self.delta, layer)
+
 
 def twin(
     adapter: Adapter,
@@ -193,7 +247,7 @@ def twin(
     strategy: str,
     hosts: int,
     *,
-    select: str | None = None,
+    select: Select = None,
     anchor_len: int | None = None,
     passing_len: int | None = None,
 ) -> Twin:

@@ -62,7 +62,7 @@ def _verb(arguments: Arguments, display: Display) -> tuple[int, dict[str, Any]]:
         raise unexpected(more[-1], name)
     for option, given, takes in (
         ("-d", arguments.document is not None, verb.document),
-        ("-q", arguments.query is not None, verb.document),
+        ("-q", arguments.query is not None, verb.query),
         ("-m", arguments.multirun, verb.sweeps),
     ):
         if given and not takes:

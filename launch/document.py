@@ -42,6 +42,17 @@ def read(arguments: Arguments, depth: float) -> tuple[str, str]:
     return arguments.text, query
 
 
+def corpus(arguments: Arguments) -> str:
+    """Return the text of -d, or all of Python's language reference; raises UserError when it is unreadable or empty."""
+    if arguments.document is None:
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics[name].strip() for name in sorted(topics))
+    if arguments.text is None:
+        arguments.text = _read_file(arguments.document)
+    return arguments.text
+
+
 def default_document(depth: float) -> str:
     """Return the reference texts of Python's own help, by name, with FACT after ``depth`` of their length.
 

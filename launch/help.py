@@ -25,6 +25,10 @@ _EXAMPLES = {
         ('apb ask -d report.txt -q "What was decided, and why?"', "your own document"),
         ("apb ask -m strategy=apb,star cluster.hosts=2,4", "four runs, one after another"),
     ],
+    "train": [
+        ("apb train retaining_heads model=org/name", "heads for a model, from generated prompts"),
+        ("apb train retaining_heads -d book.txt method=ridge", "in a minute or two, with a text of yours"),
+    ],
     "plan": [
         ("apb plan cluster.hosts=8 strategy=star", "the built-in document on eight hosts"),
         ("apb plan strategy=ring burst.explain=true", "and which exact schedule would be fastest"),
@@ -103,7 +107,8 @@ def _usage(name: str, verb: Verb) -> str:
         "apb",
         name,
         verb.name or "",
-        "[-d FILE|-] [-q TEXT]" if verb.document else "",
+        "[-d FILE|-]" if verb.document else "",
+        "[-q TEXT]" if verb.query else "",
         "[-m]" if verb.sweeps else "",
     ]
     return " ".join([p for p in parts if p] + ["[key=value ...]"])
@@ -117,8 +122,9 @@ def _options(verb: Verb) -> list[tuple[str, str]]:
                 "-d, --document FILE",
                 "the document, UTF-8 text; - is standard input; left out: a built-in one",
             ),
-            ("-q, --query TEXT", "the question, any text"),
         ]
+    if verb.query:
+        found.append(("-q, --query TEXT", "the question, any text"))
     if verb.sweeps:
         found.append(("-m, --multirun", "run every combination of lists, key=a,b, and ranges, key=range(1,5)"))
     return [
@@ -164,10 +170,12 @@ def _choices(group: str, default: str) -> list[tuple[str, str]]:
     for choice in sorted(names, key=lambda n: n != default):
         lines = _lines(f"{group}/{choice}.yaml")
         mark = " (default)" if choice == default else ""
-        found.append((f"{choice}{mark}", lines[0].removeprefix("# ")))
+        top_level = lines[0] == "# @package _global_"
+        found.append((f"{choice}{mark}", lines[top_level].removeprefix("# ")))
+        prefix = "" if top_level else f"{group}."
         for line in lines:
             if (setting := _SETTING.match(line)) and setting[1] not in ("name", "defaults"):
-                found.append((f"  {group}.{setting[1]}={setting[2]}", setting[3] or ""))
+                found.append((f"  {prefix}{setting[1]}={setting[2]}", setting[3] or ""))
     return found
 
 

@@ -18,21 +18,27 @@ Run = Callable[[Arguments, Mapping[str, Any], Display], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Verb:
-    """``target`` is "module:function", imported when used; ``name`` is what NAME stands for, if taken."""
+    """``target`` is "module:function", imported when used; ``name`` is what NAME stands for, if taken.
+
+    NAME chooses from the verb's own group of settings.
+    """
 
     summary: str
     target: str
     name: str | None = None
-    document: bool = False  # whether it takes -d and -q
+    document: bool = False  # whether it takes -d
+    query: bool = False  # whether it takes -q
     sweeps: bool = True  # whether it takes -m
 
 
 VERBS = {
-    "ask": Verb("ask a question about a long document", "launch.ask:run", document=True),
+    "ask": Verb("ask a question about a long document", "launch.ask:run", document=True, query=True),
     "serve": Verb("answer OpenAI-style requests over HTTP", "launch.server:run", sweeps=False),
     "bench": Verb("measure fidelity or throughput", "bench.cli:main", name="NAME"),
-    "plan": Verb("show blocks, bytes, FLOPs and memory before anything is loaded", "launch.plan:run", document=True),
-    "train": Verb("train one of the small heads", "launch.train:run", name="NAME"),
+    "plan": Verb(
+        "show blocks, bytes, FLOPs and memory before anything is loaded", "launch.plan:run", document=True, query=True
+    ),
+    "train": Verb("train one of the small heads", "launch.train:run", name="NAME", document=True),
     "check": Verb("check this machine or cluster", "launch.check:run"),
 }
 

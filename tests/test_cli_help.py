@@ -74,7 +74,7 @@ def test_configuration_files_name_exactly_the_options() -> None:
 def test_every_setting_is_explained() -> None:
     from launch.help import verb_help
 
-    for verb in ("ask", "plan"):
+    for verb in ("ask", "plan", "train"):
         for line in verb_help(verb).splitlines():
             word, _, rest = line.strip().partition(" ")
             assert "=" not in word or "CHOICE" in word or rest, line

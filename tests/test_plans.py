@@ -94,14 +94,14 @@ def test_a_setup_takes_no_options_that_it_has_settled() -> None:
 
 @pytest.mark.parametrize("window", [0, 4, -1])
 def test_a_window_without_a_middle_is_refused(window: int) -> None:
-    with pytest.raises(UserError, match="max-pool"):
+    with pytest.raises(UserError, match="must have a middle"):
         compressor("query", window=window)
 
 
 def test_a_long_question_is_scored_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     gen = torch.Generator().manual_seed(1)
     keys, asked = torch.randn(1, 2, 20, 8, generator=gen), torch.randn(1, 6, 50, 8, generator=gen)
-    block = Candidates(0, 0, keys, keys, keys, 0.4, asked, None)
+    block = Candidates(0, 0, keys, keys, keys, 0.4, asked, None, 0, 0, lambda x, _: x)
     whole = compressor("query").score(block)
     monkeypatch.setattr("apb.compress.query._AT_ONCE", 3 * 20 * 7)  # seven question tokens, the last part has one
     torch.testing.assert_close(compressor("query").score(block), whole, atol=1e-7, rtol=1e-5)
@@ -116,14 +116,18 @@ def test_ties_go_to_the_earlier_token_and_skipped_ones_are_never_kept() -> None:
     assert top_rows(scores, 4, skip=2).tolist() == [[[2, 3, 4, 5], [2, 3, 4, 5]]]
     assert scores[0, 0, 0] == 9  # the compressor's own scores stay as they are
     keys = torch.ones(1, 1, 300, 8)
-    norms = compressor("norm").score(Candidates(0, 0, keys, keys, keys, 1.0, None, None))
+    norms = compressor("norm").score(Candidates(0, 0, keys, keys, keys, 1.0, None, None, 0, 0, lambda x, _: x))
     assert top_rows(norms, 3, skip=0).tolist() == [[[0, 1, 2]]]
 
 
 @pytest.mark.parametrize("seed", [-1, 0, 123456789, 2**63])
 def test_random_selection_takes_any_seed(seed: int) -> None:
     keys = torch.zeros(1, 2, 20, 8)
-    blocks = [Candidates(layer, rank, keys, keys, keys, 1.0, None, None) for layer in (0, 1) for rank in (0, 1)]
+    blocks = [
+        Candidates(layer, rank, keys, keys, keys, 1.0, None, None, 0, 0, lambda x, _: x)
+        for layer in (0, 1)
+        for rank in (0, 1)
+    ]
     scores = [compressor("random", seed=seed).score(block) for block in blocks]
     again = compressor("random", seed=seed).score(blocks[0])
     assert torch.equal(again, scores[0])

@@ -12,6 +12,9 @@ COMPRESSORS = {
     "random": "apb.compress.random:Random",
     "recent": "apb.compress.recent:Recent",
     "norm": "apb.compress.norm:Norm",
+    "expected": "apb.compress.expected:Expected",
+    "snapkv": "apb.compress.snapkv:SnapKV",
+    "retaining": "apb.compress.retaining:Retaining",
 }
 
 

@@ -6,11 +6,17 @@ Shapes: B batch, H query heads, K kv heads, S block tokens, Q question tokens, D
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from apb.plan import ModelShape
+
+# Queries or keys (B, heads, S, D), and the positions to turn them on by: one number, or one a token.
+Rotate = Callable[[Tensor, int | Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,18 @@ class Candidates:
     scale: float
     question_q_BHQD: Tensor | None  # the question's queries, rotated to where the question really stands
     projections: Projections | None  # only for compressors that set ``needs_projections``
+    start: int  # the first token's position
+    end: int  # the context's length: where what comes after it stands
+    rotate: Rotate  # turns this layer's queries or keys on by positions
+
+    def keys_from_end(self) -> Tensor:
+        """Return the keys (B, K, S, D) as a query without rotation meets them from the context's end."""
+        return self.rotate(self.k_BKSD, -self.end)
+
+    def plain_queries(self) -> Tensor:
+        """Return the queries (B, H, S, D) without their rotation."""
+        positions_S = torch.arange(self.q_BHSD.shape[2], device=self.q_BHSD.device) + self.start
+        return self.rotate(self.q_BHSD, -positions_S)
 
 
 @dataclass(frozen=True)
@@ -43,6 +61,9 @@ class Compressor(ABC):
     name: ClassVar[str]
     needs_question: ClassVar[bool] = False
     needs_projections: ClassVar[bool] = False
+
+    def check(self, shape: ModelShape) -> None:  # noqa: B027 - most fit every model
+        """Raise UserError unless the compressor fits a model of ``shape``; called before weights are loaded."""
 
     @abstractmethod
     def score(self, block: Candidates) -> Tensor:

@@ -130,13 +130,16 @@ class Adapter:
         logits_SV: Tensor = out.logits[0]
         return logits_SV if logits_SV.dtype == torch.float64 else logits_SV.float()
 
-    def rotate(self, x_BHSD: Tensor, delta: int, layer: int) -> Tensor:
-        """Rotate a layer's already rotated queries or keys on by ``delta`` positions (RoPE rotations add up)."""
+    def rotate(self, x_BHSD: Tensor, delta: int | Tensor, layer: int) -> Tensor:
+        """Rotate a layer's already rotated queries or keys on by ``delta`` positions (RoPE rotations add up).
+
+        ``delta`` is one number for all tokens or (S,) whole numbers; negative ones rotate back.
+        """
         attention = self._attentions[layer]
         if not getattr(attention, "use_rope", True):  # SmolLM3 leaves positions out of some layers
             return x_BHSD
         rotary = self._base.rotary_emb
-        cos, sin = rotary(x_BHSD, torch.tensor([[delta]], device=x_BHSD.device))
+        cos, sin = rotary(x_BHSD, torch.as_tensor(delta, device=x_BHSD.device).reshape(1, -1))
         # cos and sin carry the scaling of YaRN and its like; it is in x already.
         scaling = getattr(rotary, "attention_scaling", 1.0)
         apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb

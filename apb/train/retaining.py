@@ -1,0 +1,181 @@
+"""Training of retaining heads: label prompts, fit every layer, measure, write one file; every stage can be resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from apb.heads import Head, RetainingHeads, load, save
+from apb.models.adapter import Adapter
+from apb.train import shards
+from apb.train.fit import Method, Recipe, fit
+from apb.train.prompts import Prompts
+from apb.train.recall import measure
+from burst.errors import UserError
+from burst.kernels import Kernel
+
+OnProgress = Callable[[str, int, int], None]  # phase, done, total
+_JOB, _SAMPLES, _LAYERS, _HEADS = "job.json", "samples", "layers", "heads.safetensors"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained from what. Counts are of prompts; lengths in tokens; the text's hash stands for the text."""
+
+    model: str
+    text_sha256: str
+    prompts: int = 800
+    held_out: int = 30
+    shortest: int = 400
+    longest: int = 1600
+    keep: int = 160  # tokens of a prompt that are kept for fitting: more prompts teach more than more tokens of each
+    seed: int = 0
+    dtype: str = "bfloat16"  # of the frozen model
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def __post_init__(self) -> None:
+        for key in ("prompts", "held_out", "keep"):
+            _range(key, getattr(self, key), getattr(self, key) >= 1, "1 or more")
+        _range("shortest", self.shortest, 20 <= self.shortest <= self.longest, f"20 to longest={self.longest}")
+        _range("seed", self.seed, self.seed >= 0, "0 or more")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The file, and held-out recall by scorer: ``mlp`` and ``ridge`` as trained, ``random``."""
+
+    file: Path
+    recall: dict[str, dict[str, float]]
+
+
+def digest(text: str) -> str:
+    """Return what a job says of its text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def train(
+    job: Job,
+    adapter: Adapter,
+    kernel: Kernel,
+    tokenizer: Any,
+    text: str,
+    folder: Path,
+    on_progress: OnProgress,
+) -> Trained:
+    """Train heads for the model behind ``adapter`` in ``folder`` and return the final file there.
+
+    What is found in the folder is not done again: labelled prompts, fitted layers. A layer's fit depends on nothing
+    but the job, so a run that was killed ends with the weights of one that was not. Raises UserError when the folder
+    is another job's, or when prompts do not fit the model.
+    """
+    prompts = Prompts(tokenizer, text, (job.shortest, job.longest), adapter.shape.max_positions, job.seed)
+    _claim(folder, job)
+    files = _label(job, adapter, kernel, prompts, folder / _SAMPLES, on_progress)
+    # Ridge is fitted beside the MLP: a network that is no better than a closed form is not worth its cost.
+    methods: tuple[Method, ...] = ("ridge", "mlp") if job.recipe.method == "mlp" else ("ridge",)
+    found: dict[str, list[Head]] = {
+        method: _fit(job, method, adapter, files, folder / _LAYERS, on_progress) for method in methods
+    }
+    recall = measure(
+        adapter,
+        kernel,
+        prompts,
+        job.held_out,
+        found,
+        lambda done, total: on_progress("Measuring held-out prompts", done, total),
+    ).table()
+    about = {
+        "model": job.model,
+        "method": job.recipe.method,
+        "job": json.dumps(dataclasses.asdict(job)),
+        "held_out_recall": json.dumps(recall),
+    }
+    heads = RetainingHeads(tuple(found[job.recipe.method]), window=1, keys="from_end", about=about)
+    save(folder / _HEADS, heads)
+    shutil.rmtree(folder / _SAMPLES)
+    shutil.rmtree(folder / _LAYERS)
+    return Trained(folder / _HEADS, recall)
+
+
+def finished(folder: Path, job: Job) -> Trained | None:
+    """Return what an earlier run of the same job left in the folder, if it ended."""
+    if not (folder / _HEADS).is_file():
+        return None
+    _claim(folder, job)
+    return Trained(folder / _HEADS, json.loads(load(folder / _HEADS).about["held_out_recall"]))
+
+
+def _claim(folder: Path, job: Job) -> None:
+    """Make the folder this job's, or refuse it as another's."""
+    mine = dataclasses.asdict(job)
+    file = folder / _JOB
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".part")
+        unfinished.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, file)
+        return
+    theirs = json.loads(file.read_text(encoding="utf-8"))
+    if theirs != mine:
+        differing = [key for key in mine if theirs.get(key) != mine[key]]
+        raise UserError(
+            f"the folder {folder} holds the training of another job",
+            given=", ".join(f"{key}={mine[key]}" for key in differing),
+            allowed=", ".join(f"{key}={theirs.get(key)}" for key in differing),
+            remedy="Choose another out=DIR, or the settings it was begun with.",
+        )
+
+
+def _label(
+    job: Job, adapter: Adapter, kernel: Kernel, prompts: Prompts, folder: Path, on_progress: OnProgress
+) -> list[Path]:
+    """Write what is missing of the labelled prompts and return all their files, in order."""
+    folder.mkdir(exist_ok=True)
+    files = [folder / f"{number:05d}.safetensors" for number in range(job.prompts)]
+    missing = [number for number, file in enumerate(files) if not file.exists()]
+    for done, number in enumerate(missing):
+        on_progress("Labelling prompts", done, len(missing))
+        sample = prompts.sample(number)
+        _check_room(sample.prompt.token_ids, adapter.shape.max_positions)
+        embedded = number % 2 == 1
+        shards.write(files[number], adapter, kernel, sample, embedded=embedded, keep=job.keep, seed=number)
+    return files
+
+
+def _fit(
+    job: Job, method: Method, adapter: Adapter, files: list[Path], folder: Path, on_progress: OnProgress
+) -> list[Head]:
+    """Fit what is missing of the layers and return every layer's head, fp32, on the model's device."""
+    folder.mkdir(exist_ok=True)
+    recipe = dataclasses.replace(job.recipe, method=method)
+    layers = adapter.shape.layers
+    heads = []
+    for layer in range(layers):
+        file = folder / f"{method}-{layer:03d}.safetensors"
+        if not file.exists():
+            x_NE, margin_NK = shards.read(files, layer)
+
+            def on_step(done: int, total: int, before: int = layer) -> None:
+                on_progress(f"Fitting layers, {method}", before * total + done, layers * total)
+
+            head = fit(recipe, layer, x_NE.to(adapter.device), margin_NK.to(adapter.device), on_step)
+            shards.write_head(file, head)
+        heads.append(shards.read_head(file).to(adapter.device))
+    return heads
+
+
+def _check_room(token_ids: tuple[int, ...], positions: int) -> None:
+    given = f"{len(token_ids)} tokens in one prompt"
+    _range("longest", given, len(token_ids) < positions, f"below {positions} positions")
+
+
+def _range(key: str, value: object, fine: bool, allowed: str) -> None:
+    if not fine:
+        raise UserError(f"{key} is out of range", given=f"{key}={value}", allowed=allowed, remedy=f"Change {key}.")
