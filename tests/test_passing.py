@@ -43,13 +43,15 @@ class ForwardsInWait(Handle):
 
 
 class LazyVirtual(VirtualTransport):
-    def _exchange(self, sends: Sequence[Message], recvs: Sequence[Message], kind: str, step: str) -> Handle:
+    def _exchange(
+        self, sends: Sequence[Message], recvs: Sequence[Message], kind: str, step: str, channel: str
+    ) -> Handle:
         return VirtualTransport._relay(self, sends, recvs, kind, step, None)
 
     def _relay(
         self, sends: Sequence[Message], recvs: Sequence[Message], kind: str, step: str, forward_to: int | None
     ) -> Handle:
-        self._exchange(sends, [], kind, step)
+        self._exchange(sends, [], kind, step, "")
         return ForwardsInWait(self, recvs, kind, step, forward_to)
 
 
