@@ -36,10 +36,10 @@ class ForwardsInWait(Handle):
 
     def wait(self) -> None:
         self._t._observe("wait", self._step, -1)
-        self._t._exchange([], self._recvs, self._kind, self._step).wait()
+        self._t._exchange([], self._recvs, self._kind, self._step, "").wait()
         if self._to is not None:
             onward = [Message(self._to, m.tensor) for m in self._recvs]
-            self._t._exchange(onward, [], self._kind, self._step).wait()
+            self._t._exchange(onward, [], self._kind, self._step, "").wait()
 
 
 class LazyVirtual(VirtualTransport):
