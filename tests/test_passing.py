@@ -36,20 +36,22 @@ class ForwardsInWait(Handle):
 
     def wait(self) -> None:
         self._t._observe("wait", self._step, -1)
-        self._t._exchange([], self._recvs, self._kind, self._step).wait()
+        self._t._exchange([], self._recvs, self._kind, self._step, "").wait()
         if self._to is not None:
             onward = [Message(self._to, m.tensor) for m in self._recvs]
-            self._t._exchange(onward, [], self._kind, self._step).wait()
+            self._t._exchange(onward, [], self._kind, self._step, "").wait()
 
 
 class LazyVirtual(VirtualTransport):
-    def _exchange(self, sends: Sequence[Message], recvs: Sequence[Message], kind: str, step: str) -> Handle:
+    def _exchange(
+        self, sends: Sequence[Message], recvs: Sequence[Message], kind: str, step: str, channel: str
+    ) -> Handle:
         return VirtualTransport._relay(self, sends, recvs, kind, step, None)
 
     def _relay(
         self, sends: Sequence[Message], recvs: Sequence[Message], kind: str, step: str, forward_to: int | None
     ) -> Handle:
-        self._exchange(sends, [], kind, step)
+        self._exchange(sends, [], kind, step, "")
         return ForwardsInWait(self, recvs, kind, step, forward_to)
 
 

@@ -49,6 +49,7 @@ def main() -> int:
     for name in given.checks or CHECKS:
         say(f"== {name}: {CHECKS[name]}")
         results[name] = importlib.import_module(f"bench.verify.{name}").check(recorder, given.model)
+        results[name]["commits"] = sorted({row["commit"] for row in recorder.rows(f"{name}/") if "commit" in row})
         say(f"== {name}: {'holds' if results[name]['ok'] else 'DOES NOT HOLD'}")
     summary = {"ok": all(r["ok"] for r in results.values()), "results": results, "conditions": conditions()}
     path.with_suffix(".json").write_text(json.dumps(summary, indent=2) + "\n")
