@@ -21,7 +21,7 @@ from burst.errors import UserError, choose
 
 # Free text and paths: Hydra's grammar would stumble over spaces, commas, '=' and letters beyond ASCII.
 RAW = ("model", "out", "cluster.address", "compress.heads", "decode.stop", "bench.data")
-_OPTIONAL_GROUPS = ("bench", "compress")
+_OPTIONAL_GROUPS = ("bench", "compress")  # null in every root file
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
@@ -62,7 +62,7 @@ def compose(root: str, overrides: Sequence[str]) -> dict[str, Any]:
     with _hydra() as loader:
         parsed = [_single(_parse(word, loader)) for word in overrides if not _raw(word)]
         groups = {g: loader.get_group_options(g) for g in loader.list_groups("") if g != "hydra"}
-        chosen = [_choice(o, groups[o.key_or_group]) for o in parsed if o.key_or_group in groups]
+        chosen = [_choice(o, groups[o.key_or_group]) for o in parsed if o.key_or_group in groups and not _none(o)]
         if raw.get("model") in groups["model"]:
             chosen.append(f"model={raw.pop('model')}")
         base = _composed(root, chosen)
@@ -123,10 +123,13 @@ def _single(override: Override) -> Override:
 
 
 def _choice(override: Override, options: Sequence[str]) -> str:
-    group, value = override.key_or_group, override.value()
-    if value is None and group in _OPTIONAL_GROUPS:
-        return f"{group}=null"
-    return f"{group}={choose(group, str(value), options)}"
+    group = override.key_or_group
+    return f"{group}={choose(group, str(override.value()), options)}"
+
+
+def _none(override: Override) -> bool:
+    """Whether a group that is null anyway is set to null, which Hydra itself does not take."""
+    return override.value() is None and override.key_or_group in _OPTIONAL_GROUPS
 
 
 def _composed(root: str, overrides: Iterable[str]) -> dict[str, Any]:

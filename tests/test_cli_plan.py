@@ -21,6 +21,7 @@ def test_plan_of_lengths_alone(apb: Any, model: Path, document: Path) -> None:
     found = apb(*common, "context_tokens=400", "query_tokens=40", "memory_gb=80").document
     assert (found["context_tokens"], found["query_tokens"]) == (400, 40)
     assert found["memory_available_bytes"] == 80_000_000_000
+    assert apb(*common, "context_tokens=400", "query_tokens=40", "compress=null").document["plan"] == found["plan"]
     apb(*common, "context_tokens=400", "memory_gb=0.0001").refused("does not fit", "0.0 GB free")
     apb(*common, "compare=true").refused("unknown key 'compare'")
     apb(*common, "context_tokens=4000").refused("longer than the model's context")
