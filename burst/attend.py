@@ -71,9 +71,9 @@ def attention(
                     and in ``burst`` the cheaper of the two by bytes.
         backward    what travels: kv (and its gradients), or q (with dO, two numbers a row, and dQ); auto: kv,
                     but in ``burst`` the cheaper of the two by bytes.
-        ulysses     ranks that share tokens by heads in ``usp``; the ranks of a node when None.
+        ulysses     ranks that share tokens by heads, for ``usp`` alone; the ranks of a node when None.
         topology    links and speeds that ``auto`` plans with; guessed from the transport when None.
-        accurate    partial results in fp32, by fp32 kernels: bf16 inputs are then rounded once, at the end.
+        accurate    partial results in fp32, by fp32 kernels: out and gradients are rounded once, at the end.
         checkpoint  keep this fraction of the outputs for the backward, those of the last tokens, and compute
                     the rest again: (1 - checkpoint)^2 of a causal forward. None keeps all.
         kernel      auto, cpu, cuda, reference.

@@ -24,7 +24,8 @@ Field = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of one tensor
 class Form:
     """The sizes and types of one call's tensors, as far as they do not depend on the rank.
 
-    Gradients travel in the type in which they are summed: fp32 (fp64 for fp64), so no hop rounds them.
+    Gradients travel round rings in the type in which they are summed: fp32 (fp64 for fp64), so no hop rounds them.
+    Back from head groups, where their sums end, they travel in the inputs' type unless ``accurate``.
     """
 
     batch: int
@@ -42,7 +43,7 @@ class Form:
 
     @property
     def partial(self) -> torch.dtype:
-        """The type of partial outputs."""
+        """The type of partial outputs, and of gradients on their way back from head groups."""
         return self.acc if self.accurate else self.dtype
 
     def shape(self) -> AttentionShape:
@@ -76,7 +77,7 @@ class Form:
             "dkv": {"dk": (k, acc), "dv": (v, acc)},
             "qkv": {"q": (q, e), "k": (k, e), "v": (v, e)},
             "dout": {"dout": (o, e)},
-            "dqkv": {"dq": (q, e), "dk": (k, e), "dv": (v, e)},
+            "dqkv": {"dq": (q, self.partial), "dk": (k, self.partial), "dv": (v, self.partial)},
         }
         return table[role]
 

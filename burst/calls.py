@@ -23,6 +23,7 @@ from burst.schedules import Phase, Schedule, schedule
 from burst.topology import Topology, topology
 from burst.transport import Transport
 
+FORWARD = ("auto", "kv", "q")
 BACKWARD = {"auto": "auto", "kv": "kv", "q": "qd"}  # what the caller says -> role of the traveller
 
 
@@ -128,6 +129,7 @@ def _planned(layout: Layout, form: Form, transport: Transport, options: Options,
         window=options.window,
         keys=options.keys,
         backward=wants_gradient,
+        travels=(options.forward, BACKWARD[options.backward]),
     ).chosen
     return replace(options, schedule=best.name, ulysses=best.ulysses)
 
@@ -178,7 +180,8 @@ def _agree(call: Call, sinks: Tensor | None) -> None:
         f"{[s.digest for s in schedules]} {call.form} {call.blocks.scale} {sinks is None} "
         f"{call.forward.causal} {call.forward.window} {call.forward.travels}"
     )
-    call.transport.agree_once(text, step="attention agree")
+    here = f"{call.forward.name}, {call.form}, scale {call.blocks.scale:g}, sinks {sinks is not None}"
+    call.transport.agree_once(text, step="attention agree", here=here)
     call.transport.open(sorted({channel for s in schedules for channel in s.channels}))
 
 
@@ -201,6 +204,7 @@ def _form(q: Tensor, k: Tensor, v: Tensor, accurate: bool) -> Form:
 
 def _check(q: Tensor, k: Tensor, sinks: Tensor | None, transport: Transport, layout: Layout, options: Options) -> None:
     keys, rank = options.keys or layout, transport.rank
+    choose("forward", options.forward, FORWARD)
     choose("backward", options.backward, BACKWARD)
     if layout.world != transport.world:
         remedy = "Make the layout for the transport's world."
@@ -216,6 +220,8 @@ def _check(q: Tensor, k: Tensor, sinks: Tensor | None, transport: Transport, lay
             )
     if q.device.type != transport.device.type:
         _refuse("tensors and transport differ in their device", q.device, transport.device, "Move the tensors.")
+    if options.ulysses is not None and options.schedule != "usp":
+        _refuse("only usp has head groups", f"ulysses {options.ulysses}", "None", "Set schedule='usp', or no ulysses.")
     if options.scale is not None and not 0 < options.scale < float("inf"):
         _refuse("the scale must be positive", options.scale, "0 < scale < inf", "Leave it None for 1/sqrt(D).")
     if sinks is not None and tuple(sinks.shape) != (q.shape[1],):

@@ -57,6 +57,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plan(args: argparse.Namespace) -> tuple[dict[str, object], str]:
+    for name in ("q_heads", "kv_heads", "head_dim", "value_dim", "batch", "element_bytes", "grad_bytes"):
+        value, option = getattr(args, name), "--" + name.replace("_", "-")
+        if value is not None and value < 1:
+            raise UserError(f"{option} must be positive", given=value, allowed="1 or more", remedy=f"Change {option}.")
     base = topology(args.ranks, args.nodes, args.machine).machine
     links = {}
     for name in ("intra", "inter"):
@@ -72,13 +76,15 @@ def _plan(args: argparse.Namespace) -> tuple[dict[str, object], str]:
         flops=base.flops if args.flops is None else args.flops,
     )
     shape = AttentionShape(
-        args.q_heads,
-        args.kv_heads,
-        args.head_dim,
-        args.head_dim if args.value_dim is None else args.value_dim,
-        args.batch,
-        args.element_bytes,
-        args.grad_bytes,
+        q_heads=args.q_heads,
+        kv_heads=args.kv_heads,
+        head_dim=args.head_dim,
+        value_dim=args.head_dim if args.value_dim is None else args.value_dim,
+        batch=args.batch,
+        element_size=args.element_bytes,
+        grad_size=args.grad_bytes,
+        state_size=max(4, args.element_bytes),
+        partial_size=args.element_bytes,
     )
     queries, keys = layout(args.layout, args.history or args.tokens, args.ranks), None
     if args.history:

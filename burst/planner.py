@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -19,14 +19,19 @@ SIMPLEST = ("ring", "allgather", "burst", "double_ring", "usp", "ulysses")
 
 @dataclass(frozen=True)
 class Candidate:
-    """One schedule on this topology: what travels, how long it takes; ``refused``: why it cannot run."""
+    """One schedule on this topology: what travels, how long it takes; ``refusal``: why it cannot run."""
 
     name: str
     forward: Prediction | None
     backward: Prediction | None
     travels: tuple[str, ...]  # forward, and backward when there is one
     ulysses: int | None = None  # ranks that share tokens by heads, in usp
-    refused: str = ""
+    refusal: UserError | None = field(default=None, compare=False)
+
+    @property
+    def refused(self) -> str:
+        """Why it cannot run, in a few words; empty when it can."""
+        return "" if self.refusal is None else self.refusal.message
 
     @property
     def ranks(self) -> int:
@@ -150,17 +155,21 @@ def plan(
     window: int | None = None,
     keys: Layout | None = None,
     backward: bool = False,
+    travels: tuple[str, str] = ("auto", "auto"),
     names: tuple[str, ...] = NAMES,
 ) -> Plan:
     """Predict every schedule (or those of ``names``), fastest first; near ties go to the simpler one.
 
-    What travels is each schedule's own choice (``schedules.schedule``). The result depends on the arguments
-    alone, so all ranks choose alike. Raises UserError when none can run.
+    ``travels``, forward and backward, is each schedule's own choice unless given (``schedules.schedule``).
+    The result depends on the arguments alone, so all ranks choose alike. Raises UserError when none can run.
     """
-    found = [_candidate(n, layout, shape, topology, causal, window, keys, backward) for n in names]
+    wanted = travels if backward else travels[:1]
+    found = [_candidate(n, layout, shape, topology, causal, window, keys, wanted) for n in names]
     best = min(c.total_s for c in found)
-    if best == float("inf"):
-        raise UserError("no schedule can run", given=", ".join(names), allowed="ring", remedy="Use schedule='ring'.")
+    why = min(found, key=lambda c: SIMPLEST.index(c.name)).refusal
+    if best == float("inf") and why is not None:
+        message = f"no schedule can run: {why.message}"
+        raise UserError(message, given=why.given, allowed=why.allowed, remedy=why.remedy)
     close = [c for c in found if c.total_s <= best * TIE]
     chosen = min(close, key=lambda c: SIMPLEST.index(c.name))
     others = sorted((c for c in found if c is not chosen), key=lambda c: (c.total_s, c.name))
@@ -175,13 +184,13 @@ def _candidate(
     causal: bool,
     window: int | None,
     keys: Layout | None,
-    backward: bool,
+    travels: Sequence[str],
 ) -> Candidate:
     """Predict one schedule; ``usp`` with the best number of ranks that share tokens by heads."""
-    phases: tuple[Phase, ...] = ("forward", "backward") if backward else ("forward",)
+    phases: tuple[Phase, ...] = ("forward", "backward")
     # More members than query heads would leave ranks idle; all ranks together are ulysses.
     shares = [u for u in range(2, min(layout.world, shape.q_heads + 1)) if layout.world % u == 0]
-    best = Candidate(name, None, None, (), refused="no number of ranks divides them into head groups")
+    best = Candidate(name, None, None, (), refusal=_no_groups(layout.world, shape.q_heads))
     for ulysses in shares if name == "usp" else [None]:
         try:
             made = [
@@ -194,19 +203,29 @@ def _candidate(
                     causal=causal,
                     window=window,
                     keys=keys,
+                    travels=wanted,
                     ulysses=ulysses,
                 )
-                for phase in phases
+                for phase, wanted in zip(phases, travels, strict=False)
             ]
         except UserError as error:
-            best = Candidate(name, None, None, (), refused=error.message)
+            best = Candidate(name, None, None, (), refusal=error)
             continue
         timed = [predict(each, shape, topology) for each in made]
-        travels = tuple(each.travels for each in made)
-        candidate = Candidate(name, timed[0], timed[1] if backward else None, travels, ulysses)
+        chosen = tuple(each.travels for each in made)
+        candidate = Candidate(name, timed[0], timed[1] if len(timed) > 1 else None, chosen, ulysses)
         if candidate.total_s < best.total_s:
             best = candidate
     return best
+
+
+def _no_groups(ranks: int, q_heads: int) -> UserError:
+    return UserError(
+        "no number of ranks divides them into head groups",
+        given=f"{ranks} ranks, {q_heads} query heads",
+        allowed="a divisor of the ranks between 1 and all, at most the query heads",
+        remedy="Use another schedule.",
+    )
 
 
 def _ideal_s(

@@ -16,7 +16,9 @@ from torch import Tensor
 from bench.verify.cases import HEADS, LAYOUTS, SCHEDULES, Case, compute, dense, inputs, matrix, run
 from burst.attend import attention
 from burst.layouts import layout
+from burst.planner import plan
 from burst.schedules import schedule
+from burst.topology import MACHINES, Link, topology
 from burst.transport import Transport, VirtualWorld, run_virtual
 
 SIZES = [  # heads, head dim, value dim, batch
@@ -84,6 +86,21 @@ def test_auto_takes_the_planners_choice() -> None:
     case = Case(4, schedule="auto", backward="auto", edges=(0, 64), per_node=2)
     got, _ = compute(case)
     assert all((x - y).abs().max() <= 1e-11 for x, y in zip(got, dense(case), strict=True))
+
+
+@pytest.mark.parametrize("travels", ["kv", "q"])
+def test_auto_keeps_to_the_traveller_that_is_given(travels: str) -> None:
+    where, (q, k, v, _, _) = layout("zigzag", 64, 4), inputs((4, 1), 64, 8, 8, 1)
+    far = topology(4, 1, replace(MACHINES["cpu"], intra=Link(1e12, 1.0)))  # seconds before the first byte
+    assert plan(where, Case(4, heads=(4, 1)).shape(), far).chosen.name == "allgather"  # queries cannot travel in it
+
+    def rank(t: Transport) -> set[str]:
+        own = [where.shard(x, t.rank, 2) for x in (q, k, v)]
+        attention(*own, transport=t, layout=where, topology=far, forward=travels)
+        return set(t.ledger.by_kind()) & {"kv", "q", "part"}
+
+    sent = run_virtual(4, rank)
+    assert "kv" not in set().union(*sent) if travels == "q" else sent == [{"kv"}] * 4
 
 
 @pytest.mark.parametrize("name", ["zigzag", "striped", "contiguous"])
@@ -277,6 +294,29 @@ def test_bf16_error_does_not_grow_with_ranks(heads: tuple[int, int]) -> None:
             # block.
             assert ratios[0] <= (1.2 if accurate else 1.45), (world, ratios)
             assert max(ratios[1:]) <= (1.2 if accurate else 1.5), (world, ratios)
+
+
+def test_accurate_gradients_of_shared_kv_heads_are_rounded_once() -> None:
+    # Eight members share one kv head: its gradient is the sum of eight parts, each from another rank.
+    case = Case(8, schedule="ulysses", heads=(8, 1), edges=(0, 64), dtype=torch.bfloat16, accurate=True)
+    got, want = compute(case)[0][3], dense(case)[3]
+    assert rms(got, want) <= 1.01 * rms(want.bfloat16(), want)
+    assert run(replace(case, world=4))["bytes"]
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+def test_autocast_does_not_round(kernel: str) -> None:
+    where, full = layout("zigzag", 64, 2), [x.float() for x in inputs((4, 2), 64, 16, 16, 1)[:3]]
+
+    def rank(t: Transport, enabled: bool) -> list[Tensor | None]:
+        own = [where.shard(x, t.rank, 2).requires_grad_() for x in full]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = attention(*own, transport=t, layout=where, schedule="ring", kernel=kernel)
+            out.sum().backward()
+        return [out.detach(), *(x.grad for x in own)]
+
+    for plain, cast in zip(*(run_virtual(2, lambda t, on=on: rank(t, on)) for on in (False, True)), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(plain, cast, strict=True))
 
 
 def test_few_ranks_differentiate_short_bf16_blocks_about_as_well_as_one_device() -> None:

@@ -115,6 +115,11 @@ def call_with(t: Transport, n: int = 32, world: int | None = None, **options: An
         ({"backward": "v"}, "unknown backward 'v'"),
         ({"scale": -1.0}, "scale must be positive"),
         ({"window": 0}, "the window holds no key"),
+        ({"window": 0, "schedule": "auto"}, "no schedule can run: the window holds no key"),
+        ({"forward": "v"}, "unknown forward 'v'"),
+        ({"forward": "q", "schedule": "allgather"}, "unknown traveller 'q'"),
+        ({"ulysses": 2}, "only usp has head groups"),
+        ({"ulysses": 2, "schedule": "auto"}, "only usp has head groups"),
         ({"sinks": torch.zeros(3)}, "one logit a head"),
         ({"checkpoint": 1.5}, "checkpoint is a fraction"),
         ({"checkpoint": 0.5, "causal": False}, "checkpoint needs a causal call"),
@@ -131,7 +136,7 @@ def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("odd", OTHERS)
 def test_ranks_that_disagree_are_named_before_the_first_send(odd: dict[str, Any]) -> None:
     world = VirtualWorld(3)
-    with pytest.raises(HostFailure, match="hosts \\[2\\] hold another plan"):
+    with pytest.raises(HostFailure, match=r"hosts \[2\] hold another plan.* here: ring.*float32.*scale 0.35"):
         world.run(lambda t: call_with(t, **(odd if t.rank == 2 else {})))
     assert all(set(t.ledger.by_kind()) == {"agree"} for t in world.transports)
 

@@ -46,6 +46,7 @@ def test_a_small_run(capsys: pytest.CaptureFixture[str], backward: str) -> None:
         assert 0 < low <= row["percent_of_ideal"] <= high
         assert row["percent_with_communication"] <= row["percent_of_ideal"] and row["modelled_exposed_s"] >= 0
         assert name in err
+    assert "head groups" in found["usp"]["not_run"] and "usp: not run" in err  # three ranks have no divisor
     # Each of three ranks sends two blocks of K and V; backward also three of their gradients; 2 heads of 64.
     passes = 2 if backward == "false" else 2 + 2 + 3
     assert found["ring"]["sent_bytes"] == 3 * passes * (96 // 3) * 2 * 2 * 64 * 4

@@ -117,6 +117,8 @@ def test_topologies() -> None:
         ((4, [0, 1]), "one node a rank"),
         ((4, 1, "cdua"), "Did you mean cuda"),
         ((4, 1, replace(PLAIN, flops=0.0)), "above 0"),
+        ((4, 1, replace(PLAIN, flops=float("nan"))), "above 0"),
+        ((0, 1), "needs a rank"),
     ):
         with pytest.raises(UserError, match=said):
             topology(*arguments)
@@ -132,6 +134,40 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["history"] == 60000
     assert run([*common, "--layout", "zigzig"]) == 2
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["error"]["given"] == "zigzig"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--batch -1",
+        "--head-dim 0",
+        "--q-heads 0",
+        "--kv-heads 0",
+        "--element-bytes 0",
+        "--grad-bytes 0",
+        "--window 0",
+        "--q-heads 7 --kv-heads 2",
+        "--intra-bandwidth nan",
+        "--ranks 0",
+        "--history -1",
+        "--tokens -1",
+    ],
+)
+def test_command_line_refuses_nonsense(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--tokens", "64", "--ranks", "2", *words.split()]) == 2
+    error = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
+    assert error["message"] and error["remedy"] and "Use schedule" not in error["remedy"]
+
+
+def test_command_line_counts_partial_outputs_in_their_type(capsys: pytest.CaptureFixture[str]) -> None:
+    sent = []
+    for size in ("2", "4"):
+        words = "--tokens 64 --history 6400 --ranks 2 --q-heads 8 --kv-heads 8 --head-dim 64 --element-bytes"
+        assert run([*words.split(), size]) == 0
+        rows = json.loads(capsys.readouterr().out.splitlines()[-1])["candidates"]
+        sent.append(next(row["intra_bytes"] for row in rows if row["schedule"] == "ring" and row["travels"] == ["q"]))
+    # 64 rows of 8 heads: queries and partial outputs of 64 numbers, and an lse of 4 bytes.
+    assert sent == [64 * 8 * (64 * size * 2 + 4) for size in (2, 4)]
 
 
 def test_module_runs_as_a_program() -> None:

@@ -28,7 +28,8 @@ def rows(settings: AttentionSettings, tell: Callable[[str], None]) -> list[Row]:
     want = dense(tuple(x.double() for x in small), settings.backward)
     dense(whole, settings.backward)
     speed = settings.flops() / seconds(lambda: dense(whole, settings.backward), settings.device)
-    runs = [Ours(settings, c) for c in candidates(settings, speed) if c.forward is not None]
+    found_plans = candidates(settings, speed)
+    runs = [Ours(settings, c) for c in found_plans if c.forward is not None]
     parts = runs[0].sharded(whole)
     dense_s: list[float] = []
     works: list[list[list[float]]] = [[] for _ in runs]
@@ -49,6 +50,7 @@ def rows(settings: AttentionSettings, tell: Callable[[str], None]) -> list[Row]:
     for each, work, count in zip(runs, works, sent, strict=True):
         out.append(_row(each.candidate, settings, dense_s, work) | {"sent_bytes": count})
         out[-1]["error"] = each.error(small, want)
+    out += [{"name": c.name, "not_run": c.refused} for c in found_plans if c.forward is None]
     return out + [_peer(name, settings, statistics.median(dense_s), tell) for name in PEERS]
 
 

@@ -16,12 +16,13 @@ from burst.merge import accumulate_dtype
 
 def attend(q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Compute softmax(scale q k^T) v and its lse in fp32 (fp64 for fp64); ``out`` is rounded to q's dtype."""
-    q_BKRD, k, v = _grouped(q_BHSD, k_BKTD.shape[1]), _wide(k_BKTD), _wide(v_BKTE)
-    scores_BHST = _scores(q_BKRD, k, q_BHSD.shape, causal, scale)
-    lse_BHS = scores_BHST.logsumexp(-1)
-    weights_BKRT = (scores_BHST - lse_BHS.unsqueeze(-1)).exp().view(*q_BKRD.shape[:3], -1)
-    out_BHSE = (weights_BKRT @ v).view(*q_BHSD.shape[:3], v.shape[3])
-    return out_BHSE.to(q_BHSD.dtype), lse_BHS
+    with torch.autocast(q_BHSD.device.type, enabled=False):  # it would round what is multiplied
+        q_BKRD, k, v = _grouped(q_BHSD, k_BKTD.shape[1]), _wide(k_BKTD), _wide(v_BKTE)
+        scores_BHST = _scores(q_BKRD, k, q_BHSD.shape, causal, scale)
+        lse_BHS = scores_BHST.logsumexp(-1)
+        weights_BKRT = (scores_BHST - lse_BHS.unsqueeze(-1)).exp().view(*q_BKRD.shape[:3], -1)
+        out_BHSE = (weights_BKRT @ v).view(*q_BHSD.shape[:3], v.shape[3])
+        return out_BHSE.to(q_BHSD.dtype), lse_BHS
 
 
 def backward(
@@ -36,19 +37,20 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute P = exp(scale q k^T - lse), dS = P (dO V^T - delta) scale, dS K, dS^T Q and P^T dO."""
-    if delta_BHS is None:
-        assert out_BHSE is not None
-        delta_BHS = row_sums(dout_BHSE, out_BHSE)
-    kv_heads, shape = k_BKTD.shape[1], q_BHSD.shape
-    q_BKRD, dout_BKRE = _grouped(q_BHSD, kv_heads), _grouped(dout_BHSE, kv_heads)
-    k, v = _wide(k_BKTD), _wide(v_BKTE)
-    scores_BHST = _scores(q_BKRD, k, shape, causal, scale)
-    weights_BKRT = (scores_BHST - lse_BHS.unsqueeze(-1)).exp().view(*q_BKRD.shape[:3], -1)
-    delta_BKR1 = delta_BHS.reshape(*q_BKRD.shape[:3], 1)
-    dscores_BKRT = weights_BKRT * (dout_BKRE @ v.mT - delta_BKR1) * scale
-    dq_BHSD = (dscores_BKRT @ k).view(shape)
-    dk_BKTD, dv_BKTE = dscores_BKRT.mT @ q_BKRD, weights_BKRT.mT @ dout_BKRE
-    return dq_BHSD.to(q_BHSD.dtype), dk_BKTD.to(q_BHSD.dtype), dv_BKTE.to(q_BHSD.dtype)
+    with torch.autocast(q_BHSD.device.type, enabled=False):  # it would round what is multiplied
+        if delta_BHS is None:
+            assert out_BHSE is not None
+            delta_BHS = row_sums(dout_BHSE, out_BHSE)
+        kv_heads, shape = k_BKTD.shape[1], q_BHSD.shape
+        q_BKRD, dout_BKRE = _grouped(q_BHSD, kv_heads), _grouped(dout_BHSE, kv_heads)
+        k, v = _wide(k_BKTD), _wide(v_BKTE)
+        scores_BHST = _scores(q_BKRD, k, shape, causal, scale)
+        weights_BKRT = (scores_BHST - lse_BHS.unsqueeze(-1)).exp().view(*q_BKRD.shape[:3], -1)
+        delta_BKR1 = delta_BHS.reshape(*q_BKRD.shape[:3], 1)
+        dscores_BKRT = weights_BKRT * (dout_BKRE @ v.mT - delta_BKR1) * scale
+        dq_BHSD = (dscores_BKRT @ k).view(shape)
+        dk_BKTD, dv_BKTE = dscores_BKRT.mT @ q_BKRD, weights_BKRT.mT @ dout_BKRE
+        return dq_BHSD.to(q_BHSD.dtype), dk_BKTD.to(q_BHSD.dtype), dv_BKTE.to(q_BHSD.dtype)
 
 
 def _grouped(x_BHSD: Tensor, kv_heads: int) -> Tensor:

@@ -18,7 +18,7 @@ there is none):
     dkv   gradients of keys and values, likewise
     qkv   queries, keys, values of one head group, element type (to the head group)
     dout  dO of one head group, element type (to the head group)
-    dqkv  gradients of queries, keys, values of one head group, element type (back from the head group)
+    dqkv  gradients of queries, keys, values of one head group, partial type (back from the head group)
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class AttentionShape:
     element_size: int = 2  # activations (e)
     grad_size: int = 4  # gradients on the wire (eg)
     state_size: int = 4  # L and D: fp32; 8 for fp64
-    partial_size: int = 2  # partial outputs of pass-Q on the wire; 4 in the accurate mode
+    partial_size: int = 2  # partial outputs of pass-Q and dqkv on the wire; 4 in the accurate mode
 
     def row_bytes(self, role: Role, heads: Heads | None = None) -> int:
         """Bytes of one token of a role, for the given heads (all when None). Source: burst.md 1.3 and 1.7."""
@@ -177,7 +177,7 @@ class AttentionShape:
             "dkv": nk * (d + dv) * eg,
             "qkv": (nq * d + nk * (d + dv)) * e,
             "dout": nq * dv * e,
-            "dqkv": (nq * d + nk * (d + dv)) * e,
+            "dqkv": (nq * d + nk * (d + dv)) * self.partial_size,
         }
         return size[role] * self.batch
 

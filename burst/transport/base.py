@@ -155,10 +155,10 @@ class Transport(ABC):
         peers = [r for r in range(self.world) if r != src]
         return self.exchange([Message(r, x) for r in peers], [], kind=kind, step=step)
 
-    def agree(self, text: str, *, step: str) -> None:
+    def agree(self, text: str, *, step: str, here: str = "") -> None:
         """Check that all ranks hold the same description before the first send; raises HostFailure naming who differs.
 
-        Costs 32 bytes to each peer (kind ``agree``).
+        ``here`` tells people what this rank holds. Costs 32 bytes to each peer (kind ``agree``).
         """
         digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
         digest = digest.to(self.device)
@@ -166,16 +166,17 @@ class Transport(ABC):
         odd = [r for r, part in enumerate(parts) if not torch.equal(part, parts[0])]
         if odd:
             raise HostFailure(
-                f"hosts {odd} hold another plan than host 0; all must run the same request and version",
+                f"hosts {odd} hold another plan than host 0; all must run the same request and version"
+                + (f"; here: {here}" if here else ""),
                 rank=odd[0],
                 step=step,
                 peer=0,
             )
 
-    def agree_once(self, text: str, *, step: str) -> None:
+    def agree_once(self, text: str, *, step: str, here: str = "") -> None:
         """As ``agree``, but each text once: all ranks make the same calls, so they also skip the same ones."""
         if text not in self.agreed:
-            self.agree(text, step=step)
+            self.agree(text, step=step, here=here)
             self.agreed.add(text)
 
     # -- for implementations ------------------------------------------------------------------------------------

@@ -180,13 +180,13 @@ class ProcessGroupTransport(Transport):
     ) -> Handle:
         return _Relay(self, sends, recvs, kind, step, forward_to)
 
-    def agree_once(self, text: str, *, step: str) -> None:
+    def agree_once(self, text: str, *, step: str, here: str = "") -> None:
         # gloo ends the whole process when a message is longer than its receiver expects, before anyone can raise.
         # So its ranks compare every time; NCCL's compare once, because reading the answer stops the device.
         if self.on_gpu:
-            super().agree_once(text, step=step)
+            super().agree_once(text, step=step, here=here)
         else:
-            self.agree(text, step=step)
+            self.agree(text, step=step, here=here)
 
     def open(self, channels: Sequence[str]) -> None:
         # A communicator a channel, and so a stream of its own, on NCCL; gloo's operations do not wait for each other.
