@@ -14,7 +14,8 @@ from torch import Tensor
 
 from apb.compress.base import Candidates, Compressor, Projections, top_rows
 from apb.kv.cache import LayerKV
-from apb.plan import Attend, Pass, PrefillPlan, Region, Select, WaitPassing
+from apb.plan import PrefillPlan
+from apb.steps import Attend, Pass, Region, Select, WaitPassing
 from burst.kernels import Kernel
 from burst.merge import Accumulator
 from burst.transport import Handle, Transport

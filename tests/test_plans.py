@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from apb.compress import Candidates, compressor, top_rows
 from apb.engine import Engine
-from apb.plan import Attend, ModelShape, PromptLengths, Select
+from apb.plan import ModelShape, PromptLengths
+from apb.steps import Attend, Select
 from apb.strategies import Strategy, strategy
 from burst.errors import UserError
 from tests.tiny import tiny_engine, tiny_llama

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from apb.engine import Engine
-from apb.plan import Attend, ModelShape, PrefillPlan
+from apb.plan import ModelShape, PrefillPlan
+from apb.steps import Attend
 from apb.strategies import strategy
 from bench.twin import Sizes, Twin, sizes, twin
 from burst.errors import UserError

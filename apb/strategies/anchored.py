@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from apb.plan import Attend, HostPlan, ModelShape, Pass, PrefillPlan, PromptLengths, Region, Select, Step, WaitPassing
+from apb.plan import ModelShape, PrefillPlan, PromptLengths
+from apb.steps import Attend, HostPlan, Pass, Region, Select, Step, WaitPassing
 
 
 def anchored_plan(

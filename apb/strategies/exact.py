@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from apb.compress.base import Compressor
-from apb.plan import AttendAll, HostPlan, ModelShape, PrefillPlan, PromptLengths, blocks
+from apb.plan import ModelShape, PrefillPlan, PromptLengths, blocks
 from apb.spread import Spread
+from apb.steps import AttendAll, HostPlan
 from apb.strategies.base import Strategy
 from burst.errors import choose
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from apb.compress.base import Compressor
-from apb.plan import Attend, HostPlan, ModelShape, PrefillPlan, PromptLengths, blocks
+from apb.plan import ModelShape, PrefillPlan, PromptLengths, blocks
+from apb.steps import Attend, HostPlan
 from apb.strategies.base import Strategy
 from burst.errors import UserError
 
