@@ -15,7 +15,7 @@ from burst.blocks import Blocks
 from burst.buffers import Form
 from burst.errors import UserError, choose
 from burst.kernels import kernel
-from burst.kernels.base import DTYPES
+from burst.kernels.base import check_inputs, refuse
 from burst.layouts import Layout
 from burst.masks import Span
 from burst.planner import plan
@@ -73,6 +73,7 @@ def make_call(
     options: Options,
 ) -> Call:
     """Check the arguments, make the schedules and let the ranks agree on them; see ``burst.attention``."""
+    check_inputs("attention", q, k, v, options.scale)
     form = _form(q, k, v, options.accurate)
     _check(q, k, sinks, transport, layout, options)
     blocks = Blocks(
@@ -186,19 +187,9 @@ def _agree(call: Call, sinks: Tensor | None) -> None:
 
 
 def _form(q: Tensor, k: Tensor, v: Tensor, accurate: bool) -> Form:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not q.dim() == k.dim() == v.dim() == 4:
-        _refuse("q, k and v need 4 dims", shapes, "(batch, heads, tokens, head dim)", "Reshape them.")
-    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
-        given = f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
-        _refuse("q, k and v need one float dtype", given, ", ".join(map(str, DTYPES)), "Cast them.")
-    if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0]:
-        _refuse("k and v do not belong together, or not to q", shapes, "one batch size", "Check k and v.")
-    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        given = f"{q.shape[1]} over {k.shape[1]} kv heads"
-        _refuse("heads do not group", given, "a whole ratio", "Pass k and v unrepeated.")
-    if k.shape[3] != q.shape[3] or q.shape[3] == 0 or v.shape[3] == 0:
-        _refuse("q and k differ in head dim", shapes, "one head dim, 1 or more", "Check the projections.")
+    if q.shape[1] == 0 or v.shape[3] == 0:
+        given = f"{q.shape[1]} query heads, value dim {v.shape[3]}"
+        _refuse("there is nothing to attend with", given, "1 or more", "Check the projections.")
     return Form(q.shape[0], q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype, accurate)
 
 
@@ -222,8 +213,6 @@ def _check(q: Tensor, k: Tensor, sinks: Tensor | None, transport: Transport, lay
         _refuse("tensors and transport differ in their device", q.device, transport.device, "Move the tensors.")
     if options.ulysses is not None and options.schedule != "usp":
         _refuse("only usp has head groups", f"ulysses {options.ulysses}", "None", "Set schedule='usp', or no ulysses.")
-    if options.scale is not None and not 0 < options.scale < float("inf"):
-        _refuse("the scale must be positive", options.scale, "0 < scale < inf", "Leave it None for 1/sqrt(D).")
     if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
         _refuse("sinks must hold one logit a head", tuple(sinks.shape), (q.shape[1],), "Pass (H,).")
     if options.checkpoint is not None:
@@ -235,4 +224,4 @@ def _check(q: Tensor, k: Tensor, sinks: Tensor | None, transport: Transport, lay
 
 
 def _refuse(message: str, given: object, allowed: object, remedy: str) -> NoReturn:
-    raise UserError(f"attention: {message}", given=given, allowed=allowed, remedy=remedy)
+    refuse("attention", message, given, allowed, remedy)

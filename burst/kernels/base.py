@@ -153,35 +153,45 @@ class Checked:
                 self._refuse(f"{name} must not be rounded", x.dtype, accumulate_dtype(q.dtype), "Keep its dtype.")
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> None:
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        if not q.dim() == k.dim() == v.dim() == 4:
-            self._refuse("q, k and v need 4 dims", shapes, "(batch, heads, tokens, head dim)", "Reshape them.")
-        if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
-            given = f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
-            self._refuse("q, k and v need one float dtype", given, ", ".join(map(str, DTYPES)), "Cast them.")
+        check_inputs(f"kernel '{self.name}'", q, k, v, scale)
         if not q.device == k.device == v.device or self.device not in (None, q.device.type):
             given = f"q {q.device}, k {k.device}, v {v.device}"
             remedy = "Move the tensors, or choose the kernel 'auto'."
             self._refuse("the inputs' device does not fit", given, self.device or "one device", remedy)
-        batch, heads, length, dim = q.shape
-        if k.shape[:3] != v.shape[:3] or k.shape[0] != batch:
-            self._refuse("k and v do not belong together, or not to q", shapes, "one batch size", "Check k and v.")
-        if k.shape[1] == 0 or heads % k.shape[1]:
-            remedy = "Pass k and v unrepeated, with a number of kv heads that divides the query heads."
-            self._refuse("heads do not group", f"{heads} over {k.shape[1]} kv heads", "a whole ratio", remedy)
-        if k.shape[3] != dim or dim == 0:
-            self._refuse("q and k differ in head dim", shapes, "one head dim, 1 or more", "Check the projections.")
-        if v.shape[3] != dim and not self.any_value_dim:
+        length, dim, value_dim = q.shape[2], q.shape[3], v.shape[3]
+        if value_dim != dim and not self.any_value_dim:
             remedy = "Choose the kernel 'reference', or pad v with zeros and cut the output."
-            self._refuse("the value dim must equal the head dim", shapes, f"value dim {dim}", remedy)
+            self._refuse("the value dim must equal the head dim", value_dim, f"value dim {dim}", remedy)
         if causal and length != k.shape[2]:
             remedy = "Attend to the earlier keys with causal=False and merge the two parts."
             self._refuse("causal needs a square block", f"{length} x {k.shape[2]}", "S == T", remedy)
-        if scale is not None and not 0 < scale < math.inf:
-            self._refuse("the scale must be positive", scale, "0 < scale < inf", "Leave it None for 1/sqrt(D).")
 
     def _refuse(self, message: str, given: object, allowed: object, remedy: str) -> NoReturn:
-        raise UserError(f"kernel '{self.name}': {message}", given=given, allowed=allowed, remedy=remedy)
+        refuse(f"kernel '{self.name}'", message, given, allowed, remedy)
+
+
+def check_inputs(who: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+    """Raise UserError, in the name of ``who``, unless these can be q, k and v of one attention."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4:
+        refuse(who, "q, k and v need 4 dims", shapes, "(batch, heads, tokens, head dim)", "Reshape them.")
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        given = f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
+        refuse(who, "q, k and v need one float dtype", given, ", ".join(map(str, DTYPES)), "Cast them.")
+    if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0]:
+        refuse(who, "k and v do not belong together, or not to q", shapes, "one batch size", "Check k and v.")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        remedy = "Pass k and v unrepeated, with a number of kv heads that divides the query heads."
+        refuse(who, "heads do not group", f"{q.shape[1]} over {k.shape[1]} kv heads", "a whole ratio", remedy)
+    if k.shape[3] != q.shape[3] or q.shape[3] == 0:
+        refuse(who, "q and k differ in head dim", shapes, "one head dim, 1 or more", "Check the projections.")
+    if scale is not None and not 0 < scale < math.inf:
+        refuse(who, "the scale must be positive", scale, "0 < scale < inf", "Leave it None for 1/sqrt(D).")
+
+
+def refuse(who: str, message: str, given: object, allowed: object, remedy: str) -> NoReturn:
+    """Raise UserError in the name of ``who``."""
+    raise UserError(f"{who}: {message}", given=given, allowed=allowed, remedy=remedy)
 
 
 def row_sums(dout: Tensor, out: Tensor) -> Tensor:

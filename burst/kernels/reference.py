@@ -6,6 +6,7 @@ Shapes: B batch, H query heads, K kv heads, G = H / K, S queries, T keys, D head
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from burst.merge import accumulate_dtype
 
 def attend(q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Compute softmax(scale q k^T) v and its lse in fp32 (fp64 for fp64); ``out`` is rounded to q's dtype."""
-    with torch.autocast(q_BHSD.device.type, enabled=False):  # it would round what is multiplied
+    with _as_given(q_BHSD.device):
         q_BKRD, k, v = _grouped(q_BHSD, k_BKTD.shape[1]), _wide(k_BKTD), _wide(v_BKTE)
         scores_BHST = _scores(q_BKRD, k, q_BHSD.shape, causal, scale)
         lse_BHS = scores_BHST.logsumexp(-1)
@@ -37,7 +38,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute P = exp(scale q k^T - lse), dS = P (dO V^T - delta) scale, dS K, dS^T Q and P^T dO."""
-    with torch.autocast(q_BHSD.device.type, enabled=False):  # it would round what is multiplied
+    with _as_given(q_BHSD.device):
         if delta_BHS is None:
             assert out_BHSE is not None
             delta_BHS = row_sums(dout_BHSE, out_BHSE)
@@ -51,6 +52,12 @@ def backward(
         dq_BHSD = (dscores_BKRT @ k).view(shape)
         dk_BKTD, dv_BKTE = dscores_BKRT.mT @ q_BKRD, weights_BKRT.mT @ dout_BKRE
         return dq_BHSD.to(q_BHSD.dtype), dk_BKTD.to(q_BHSD.dtype), dv_BKTE.to(q_BHSD.dtype)
+
+
+def _as_given(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which autocast does not round what is multiplied."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def _grouped(x_BHSD: Tensor, kv_heads: int) -> Tensor:
