@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.verify.cases import Case, compute, dense, inputs, matrix, run
+from bench.verify.cases import GRAD_ATOL, OUT_ATOL, Case, compute, dense, inputs, matrix, run
+from bench.verify.faults import TIMEOUT_S
 from bench.verify.faults import one as fault
 from bench.verify.runner import Recorder
 from burst.attend import attention
@@ -29,7 +31,7 @@ FAULTS = 200
 
 
 def check(recorder: Recorder, model: str) -> dict[str, Any]:
-    """Run the four parts; a stopped run goes on from its file. ``model`` plays no part."""
+    """Run the four parts; a stopped run goes on from its file, at whatever commit. ``model`` plays no part."""
     for where, cases in groupby(matrix(), lambda c: (c.edges, c.heads, c.causal, c.window, c.sinks, c.world)):
         edges, heads, causal, window, sinks, world = where
         mask = f"causal={causal}/window={window}/sinks={sinks}"
@@ -47,15 +49,50 @@ def check(recorder: Recorder, model: str) -> dict[str, Any]:
                 recorder.sample(key, partial(_overhead, dtype, heads, backward, gradients))
     for seed in range(FAULTS):
         recorder.sample(f"burst/fault/{seed}", partial(fault, seed))
-    out: dict[str, Any] = {"ok": all(row["ok"] for row in recorder.rows("burst/"))}
-    exact = list(recorder.rows("burst/exact/"))
-    out["cases"] = sum(row["cases"] for row in exact)
-    out["max_out_error"] = max(row["out_error"] for row in exact)
-    out["max_grad_error"] = max(row["grad_error"] for row in exact)
-    out["precision"] = {row["key"]: row["times_one_device"] for row in recorder.rows("burst/precision/")}
-    out["overhead"] = {row["key"]: row["times_bare"] for row in recorder.rows("burst/overhead/")}
-    out["faults"] = sum(1 for _ in recorder.rows("burst/fault/"))
-    return out
+    return summary(recorder)
+
+
+def summary(recorder: Recorder) -> dict[str, Any]:
+    """Return what the samples say together, part by part, each with the commits that were measured."""
+    exact, precision, overhead, faults = (
+        {row["key"]: row for row in recorder.rows(f"burst/{part}/")}
+        for part in ("exact", "precision", "overhead", "fault")
+    )
+    shown = ("times_bare", "spread", "share_of_dense", "dense_cpu_s")
+    return {
+        "ok": all(row["ok"] for row in recorder.rows("burst/")),
+        "exact": {
+            "samples": len(exact),
+            "cases": sum(row["cases"] for row in exact.values()),
+            "failed": [key for row in exact.values() for key in row["failed"]],
+            "max_out_error": max(row["out_error"] for row in exact.values()),
+            "max_grad_error": max(row["grad_error"] for row in exact.values()),
+            "limits": [OUT_ATOL, GRAD_ATOL],
+            "commits": _commits(exact),
+        },
+        "precision": {key: row["times_one_device"] for key, row in precision.items()}
+        | {"columns": ["out", "dq", "dk", "dv"], "commits": _commits(precision)},
+        "overhead": {key: {name: row[name] for name in shown} for key, row in overhead.items()}
+        | {"limits": [OVERHEAD, OF_DENSE], "commits": _commits(overhead)},
+        "faults": {
+            "runs": len(faults),
+            "raised": sum(_raised(row) for row in faults.values()),
+            "hung": sum(bool(row["hung"]) for row in faults.values()),
+            "failed": [key for key, row in faults.items() if not row["ok"]],
+            "slowest_s": max(row["slowest_s"] for row in faults.values()),
+            "deadline_s": TIMEOUT_S,
+            "commits": _commits(faults),
+        },
+    }
+
+
+def _commits(rows: dict[str, dict[str, Any]]) -> dict[str, int]:
+    return dict(Counter(row.get("commit", "unknown") for row in rows.values()))
+
+
+def _raised(row: dict[str, Any]) -> bool:
+    """Whether the fault struck: in the other runs the rank went wrong after its last message."""
+    return any(each and each["raised"] != "nothing" for each in row["found"].values())
 
 
 def _exact(cases: list[Case]) -> dict[str, Any]:
