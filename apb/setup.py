@@ -174,7 +174,7 @@ def _compressor(chosen: Strategy, given: str | Compressor | None) -> Compressor 
                 f"strategy '{chosen.name}' takes no compressor",
                 given=given if isinstance(given, str) else given.name,
                 allowed="no compress setting",
-                remedy="Leave compress out, or choose strategy=apb.",
+                remedy="Leave compress out, or choose strategy=apb or spava.",
             )
         return None
     return compressor(given or DEFAULT_COMPRESSOR) if not isinstance(given, Compressor) else given

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from apb.engine import Engine
 from apb.models.adapter import Adapter
-from apb.plan import AttendAll, PrefillPlan, PromptLengths
+from apb.plan import PrefillPlan, PromptLengths
+from apb.steps import AttendAll
 from apb.strategies import strategy
 from bench.twin import Twin, twin
 from burst.errors import UserError

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from apb.compress import Candidates, compressor, top_rows
 from apb.engine import Engine
-from apb.plan import Attend, ModelShape, PromptLengths, Select
+from apb.plan import ModelShape, PromptLengths
+from apb.steps import Attend, Select
 from apb.strategies import Strategy, strategy
 from burst.errors import UserError
 from tests.tiny import tiny_engine, tiny_llama
@@ -68,7 +69,7 @@ def test_what_cannot_be_planned_is_refused() -> None:
     with pytest.raises(UserError, match="passing route"):
         strategy("apb", passing="rings").plan(lengths, 2, SHAPE, compressor("norm"))
     with pytest.raises(UserError, match="no option"):
-        strategy("apb", anchor=3)
+        strategy("apb", ancor=3)
     with pytest.raises(UserError, match="unknown strategy"):
         strategy("abp")
 
