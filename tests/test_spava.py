@@ -10,14 +10,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from apb.compress import compressor
+from apb.host import Host, HostSpec, PrefillRequest
 from apb.plan import ModelShape, PrefillPlan, PromptLengths
 from apb.steps import Attend, GatherAnchor, Select
 from apb.strategies import Strategy, strategy
 from apb.strategies.anchored import even_shares
+from bench.ruler.budget import critical_flops, fit
 from burst.errors import UserError
+from burst.transport import Transport, VirtualWorld
+from burst.transport.process_group import ProcessGroupTransport
+from tests.pool import Rank, shared_pool
+from tests.test_passing import CONTEXT, LAYERS, Event, requests, virtual_events
 from tests.test_plans import LENGTHS, SHAPE
+from tests.test_strategies import check
 from tests.tiny import make_prompt, tiny_engine, tiny_llama
 
 SMALL = ModelShape(30, 576, 1536, 9, 3, 64, 49152, 106_168_320, 28_311_552, 134_515_008, 4, 8192)
@@ -122,6 +130,22 @@ def test_even_shares_leave_the_busiest_host_as_little_as_possible(work: list[int
     assert tokens == 0 or sum(max(0, (top - 1 - w) // each) for w in work) < tokens
 
 
+# -- what is computed -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("passing", ["ring", "allgather"])
+@pytest.mark.parametrize("hosts", range(1, 9))
+@pytest.mark.parametrize("select", ["query", "norm"])
+def test_a_shared_anchor_equals_the_twin(select: str, hosts: int, passing: str) -> None:
+    check("apb", hosts, select, lengths=(499, 5, 6), passing=passing, anchor="shared")
+
+
+@pytest.mark.parametrize("select", ["query", "norm"])
+@pytest.mark.parametrize("lengths", [(701, 5, 6), (131, 2, 40), (17, 3, 2)])
+def test_published_lengths_equal_the_twin(lengths: tuple[int, int, int], select: str) -> None:
+    check("spava", 5, select, lengths=lengths, published=True)
+
+
 def test_a_shared_anchor_gives_what_recomputed_ones_give() -> None:
     prompt, found = make_prompt(499), []
     for form in ("recomputed", "shared"):
@@ -180,3 +204,85 @@ def test_hosts_that_nothing_can_be_given_to_are_refused(hosts: int) -> None:
     with pytest.raises(UserError):
         strategy("spava").plan(lengths, hosts, SHAPE, compressor("norm"))
     assert strategy("spava").plan(dataclasses.replace(lengths, context=8), 8, SHAPE, compressor("norm")).hosts == 8
+
+
+def test_lengths_are_fitted_to_a_cost() -> None:
+    prompt = make_prompt(1503, head=20, question=30)
+    setups = [tiny_engine(tiny_llama(torch.float32), strategy(name), 8, "query").setup for name in ("apb", "spava")]
+    flops = critical_flops(setups[0].plan(prompt))
+    fitted = fit(setups[1], prompt.lengths, flops=flops)
+    plan = fitted.plan(prompt.lengths, 8, setups[1].shape, compressor("query"))
+    assert 0.97 * flops < critical_flops(plan) <= flops
+    assert plan.kept_rows[1] > 2 * setups[1].plan(prompt).kept_rows[1]
+
+
+# -- two blocks a host and a shared anchor ----------------------------------------------------------------
+
+
+def check_rounds(events: list[Event], hosts: int, asks: bool) -> None:
+    """Per layer: what is sent is here before anyone waits for it, and blocks are attended to in between.
+
+    Where selection asks the question, it must wait for the anchor; the first block's own attention hides that, and the
+    second block's hides the passing. The first block attends to passed rows while the second one's are under way.
+    """
+    for layer in range(LAYERS):
+        steps = [f"layer {layer}: {name}" for name in ("anchor", "passing 0", "passing 1")]
+        for step in steps:
+            mine = [e for e in events if e[2] == step]
+            arrived = [i for i, e in enumerate(mine) if e[1] == "arrive"]
+            waited = [i for i, e in enumerate(mine) if e[1] == "wait"]
+            assert arrived and max(arrived) < min(waited), f"{step} was still under way when a rank waited"
+            assert len(waited) == len([e for e in mine if e[1] == "post"]) == hosts
+        for rank in range(hosts):
+            mine = [e[1:] for e in events if e[0] == rank]
+            at = {(kind, step): mine.index((kind, step, -1)) for kind in ("post", "wait") for step in steps}
+            anchor, first, second = steps
+
+            def hidden(step: str, mine: list[Any] = mine, at: dict[Any, int] = at) -> list[str]:
+                between = mine[at["post", step] : at["wait", step]]
+                return [kind for event, kind, rows in between if event == "attend" and rows >= CONTEXT // (2 * hosts)]
+
+            assert hidden(anchor)[0] == "causal" and "causal" in hidden(first) and len(hidden(first)) < 3
+            assert len(hidden(second)) == len(hidden(first)) + (1 if rank else 0)  # block 0 attends to itself alone
+            assert at["post", anchor] < at["post", first] < at["post", second]
+            assert (at["wait", anchor] < at["post", first]) == asks
+            assert at["post", second] < at["wait", first] < at["wait", second]
+
+
+@pytest.mark.parametrize("select", ["query", "norm"])
+@pytest.mark.parametrize("hosts", [2, 4, 8])
+def test_one_block_is_passed_while_the_other_is_attended_to(hosts: int, select: str) -> None:
+    check_rounds(virtual_events(hosts, "spava", select), hosts, asks=select == "query")
+
+
+def test_the_check_finds_rows_that_are_received_only_in_wait() -> None:
+    with pytest.raises(AssertionError, match="passing 0 was still under way"):
+        check_rounds(virtual_events(3, "spava", lazy=True), 3, asks=True)
+
+
+# -- processes ------------------------------------------------------------------------------------------
+
+
+def prefill_on_one(t: Transport, made: list[PrefillRequest]) -> tuple[Tensor, dict[str, int]]:
+    """Prefill one host's share; returns the last layer's KV and what was sent."""
+    report = Host(HostSpec("tiny", "float32", "cpu"), t, tiny_llama(torch.float32))
+    sent = report.prefill(made[t.rank]).bytes_by_kind
+    cache = report._caches["a"].context[-1]
+    return torch.stack([cache.k_BKTD, cache.v_BKTD]), sent
+
+
+def prefill_in_process(me: Rank, made: list[PrefillRequest]) -> tuple[Any, dict[str, int]]:
+    kv, sent = prefill_on_one(ProcessGroupTransport(timeout_s=30.0), made)
+    return kv.numpy(), sent
+
+
+@pytest.mark.parametrize("name, options", [("spava", {}), ("apb", {"anchor": "shared"})])
+def test_processes_compute_what_virtual_hosts_do(name: str, options: dict[str, Any]) -> None:
+    prompt, world = make_prompt(CONTEXT), 4
+    plan = strategy(name, **options).plan(prompt.lengths, world, tiny_llama(torch.float32).shape, compressor("query"))
+    made = requests(prompt, plan)
+    want = VirtualWorld(world).run(lambda t: prefill_on_one(t, made))
+    for rank, (kv, sent) in enumerate(shared_pool(world).run(prefill_in_process, made)):
+        torch.testing.assert_close(torch.from_numpy(kv), want[rank][0], atol=1e-5, rtol=1e-5)
+        assert sent.pop("agree") == 32 * (world - 1)
+        assert sent == {kind: count for kind, count in plan.prefill_bytes(rank).items() if count}

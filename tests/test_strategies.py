@@ -225,19 +225,6 @@ def test_explicit_lengths_equal_the_twin(select: str, anchor_len: int | None, pa
         check("spava", 3, select, lengths=lengths, anchor_len=anchor_len, passing_len=passing_len)
 
 
-@pytest.mark.parametrize("passing", ["ring", "allgather"])
-@pytest.mark.parametrize("hosts", range(1, 9))
-@pytest.mark.parametrize("select", ["query", "norm"])
-def test_a_shared_anchor_equals_the_twin(select: str, hosts: int, passing: str) -> None:
-    check("apb", hosts, select, lengths=(499, 5, 6), passing=passing, anchor="shared")
-
-
-@pytest.mark.parametrize("select", ["query", "norm"])
-@pytest.mark.parametrize("lengths", [(701, 5, 6), (131, 2, 40), (17, 3, 2)])
-def test_published_lengths_equal_the_twin(lengths: tuple[int, int, int], select: str) -> None:
-    check("spava", 5, select, lengths=lengths, published=True)
-
-
 def test_full_equals_the_model_itself() -> None:
     model = tiny.build(tiny.llama_config())
     prompt = make_prompt(997)
