@@ -32,7 +32,8 @@ class _Layer:
     projections: Projections | None
     rows: list[slice]  # where each block stands in S
     blocks: list[LayerKV]
-    anchor: list[LayerKV]  # in parts, by the hosts that ran them; this host's own until the others are here
+    share: LayerKV  # the anchor's rows that this host runs
+    anchor: list[LayerKV]  # all of the anchor, in parts by the hosts that ran them
     question: list[Tensor]  # the embedded question's queries (B, H, Q, D), in parts
     passed: dict[int, Tensor]  # selected rows (2, B, K, R, D) by the number of the block they come from
 
@@ -73,6 +74,7 @@ class PrefillAttention:
         # Copies, so that the kept KV does not hold the anchor's rows in memory.
         kept = LayerKV(k_BKSD[:, :, a:].clone(), v_BKSD[:, :, a:].clone())
         self.kept.append(kept)
+        share = LayerKV(k_BKSD[:, :, :a], v_BKSD[:, :, :a])
         sizes = [stop - start for start, stop in self.host.spans]
         ends = list(itertools.accumulate(sizes, initial=a))
         parts = zip(kept.k_BKTD.split(sizes, dim=2), kept.v_BKTD.split(sizes, dim=2), strict=True)
@@ -83,7 +85,8 @@ class PrefillAttention:
             projections=projections,
             rows=[slice(start, stop) for start, stop in itertools.pairwise(ends)],
             blocks=[LayerKV(k, v) for k, v in parts],
-            anchor=[LayerKV(k_BKSD[:, :, :a], v_BKSD[:, :, :a])],
+            share=share,
+            anchor=[share],
             question=[q_BHSD[:, :, slice(*self.plan.question_rows(self.host.rank))]],
             passed={},
         )
@@ -121,7 +124,7 @@ class PrefillAttention:
             case "anchor":
                 return here.anchor
             case "share":
-                return here.anchor[self.host.rank : self.host.rank + 1] if len(here.anchor) > 1 else here.anchor
+                return [here.share]
             case "before":
                 return here.anchor[: self.host.rank]
             case "block":
@@ -134,7 +137,7 @@ class PrefillAttention:
 
     def _gather_anchor(self, step: GatherAnchor, here: _Layer) -> Gathered:
         """Post this host's share of the anchor, and the question's queries in it, as one flat message."""
-        own = [here.anchor[0].k_BKTD, here.anchor[0].v_BKTD, *(here.question if step.question else [])]
+        own = [here.share.k_BKTD, here.share.v_BKTD, *(here.question if step.question else [])]
         packed = torch.cat([x.flatten() for x in own])
         shapes = [(sum(self._share_sizes(rank, step.question, here)),) for rank in range(self.plan.hosts)]
         return self._transport.all_gather(packed, shapes, kind="anchor", step=f"layer {here.number}: anchor")
