@@ -184,8 +184,8 @@ def test_a_cache_of_two_blocks_a_host_knows_where_tokens_are() -> None:
 @pytest.mark.parametrize(
     "name, options, words",
     [
-        ("spava", {"lengths": "publish"}, "choice of lengths"),
-        ("apb", {"anchor": "once"}, "form of the anchor"),
+        ("spava", {"lengths": "publish"}, "strategy.lengths"),
+        ("apb", {"anchor": "once"}, "strategy.anchor"),
         ("spava", {"passing_len": 101}, "passing_len=101"),
         ("spava", {"passing_len": -1}, "passing_len=-1"),
         ("spava", {"anchor_len": 10}, "11 to 57"),

@@ -38,7 +38,7 @@ class APB(Strategy):
     ) -> PrefillPlan:
         """Return the plan; raises UserError for explicit lengths that do not fit."""
         choose("passing route", self.passing, ("ring", "allgather"))
-        choose("form of the anchor", self.anchor, get_args(AnchorForm))
+        choose("value of strategy.anchor:", self.anchor, get_args(AnchorForm))
         spans = blocks(lengths.context, hosts)
         smallest, first = lengths.context // hosts, spans[0][1]
         question = lengths.question if hosts > 1 else 0

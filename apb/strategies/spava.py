@@ -39,7 +39,7 @@ class Spava(Strategy):
         self, lengths: PromptLengths, hosts: int, shape: ModelShape, compressor: Compressor | None = None
     ) -> PrefillPlan:
         """Return the plan; raises UserError for explicit lengths that do not fit."""
-        choose("choice of lengths", self.lengths, get_args(Lengths))
+        choose("value of strategy.lengths:", self.lengths, get_args(Lengths))
         n = lengths.context
         blocks(n, hosts)  # refuses what no strategy can take
         count = min(2 * hosts, n) if hosts > 1 else 1
