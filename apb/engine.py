@@ -271,17 +271,14 @@ class Engine:
         """Cut out what one host needs of the prompt."""
         host, context, question = plan.host_plans[rank], prompt.context_ids, prompt.question
         asked = question.ids if question and plan.question_len else ()
-        rest = host.anchor_len - plan.anchor_skip - len(asked)
-        anchor: tuple[int, ...] = ()
-        if host.anchor_len:
-            s = plan.anchor_skip
-            anchor = context[:s] + asked + context[s : s + rest]
+        s = plan.anchor_skip
+        anchor = context[:s] + asked + context[s : max(s, plan.anchor_len - len(asked))]
         delta = len(context) + len(question.before) - plan.anchor_skip if question else 0
         return PrefillRequest(
             handle=handle_id,
             plan=plan,
             compressor=self.setup.compressor,
-            anchor_ids=anchor,
+            anchor_ids=anchor[host.anchor_start : host.anchor_start + host.anchor_len],
             block_ids=tuple(token for start, stop in host.spans for token in context[start:stop]),
             question_delta=delta,
             query_ids=question.query_ids if question else (),

@@ -22,7 +22,7 @@ from apb.kv.cache import HostCache, Tail
 from apb.kv.gather import gather
 from apb.models.adapter import Adapter
 from apb.plan import PrefillPlan
-from apb.prefill import PrefillAttention, QuestionInAnchor
+from apb.prefill import PrefillAttention
 from apb.process import peak_rss_bytes, reset_peak_rss, rss_bytes
 from burst.kernels import kernel
 from burst.transport import Transport
@@ -44,7 +44,7 @@ class HostSpec:
 
 @dataclass(frozen=True)
 class PrefillRequest:
-    """One host's share of a prefill. ``anchor_ids`` stand at positions 0.., ``block_ids`` at the plan's spans."""
+    """One host's share of a prefill. ``anchor_ids``: the anchor's tokens that it runs; ``block_ids``: its spans'."""
 
     handle: str
     plan: PrefillPlan
@@ -184,7 +184,8 @@ class Host:
         attention = self._prefill_attention(request)
         device = self.adapter.device
         ids_S = torch.tensor(request.anchor_ids + request.block_ids, device=device)
-        positions_S = torch.cat([torch.arange(a, b) for a, b in ((0, host.anchor_len), *host.spans)]).to(device)
+        beside = (host.anchor_start, host.anchor_start + host.anchor_len)
+        positions_S = torch.cat([torch.arange(a, b) for a, b in (beside, *host.spans)]).to(device)
         self.adapter.run(ids_S, positions_S, attention)
         cache = HostCache(
             context=attention.kept,
@@ -206,11 +207,9 @@ class Host:
 
         if plan.spread is not None:
             return ExactAttention(plan, self.transport, self.kernel, on_layer)
-        question = None
-        if plan.question_len and plan.host_plans[self.transport.rank].anchor_len:
-            question = QuestionInAnchor(plan.anchor_skip, plan.question_len, request.question_delta)
+        delta = request.question_delta if plan.question_len else None
         rotate = self.adapter.rotate
-        return PrefillAttention(plan, self.transport, self.kernel, request.compressor, question, rotate, on_layer)
+        return PrefillAttention(plan, self.transport, self.kernel, request.compressor, delta, rotate, on_layer)
 
     def _fork(self, source: str, handle: str, query_ids: tuple[int, ...] | None) -> None:
         cache = self._caches[source].fork()

@@ -7,16 +7,14 @@ ledger of the transports is the other side of the books.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from apb.steps import HostPlan
-from burst.errors import UserError
+from apb.steps import Attend, AttendAll, GatherAnchor, Route, Select, Step
 
 if TYPE_CHECKING:
     from apb.spread import Spread
@@ -65,6 +63,47 @@ class PromptLengths:
 
 
 @dataclass(frozen=True)
+class HostPlan:
+    """One host's part: what it holds, the anchor tokens it runs beside that, and the steps of every layer in order."""
+
+    rank: int
+    spans: tuple[tuple[int, int], ...]  # context positions [start, stop) that this host holds, ascending
+    anchor_len: int  # anchor tokens run beside them, dropped afterwards; unseen by block 0
+    steps: tuple[Step, ...]
+    anchor_start: int = 0  # position of the first of them: the anchor's tokens before it are other hosts' share
+
+    @property
+    def start(self) -> int:
+        """The first position held."""
+        return self.spans[0][0]
+
+    @property
+    def stop(self) -> int:
+        """The position after the last one held."""
+        return self.spans[-1][1]
+
+    @property
+    def block_len(self) -> int:
+        """Tokens whose KV stays on this host."""
+        return sum(stop - start for start, stop in self.spans)
+
+    @property
+    def tokens_run(self) -> int:
+        """Tokens that go through the linear layers here."""
+        return self.block_len + self.anchor_len
+
+    @property
+    def kept_rows(self) -> int:
+        """Rows that this host selects and passes on, from all it holds."""
+        return sum(step.rows for step in self.steps if isinstance(step, Select))
+
+    def head_pairs(self, q_heads: int) -> int:
+        """Query-key pairs computed in one layer, each head by itself."""
+        shared = sum(step.pairs for step in self.steps if isinstance(step, Attend))
+        return shared * q_heads + sum(step.head_pairs for step in self.steps if isinstance(step, AttendAll))
+
+
+@dataclass(frozen=True)
 class PrefillPlan:
     """A whole prefill as data. Lengths in tokens, sizes in bytes, work in floating-point operations."""
 
@@ -75,8 +114,8 @@ class PrefillPlan:
     anchor_len: int  # l_a on hosts that have a visible anchor
     anchor_skip: int  # s as used: context tokens that stand before the embedded question
     question_len: int  # l_q as embedded; 0 when the anchor holds no question
-    route: Literal["ring", "allgather", "none"]
-    kept_rows: tuple[int, ...]  # p_h: rows that host h selects and passes on
+    route: Route
+    kept_rows: tuple[int, ...]  # rows that each block passes on; blocks are numbered in position order
     exact: bool
     host_plans: tuple[HostPlan, ...]
     spread: Spread | None = None  # how exact attention reaches over all hosts
@@ -93,29 +132,63 @@ class PrefillPlan:
 
     @property
     def blocks(self) -> tuple[tuple[int, int], ...]:
-        """Where the context lies: (host, tokens) of every stretch in position order."""
-        stretches = sorted((start, stop, h.rank) for h in self.host_plans for start, stop in h.spans)
-        return tuple((rank, stop - start) for start, stop, rank in stretches)
+        """Where the context lies: (host, tokens) of every block in position order."""
+        held = sorted((start, stop, h.rank) for h in self.host_plans for start, stop in h.spans)
+        return tuple((rank, stop - start) for start, stop, rank in held)
+
+    @cached_property
+    def numbers(self) -> tuple[tuple[int, ...], ...]:
+        """The numbers of the blocks that each host holds, ascending."""
+        owners = [rank for rank, _ in self.blocks]
+        return tuple(tuple(n for n, owner in enumerate(owners) if owner == rank) for rank in range(self.hosts))
+
+    @cached_property
+    def shared_anchor(self) -> GatherAnchor | None:
+        """How the anchor is shared; None when every host that sees one runs all of it."""
+        return next((step for step in self.host_plans[-1].steps if isinstance(step, GatherAnchor)), None)
+
+    def question_rows(self, rank: int) -> tuple[int, int]:
+        """Rows [start, stop) of the embedded question among the anchor tokens that host ``rank`` runs."""
+        host, asked = self.host_plans[rank], self.anchor_skip + self.question_len
+        rows = [min(max(at - host.anchor_start, 0), host.anchor_len) for at in (self.anchor_skip, asked)]
+        return rows[0], rows[1]
+
+    def receivers(self, number: int) -> tuple[int, ...]:
+        """Hosts that block ``number`` is passed to when rows go straight there: all others that hold a later block."""
+        owner = self.blocks[number][0]
+        return tuple(r for r, held in enumerate(self.numbers) if r != owner and held[-1] > number)
 
     def passing_rows(self, rank: int) -> int:
-        """Passing rows that host ``rank``'s block attends to."""
-        return 0 if self.route == "none" else sum(self.kept_rows[:rank])
+        """Passing rows that host ``rank``'s last block attends to; those of its other blocks are among them."""
+        return 0 if self.route == "none" else sum(self.kept_rows[: self.numbers[rank][-1]])
 
     def passing_bytes(self, rank: int) -> int:
-        """Bytes host ``rank`` sends to pass blocks, all layers. Source: APB section 3.3; ring and all-gather."""
+        """Bytes host ``rank`` sends to pass blocks, all layers. Source: APB section 3.3; ring and direct ours."""
         if self.route == "ring":
             rows = sum(self.kept_rows[: rank + 1]) if rank < self.hosts - 1 else 0
         elif self.route == "allgather":
             rows = self.kept_rows[rank] * (self.hosts - 1)
+        elif self.route == "direct":
+            rows = sum(self.kept_rows[number] * len(self.receivers(number)) for number in self.numbers[rank])
         else:
             rows = 0
         return rows * self.shape.kv_row_bytes * self.shape.layers
+
+    def anchor_bytes(self, rank: int) -> int:
+        """Bytes host ``rank`` sends to share the anchor: its K and V, and the question's queries where wanted."""
+        s, shared = self.shape, self.shared_anchor
+        if shared is None:
+            return 0
+        first, last = self.question_rows(rank)
+        queries = (last - first) * s.q_heads * s.head_dim * s.element_size if shared.question else 0
+        own = self.host_plans[rank].anchor_len * s.kv_row_bytes + queries
+        return own * (self.hosts - 1) * s.layers
 
     def prefill_bytes(self, rank: int) -> dict[str, int]:
         """Bytes host ``rank`` sends while the context is prefilled, by kind, all layers."""
         if self.spread is not None:
             return {kind: count * self.shape.layers for kind, count in self.spread.sent(rank, self.shape).items()}
-        return {"passing": self.passing_bytes(rank)}
+        return {"anchor": self.anchor_bytes(rank), "passing": self.passing_bytes(rank)}
 
     def partial_bytes(self, tokens: int) -> int:
         """Bytes each host sends to merge the attention of ``tokens`` query or decoded tokens, all layers."""
@@ -161,7 +234,8 @@ class PrefillPlan:
         # attention's q, k, v before and after RoPE with two fp32 partial outputs.
         attention = (3 * s.q_heads + 4 * s.kv_heads) * s.head_dim * s.element_size + 2 * s.q_heads * s.head_dim * 4
         widest = 3 * s.hidden * s.element_size + max(3 * s.intermediate * s.element_size, attention)
-        passing = (self.passing_rows(rank) + host.anchor_len) * s.kv_row_bytes * 2
+        anchor = self.anchor_len if self.shared_anchor is not None else host.anchor_len
+        passing = (self.passing_rows(rank) + anchor) * s.kv_row_bytes * 2
         if self.spread is not None:
             passing += self.spread.workspace(rank, s)
         return {
@@ -182,7 +256,7 @@ class PrefillPlan:
                 "block_tokens": host.block_len,
                 "anchor_tokens": host.anchor_len,
                 "passing_rows": self.passing_rows(r),
-                "kept_rows": self.kept_rows[r],
+                "kept_rows": host.kept_rows,
                 "prefill_flops": self.prefill_flops(r),
                 "query_flops": self.query_flops(r),
                 "passing_bytes": sum(self.prefill_bytes(r).values()),
@@ -206,24 +280,3 @@ class PrefillPlan:
             "prefill_flops": [self.prefill_flops(r) for r in range(self.hosts)],
             "per_host": list(self.rows(new_tokens)),
         }
-
-
-def blocks(context: int, hosts: int) -> list[tuple[int, int]]:
-    """Split ``context`` tokens into contiguous blocks: the first ``context % hosts`` hosts hold one token more.
-
-    Raises UserError when there are no hosts or fewer tokens than hosts. Source: APB section 3.1; uneven split ours.
-    """
-    if hosts < 1:
-        raise UserError(
-            "a prefill needs at least one host", given=hosts, allowed="1 or more", remedy="Set cluster.hosts=1 or more."
-        )
-    if hosts > context:
-        raise UserError(
-            "more hosts than context tokens",
-            given=f"{hosts} hosts for {context} tokens",
-            allowed=f"1 to {context} hosts",
-            remedy="Set a smaller cluster.hosts.",
-        )
-    size, extra = divmod(context, hosts)
-    edges = [h * size + min(h, extra) for h in range(hosts + 1)]
-    return list(itertools.pairwise(edges))

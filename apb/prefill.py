@@ -1,11 +1,12 @@
 """Runs one host's steps of a prefill plan, layer by layer: selection, passing, attention, and the KV that is kept.
 
-Shapes: B batch (1), S tokens run here (anchor, then block), A anchor tokens, L block tokens, R passed rows,
-H query heads, K kv heads, D head dim, Q question tokens.
+Shapes: B batch (1), S tokens run here (anchor, then blocks), L block tokens, R passed rows, H query heads, K kv heads,
+D head dim, Q question tokens.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,23 +16,30 @@ from torch import Tensor
 from apb.compress.base import Candidates, Compressor, Projections, top_rows
 from apb.kv.cache import LayerKV
 from apb.plan import PrefillPlan
-from apb.steps import Attend, Pass, Region, Select, WaitPassing
+from apb.steps import Attend, GatherAnchor, Pass, Region, Select, WaitAnchor, WaitPassing
 from burst.kernels import Kernel
 from burst.merge import Accumulator
-from burst.transport import Handle, Transport
+from burst.transport import Gathered, Handle, Message, Transport
 
 
-@dataclass(frozen=True)
-class QuestionInAnchor:
-    """Where the embedded question stands, and how far its queries are rotated on to where it really stands."""
+@dataclass
+class _Layer:
+    """What one layer has at hand while its steps run; lists by the host's own blocks."""
 
-    start: int  # row of the anchor
-    length: int
-    delta: int  # positions between the anchor's copy and the question itself
+    number: int
+    q_BHSD: Tensor
+    scale: float
+    projections: Projections | None
+    rows: list[slice]  # where each block stands in S
+    blocks: list[LayerKV]
+    share: LayerKV  # the anchor's rows that this host runs
+    anchor: list[LayerKV]  # all of the anchor, in parts by the hosts that ran them
+    question: list[Tensor]  # the embedded question's queries (B, H, Q, D), in parts
+    passed: dict[int, Tensor]  # selected rows (2, B, K, R, D) by the number of the block they come from
 
 
 class PrefillAttention:
-    """Stands in for a model's attention during a prefill; executes the host's plan and keeps the block's KV."""
+    """Stands in for a model's attention during a prefill; executes the host's plan and keeps its blocks' KV."""
 
     def __init__(
         self,
@@ -39,16 +47,18 @@ class PrefillAttention:
         transport: Transport,
         kernel: Kernel,
         compressor: Compressor | None,
-        question: QuestionInAnchor | None,
+        question_delta: int | None,
         rotate: Callable[[Tensor, int | Tensor, int], Tensor],
         on_layer: Callable[[int], None],
     ) -> None:
+        """``question_delta``: positions between the anchor's copy of the question and the question itself."""
         self.plan = plan
         self.host = plan.host_plans[transport.rank]
         self.kept: list[LayerKV] = []
         self.needs_projections = compressor is not None and compressor.needs_projections
         self._transport, self._kernel, self._compressor = transport, kernel, compressor
-        self._question, self._rotate, self._on_layer = question, rotate, on_layer
+        self._question_delta, self._rotate, self._on_layer = question_delta, rotate, on_layer
+        self._numbers = plan.numbers[transport.rank]
 
     def __call__(
         self,
@@ -61,67 +71,121 @@ class PrefillAttention:
     ) -> Tensor:
         """Execute the steps of one layer and return the attention output (B, S, H, D)."""
         a = self.host.anchor_len
-        # Keys and values by region, in parts: the passing blocks are laid side by side only where they are attended to.
-        regions: dict[Region, list[tuple[Tensor, Tensor]]] = {"anchor": [(k_BKSD[:, :, :a], v_BKSD[:, :, :a])]}
         # Copies, so that the kept KV does not hold the anchor's rows in memory.
-        block_kv = LayerKV(k_BKSD[:, :, a:].clone(), v_BKSD[:, :, a:].clone())
-        regions["block"] = [(block_kv.k_BKTD, block_kv.v_BKTD)]
-        self.kept.append(block_kv)
-        queries = {"anchor": q_BHSD[:, :, :a], "block": q_BHSD[:, :, a:]}
-        merged = {"anchor": Accumulator(), "block": Accumulator()}
-        own: Tensor | None = None
-        arriving: tuple[Handle, list[Tensor]] | None = None
+        kept = LayerKV(k_BKSD[:, :, a:].clone(), v_BKSD[:, :, a:].clone())
+        self.kept.append(kept)
+        share = LayerKV(k_BKSD[:, :, :a], v_BKSD[:, :, :a])
+        sizes = [stop - start for start, stop in self.host.spans]
+        ends = list(itertools.accumulate(sizes, initial=a))
+        parts = zip(kept.k_BKTD.split(sizes, dim=2), kept.v_BKTD.split(sizes, dim=2), strict=True)
+        here = _Layer(
+            number=layer,
+            q_BHSD=q_BHSD,
+            scale=scale,
+            projections=projections,
+            rows=[slice(start, stop) for start, stop in itertools.pairwise(ends)],
+            blocks=[LayerKV(k, v) for k, v in parts],
+            share=share,
+            anchor=[share],
+            question=[q_BHSD[:, :, slice(*self.plan.question_rows(self.host.rank))]],
+            passed={},
+        )
+        merged = {("anchor", 0): Accumulator()} | {("block", i): Accumulator() for i in range(len(sizes))}
+        gathering: Gathered | None = None
+        arriving: dict[int, Handle] = {}
 
         for step in self.host.steps:
             match step:
+                case GatherAnchor():
+                    gathering = self._gather_anchor(step, here)
+                case WaitAnchor():
+                    assert gathering is not None
+                    self._take_anchor(gathering.wait(), here)
                 case Select():
-                    own = self._select(step, layer, q_BHSD, block_kv, scale, projections)
+                    here.passed[self._numbers[step.block]] = self._select(step, here)
                 case Pass():
-                    arriving = self._pass(step, layer, own, block_kv)
+                    arriving[step.block] = self._pass(step, here)
                 case WaitPassing():
-                    assert arriving is not None
-                    handle, passed = arriving
-                    handle.wait()
-                    regions["passing"] = [(kv[0], kv[1]) for kv in passed]
+                    arriving[step.block].wait()
                 case Attend():
-                    k, v = _concat([part for name in step.keys for part in regions[name]])
-                    part = self._kernel(queries[step.queries], k, v, causal=step.causal, scale=scale)
-                    merged[step.queries].add(*part)
+                    k, v = _concat([part for name in step.keys for part in self._keys(name, step.block, here)])
+                    rows = slice(0, a) if step.queries == "anchor" else here.rows[step.block]
+                    part = self._kernel(q_BHSD[:, :, rows], k, v, causal=step.causal, scale=scale)
+                    merged[step.queries, step.block].add(*part)
 
         self._on_layer(layer)
-        outs = [merged[name].finish(q_BHSD.dtype)[0] for name in ("anchor", "block") if queries[name].shape[2]]
+        outs = [done.finish(q_BHSD.dtype)[0] for done in merged.values() if done.ready]
         out_BHSD = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
         return out_BHSD.transpose(1, 2)
 
-    def _select(
-        self,
-        step: Select,
-        layer: int,
-        q_BHSD: Tensor,
-        block: LayerKV,
-        scale: float,
-        projections: Projections | None,
-    ) -> Tensor:
+    def _keys(self, region: Region, block: int, here: _Layer) -> list[LayerKV]:
+        """Return a region's keys and values in parts: they are laid side by side only where they are attended to."""
+        match region:
+            case "anchor":
+                return here.anchor
+            case "share":
+                return [here.share]
+            case "before":
+                return here.anchor[: self.host.rank]
+            case "block":
+                return [here.blocks[block]]
+            case "passing":
+                earlier = sorted(number for number in here.passed if number < self._numbers[block])
+                return [LayerKV(here.passed[number][0], here.passed[number][1]) for number in earlier]
+
+    # -- the anchor -----------------------------------------------------------------------------------------------
+
+    def _gather_anchor(self, step: GatherAnchor, here: _Layer) -> Gathered:
+        """Post this host's share of the anchor, and the question's queries in it, as one flat message."""
+        own = [here.share.k_BKTD, here.share.v_BKTD, *(here.question if step.question else [])]
+        packed = torch.cat([x.flatten() for x in own])
+        shapes = [(sum(self._share_sizes(rank, step.question, here)),) for rank in range(self.plan.hosts)]
+        return self._transport.all_gather(packed, shapes, kind="anchor", step=f"layer {here.number}: anchor")
+
+    def _share_sizes(self, rank: int, question: bool, here: _Layer) -> list[int]:
+        """Return how many numbers of K, V and queries a host's share has."""
+        _, heads, _, width = here.q_BHSD.shape
+        kv = self.plan.host_plans[rank].anchor_len * here.blocks[0].k_BKTD.shape[1] * width
+        first, last = self.plan.question_rows(rank)
+        return [kv, kv, *([(last - first) * heads * width] if question else [])]
+
+    def _take_anchor(self, parts: list[Tensor], here: _Layer) -> None:
+        """Unpack all hosts' shares."""
+        batch, heads, _, width = here.q_BHSD.shape
+        shared = self.plan.shared_anchor
+        assert shared is not None
+        here.anchor, here.question = [], []
+        for rank, part in enumerate(parts):
+            k, v, *asked = part.split(self._share_sizes(rank, shared.question, here))
+            size = (batch, here.blocks[0].k_BKTD.shape[1], self.plan.host_plans[rank].anchor_len, width)
+            here.anchor.append(LayerKV(k.view(size), v.view(size)))
+            first, last = self.plan.question_rows(rank)
+            here.question += [q.view(batch, heads, last - first, width) for q in asked]
+
+    # -- passing --------------------------------------------------------------------------------------------------
+
+    def _select(self, step: Select, here: _Layer) -> Tensor:
         """Return the kept rows, K and V in one tensor (2, B, K, R, D), so that they travel as one message."""
         assert self._compressor is not None
-        a, at = self.host.anchor_len, self._question
-        question_q = None
+        layer, block, rows, question_q = here.number, here.blocks[step.block], here.rows[step.block], None
         if self._compressor.needs_question:
-            assert at is not None
-            question_q = self._rotate(q_BHSD[:, :, at.start : at.start + at.length], at.delta, layer)
+            assert self._question_delta is not None
+            question_q = self._rotate(torch.cat(here.question, dim=2), self._question_delta, layer)
+        projections = here.projections
         if projections is not None:
-            projections = Projections(*(x[:, a:] for x in (projections.q_BSE, projections.k_BSE, projections.v_BSE)))
+            raw = (projections.q_BSE, projections.k_BSE, projections.v_BSE)
+            projections = Projections(*(x[:, rows] for x in raw))
         scores_BKL = self._compressor.score(
             Candidates(
                 layer=layer,
-                rank=self.host.rank,
-                q_BHSD=q_BHSD[:, :, a:],
+                rank=self._numbers[step.block],
+                q_BHSD=here.q_BHSD[:, :, rows],
                 k_BKSD=block.k_BKTD,
                 v_BKSD=block.v_BKTD,
-                scale=scale,
+                scale=here.scale,
                 question_q_BHQD=question_q,
                 projections=projections,
-                start=self.host.start,
+                start=self.host.spans[step.block][0],
                 end=self.plan.lengths.context,
                 rotate=lambda x_BHSD, delta: self._rotate(x_BHSD, delta, layer),
             )
@@ -130,29 +194,38 @@ class PrefillAttention:
         index_BKRD = index_BKR[..., None].expand(*index_BKR.shape, block.k_BKTD.shape[-1])
         return torch.stack([block.k_BKTD.gather(2, index_BKRD), block.v_BKTD.gather(2, index_BKRD)])
 
-    def _pass(self, step: Pass, layer: int, own: Tensor | None, block: LayerKV) -> tuple[Handle, list[Tensor]]:
-        """Post the passing of one layer; returns the handle and the buffers of all earlier hosts, in host order."""
-        t, rows, k = self._transport, self.plan.kept_rows, block.k_BKTD
-        shapes = [(2, k.shape[0], k.shape[1], n, k.shape[3]) for n in rows]
+    def _pass(self, step: Pass, here: _Layer) -> Handle:
+        """Post the passing of one block; ``here.passed`` gets the buffers of what is received with it."""
+        t, plan, k = self._transport, self.plan, here.blocks[step.block].k_BKTD
+        shapes = [(2, k.shape[0], k.shape[1], rows, k.shape[3]) for rows in plan.kept_rows]
+        number = self._numbers[step.block]
+        own = here.passed.get(number)
         if own is None:
-            own = k.new_empty(shapes[t.rank])
-        name = f"layer {layer}: passing"
+            own = k.new_empty(shapes[number])
+        name = f"layer {here.number}: passing" + (f" {step.block}" if step.route == "direct" else "")
+        if step.route == "direct":
+            sources = [n[step.block] for n in plan.numbers if len(n) > step.block]
+            buffers = {n: k.new_empty(shapes[n]) for n in sources if t.rank in plan.receivers(n)}
+            here.passed |= buffers
+            sends = [Message(rank, own) for rank in plan.receivers(number)]
+            recvs = [Message(plan.blocks[n][0], buffer) for n, buffer in buffers.items()]
+            return t.exchange(sends, recvs, kind="passing", step=name)
         if step.route == "allgather":
             gathered = t.all_gather(own, shapes, kind="passing", step=name)
-            return gathered.handle, gathered.parts[: t.rank]
-        buffers = [k.new_empty(shapes[h]) for h in range(t.rank)]
-        handle = t.relay(
+            here.passed |= dict(enumerate(gathered.parts))
+            return gathered.handle
+        here.passed |= {n: k.new_empty(shapes[n]) for n in range(t.rank)}
+        return t.relay(
             own,
-            buffers[::-1],  # the nearest host's block comes first, the others follow as they are forwarded
+            [here.passed[n] for n in reversed(range(t.rank))],  # the nearest host's block comes first
             src=t.rank - 1 if t.rank else None,
             dst=t.rank + 1 if t.rank < t.world - 1 else None,
             kind="passing",
             step=name,
         )
-        return handle, buffers
 
 
-def _concat(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _concat(parts: list[LayerKV]) -> tuple[Tensor, Tensor]:
     if len(parts) == 1:
-        return parts[0]
-    return torch.cat([k for k, _ in parts], dim=2), torch.cat([v for _, v in parts], dim=2)
+        return parts[0].k_BKTD, parts[0].v_BKTD
+    return torch.cat([kv.k_BKTD for kv in parts], dim=2), torch.cat([kv.v_BKTD for kv in parts], dim=2)

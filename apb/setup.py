@@ -130,10 +130,11 @@ class Setup:
     def check_memory(self, plan: PrefillPlan, new_tokens: int, available: int, *, sharing: int, copies: int) -> None:
         """Refuse a plan that needs more than ``available`` bytes on a machine that ``sharing`` hosts share.
 
-        ``copies`` processes, each with the weights, stand on that machine. The first hosts in rank order are the
-        lightest, so the last ``sharing`` are charged. Raises UserError with the setting to change.
+        ``copies`` processes, each with the weights, stand on that machine. The heaviest ``sharing`` hosts are
+        charged. Raises UserError with the setting to change.
         """
-        memories = [plan.memory(r, new_tokens) for r in range(plan.hosts)][-sharing:]
+        memories = sorted((plan.memory(r, new_tokens) for r in range(plan.hosts)), key=lambda m: sum(m.values()))
+        memories = memories[-sharing:]
         weights = memories[0]["weights"]
         need = copies * (weights + PROCESS_BYTES) + sum(m["kv"] + m["activations"] for m in memories)
         if need <= available:
@@ -174,7 +175,7 @@ def _compressor(chosen: Strategy, given: str | Compressor | None) -> Compressor 
                 f"strategy '{chosen.name}' takes no compressor",
                 given=given if isinstance(given, str) else given.name,
                 allowed="no compress setting",
-                remedy="Leave compress out, or choose strategy=apb.",
+                remedy="Leave compress out, or choose strategy=apb or spava.",
             )
         return None
     return compressor(given or DEFAULT_COMPRESSOR) if not isinstance(given, Compressor) else given

@@ -1,11 +1,18 @@
-"""What one host does in every layer of a prefill, step by step, as plain data."""
+"""The steps of a layer as data: what a host selects, sends, waits for and computes, in the order of its plan.
+
+A host may hold several blocks; ``block`` is the place of one of them among the host's own.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-Region = Literal["anchor", "block", "passing"]
+# Where keys come from: the whole anchor, this host's share of it, what stands before that share; a block; the rows that
+# all earlier blocks passed on.
+Region = Literal["anchor", "before", "share", "block", "passing"]
+# "ring" forwards every hop on arrival; "allgather" sends to all; "direct" to the hosts that hold a later block.
+Route = Literal["ring", "allgather", "direct", "none"]
 
 
 @dataclass(frozen=True)
@@ -14,28 +21,46 @@ class Select:
 
     rows: int
     skip: int
+    block: int = 0
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Start passing the selected rows: round the ring (every hop forwarded on arrival) or by all-gather."""
+    """Start passing the selected rows of this block, and receiving those of the other hosts' blocks in that place."""
 
-    route: Literal["ring", "allgather"]
+    route: Route
+    block: int = 0
 
 
 @dataclass(frozen=True)
 class WaitPassing:
-    """Wait until the passing blocks of all earlier hosts are here."""
+    """Wait until what was received with this block's passing is here: then all earlier blocks' rows are."""
+
+    block: int = 0
+
+
+@dataclass(frozen=True)
+class GatherAnchor:
+    """Start giving every host every host's share of the anchor's keys and values, and of the embedded question's
+    queries when a compressor wants them (``question``)."""
+
+    question: bool
+
+
+@dataclass(frozen=True)
+class WaitAnchor:
+    """Wait until the whole anchor is here."""
 
 
 @dataclass(frozen=True)
 class Attend:
     """One kernel call: ``queries`` attend to ``keys`` (concatenated); ``pairs`` counts query-key pairs computed."""
 
-    queries: Literal["anchor", "block"]
+    queries: Literal["anchor", "block"]  # the anchor's rows that this host runs, or a block
     keys: tuple[Region, ...]
     causal: bool
     pairs: int
+    block: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,39 +73,4 @@ class AttendAll:
     head_pairs: int
 
 
-Step = Select | Pass | WaitPassing | Attend | AttendAll
-
-
-@dataclass(frozen=True)
-class HostPlan:
-    """One host's part: its block, the anchor it runs beside it, and the steps of every layer in order."""
-
-    rank: int
-    spans: tuple[tuple[int, int], ...]  # context positions [start, stop) of this host's block, ascending
-    anchor_len: int  # tokens run beside the block at positions 0.., dropped afterwards; unseen by host 0's block
-    steps: tuple[Step, ...]
-
-    @property
-    def start(self) -> int:
-        """The block's first position."""
-        return self.spans[0][0]
-
-    @property
-    def stop(self) -> int:
-        """The position after the block's last one."""
-        return self.spans[-1][1]
-
-    @property
-    def block_len(self) -> int:
-        """Tokens whose KV stays on this host."""
-        return sum(stop - start for start, stop in self.spans)
-
-    @property
-    def tokens_run(self) -> int:
-        """Tokens that go through the linear layers here."""
-        return self.block_len + self.anchor_len
-
-    def head_pairs(self, q_heads: int) -> int:
-        """Query-key pairs computed in one layer, each head by itself."""
-        shared = sum(step.pairs for step in self.steps if isinstance(step, Attend))
-        return shared * q_heads + sum(step.head_pairs for step in self.steps if isinstance(step, AttendAll))
+Step = Select | Pass | WaitPassing | GatherAnchor | WaitAnchor | Attend | AttendAll

@@ -1,6 +1,6 @@
 """The dense twin: a distributed prefill and its query phase as one forward pass with an explicit mask.
 
-Every host's anchor, every block and the question stand one after another in one sequence; a boolean mask
+Every block, each with an anchor of its own, and the question stand one after another in one sequence; a boolean mask
 over all of it says who sees whom, per layer and kv head, and attention is one plain softmax. Written from the
 description of the method, without the code under test: lengths, selection and masks are worked out again. Only the
 model, and the numbers of random selection, are the same.
@@ -61,7 +61,8 @@ class Sizes:
     skip: int  # s
     question: int  # l_q in the anchor
     rows: tuple[int, ...]  # rows that each block offers to later hosts
-    beside: tuple[int, ...]  # tokens each host runs beside its block: its anchor, or host 0's extra head
+    beside: tuple[int, ...]  # tokens run beside each block: its copy of the anchor, or block 0's extra head
+    held: tuple[tuple[int, ...], ...]  # blocks of each host
 
 
 def sizes(
@@ -72,26 +73,34 @@ def sizes(
     select: Select = None,
     anchor_len: int | None = None,
     passing_len: int | None = None,
+    published: bool = False,
 ) -> Sizes:
-    """Return the lengths for ``full``, ``star`` or ``apb`` (``select``: query, random, recent or norm)."""
+    """Return the lengths for ``full``, ``star``, ``apb`` or ``spava`` (``select``: query, random, recent or norm)."""
     n, s = len(prompt.context_ids), prompt.head
     l_q = len(prompt.question.ids) if prompt.question else 0
-    longer = n % hosts  # the first n mod H blocks hold one token more
-    lengths = [n // hosts + 1] * longer + [n // hosts] * (hosts - longer)
-    starts = [sum(lengths[:h]) for h in range(hosts)]
+    count = min(2 * hosts, n) if strategy == "spava" and hosts > 1 else hosts
+    longer = n % count  # the first n mod count blocks hold one token more
+    lengths = [n // count + 1] * longer + [n // count] * (count - longer)
+    starts = [sum(lengths[:h]) for h in range(count)]
     spans = tuple((a, a + size) for a, size in zip(starts, lengths, strict=True))
+    held: tuple[tuple[int, ...], ...] = tuple((h,) for h in range(hosts))
+    if count > hosts:  # the first block goes with the last one, and so on inwards
+        held = tuple(tuple(b for b in (h, 2 * hosts - 1 - h) if b < count) for h in range(hosts))
     if hosts == 1 or strategy == "full":
-        return Sizes(spans, 0, 0, 0, (0,) * hosts, (0,) * hosts)
+        return Sizes(spans, 0, 0, 0, (0,) * hosts, (0,) * hosts, held)
     if strategy == "star":  # the anchor is the first block, the question is not in it
-        return Sizes(spans, lengths[0], 0, 0, (0,) * hosts, (0,) + (lengths[0],) * (hosts - 1))
+        return Sizes(spans, lengths[0], 0, 0, (0,) * hosts, (0,) + (lengths[0],) * (hosts - 1), held)
     s = min(s, lengths[0])
-    l_a = anchor_len if anchor_len is not None else min(max(n // hosts // 4, s + l_q), lengths[0] + l_q)
-    l_p = passing_len if passing_len is not None else max(1, n // hosts // 8)
+    quarter, eighth = (n // 64, n // 64) if published else (n // hosts // 4, n // hosts // 8)
+    l_a = anchor_len if anchor_len is not None else min(max(quarter, s + l_q), lengths[0] + l_q)
+    l_p = passing_len if passing_len is not None else max(1, eighth)
+    if strategy == "spava":
+        l_p = (l_p + 1) // 2
     rows = [min(l_p, size) for size in lengths]
     rows[0] = min(l_p, max(0, lengths[0] - l_a))  # the first l_a positions stand in every anchor already
     asks = select == "query" or getattr(select, "needs_question", False)
     head = s + l_q if asks and rows[0] else 0
-    return Sizes(spans, l_a, s, l_q, tuple(rows), (head,) + (l_a,) * (hosts - 1))
+    return Sizes(spans, l_a, s, l_q, tuple(rows), (head,) + (l_a,) * (count - 1), held)
 
 
 @dataclass
@@ -100,7 +109,7 @@ class Twin:
 
     logits: Tensor
     sizes: Sizes
-    rows: list[Tensor]  # of the sequence: each host's block
+    rows: list[Tensor]  # of the sequence: what each host holds
     keys: list[Tensor] = field(default_factory=list)  # (K, N, D) a layer
     values: list[Tensor] = field(default_factory=list)
     selected: list[Tensor] = field(default_factory=list)  # (K, N) a layer: blocks' rows that later hosts see
@@ -115,7 +124,7 @@ class _Dense:
         ids: list[int] = []
         positions: list[int] = []
         kind: list[int] = []
-        host: list[int] = []
+        number: list[int] = []
         context, question = prompt.context_ids, prompt.question
         asked = question.ids if question and sizes.question else ()
 
@@ -123,7 +132,7 @@ class _Dense:
             ids.extend(tokens)
             positions.extend(range(start, start + len(tokens)))
             kind.extend([what] * len(tokens))
-            host.extend([rank] * len(tokens))
+            number.extend([rank] * len(tokens))
 
         for rank, (start, stop) in enumerate(sizes.spans):
             context_part = sizes.beside[rank] - sizes.skip - len(asked)
@@ -137,24 +146,25 @@ class _Dense:
         # The anchor's question stands at s.., the real one after the document and the separator.
         self.delta = len(context) + len(question.before) - sizes.skip
         self.ids, self.positions = torch.tensor(ids), torch.tensor(positions)
-        self.kind, self.host = torch.tensor(kind), torch.tensor(host)
+        self.kind, self.number = torch.tensor(kind), torch.tensor(number)
         self.static_NN = self._static()
-        self.out = Twin(torch.empty(0), sizes, [self._rows(BLOCK, r) for r in range(len(sizes.spans))])
+        held = [torch.cat([self._rows(BLOCK, number) for number in numbers]) for numbers in sizes.held]
+        self.out = Twin(torch.empty(0), sizes, held)
 
-    def _rows(self, kind: int, host: int) -> Tensor:
-        return ((self.kind == kind) & (self.host == host)).nonzero()[:, 0]
+    def _rows(self, kind: int, number: int) -> Tensor:
+        return ((self.kind == kind) & (self.number == number)).nonzero()[:, 0]
 
     def _static(self) -> Tensor:
         """Who sees whom, all but the passing rows: query i sees key j where [i, j] is set."""
         n = len(self.ids)
         order = torch.arange(n)
         q_kind, k_kind = self.kind[:, None], self.kind[None, :]
-        same_host = self.host[:, None] == self.host[None, :]
+        same_block = self.number[:, None] == self.number[None, :]
         causal = order[:, None] >= order[None, :]
-        has_anchor = (self.host > 0)[:, None]  # host 0's head is not seen by its block
+        has_anchor = (self.number > 0)[:, None]  # block 0's head is not seen by its block
         return (
-            ((q_kind == k_kind) & same_host & causal)  # anchors, blocks and the question in themselves
-            | ((q_kind == BLOCK) & (k_kind == ANCHOR) & same_host & has_anchor)
+            ((q_kind == k_kind) & same_block & causal)  # anchors, blocks and the question in themselves
+            | ((q_kind == BLOCK) & (k_kind == ANCHOR) & same_block & has_anchor)
             | ((q_kind == QUERY) & (k_kind == BLOCK))
         )
 
@@ -174,7 +184,7 @@ class _Dense:
         self.out.keys.append(k_KND)
         self.out.values.append(v_KND)
         self.out.selected.append(selected_KN)
-        later_NN = (self.kind == BLOCK)[:, None] & (self.host[:, None] > self.host[None, :])
+        later_NN = (self.kind == BLOCK)[:, None] & (self.number[:, None] > self.number[None, :])
         out_HND = torch.empty(heads, n, v_KND.shape[-1], dtype=q_HND.dtype)
         for j in range(k_KND.shape[0]):
             mask_NN = self.static_NN | (later_NN & selected_KN[j])
@@ -193,38 +203,38 @@ class _Dense:
         projections: Projections | None,
     ) -> Tensor:
         chosen_KN = torch.zeros(k_KND.shape[:2], dtype=torch.bool)
-        for host, rows in enumerate(self.sizes.rows):
+        for number, rows in enumerate(self.sizes.rows):
             if not rows:
                 continue
-            block = self.out.rows[host]
+            block = self._rows(BLOCK, number)
             if callable(self.select):
                 assert projections is not None
                 raw = (projections.q_BSE[0, block], projections.k_BSE[0, block], projections.v_BSE[0, block])
-                start, end = self.sizes.spans[host][0], self.sizes.spans[-1][1]
-                asked = self._question(layer, host, q_HND) if self.select.needs_question else q_HND[:, :0]
+                start, end = self.sizes.spans[number][0], self.sizes.spans[-1][1]
+                asked = self._question(layer, number, q_HND) if self.select.needs_question else q_HND[:, :0]
                 parts = (q_HND[:, block], k_KND[:, block], v_KND[:, block], raw, asked)
                 scores_KL = self.select(Seen(layer, *parts, scale, start, end))
             else:
-                scores_KL = self._scores(layer, host, q_HND, k_KND[:, block], scale)
-            if host == 0:
+                scores_KL = self._scores(layer, number, q_HND, k_KND[:, block], scale)
+            if number == 0:
                 scores_KL[:, : self.sizes.anchor] = -torch.inf
             best = (-scores_KL).argsort(dim=-1, stable=True)[:, :rows]  # ties to the earlier token
             for j in range(k_KND.shape[0]):
                 chosen_KN[j, block[best[j]]] = True
         return chosen_KN
 
-    def _scores(self, layer: int, host: int, q_HND: Tensor, k_KLD: Tensor, scale: float) -> Tensor:
+    def _scores(self, layer: int, number: int, q_HND: Tensor, k_KLD: Tensor, scale: float) -> Tensor:
         if self.select == "recent":
             return torch.arange(k_KLD.shape[1]).repeat(k_KLD.shape[0], 1).float()
         if self.select == "norm":
             return -k_KLD.pow(2).sum(-1).sqrt()
         if self.select == "random":
             seen = Candidates(
-                layer, host, q_HND[None], k_KLD[None], k_KLD[None], scale, None, None, 0, 0, lambda x, delta: x
+                layer, number, q_HND[None], k_KLD[None], k_KLD[None], scale, None, None, 0, 0, lambda x, delta: x
             )
             return Random().score(seen)[0]
         assert self.select == "query"
-        q_HQD = self._question(layer, host, q_HND)
+        q_HQD = self._question(layer, number, q_HND)
         group = q_HND.shape[0] // k_KLD.shape[0]
         means = []
         for j in range(k_KLD.shape[0]):
@@ -234,9 +244,9 @@ class _Dense:
         padded = torch.nn.functional.pad(mean_KL, (2, 2), value=-torch.inf)
         return padded.unfold(-1, 5, 1).amax(-1)  # max-pool over 5 neighbours
 
-    def _question(self, layer: int, host: int, q_HND: Tensor) -> Tensor:
+    def _question(self, layer: int, number: int, q_HND: Tensor) -> Tensor:
         s, l_q = self.sizes.skip, self.sizes.question
-        beside = self._rows(ANCHOR, host)
+        beside = self._rows(ANCHOR, number)
         return self.rotate(q_HND[:, beside[s : s + l_q]], self.delta, layer)
 
 
@@ -250,10 +260,12 @@ def twin(
     select: Select = None,
     anchor_len: int | None = None,
     passing_len: int | None = None,
+    published: bool = False,
 ) -> Twin:
     """Prefill and ask in one forward pass; ``rotate(q, delta, layer)`` turns rotated queries on."""
-    chosen = select if strategy == "apb" else None
-    found = sizes(strategy, prompt, hosts, select=chosen, anchor_len=anchor_len, passing_len=passing_len)
+    chosen = select if strategy in ("apb", "spava") else None
+    lengths = {"anchor_len": anchor_len, "passing_len": passing_len}
+    found = sizes(strategy, prompt, hosts, select=chosen, published=published, **lengths)
     dense = _Dense(prompt, found, chosen, rotate)
     with torch.inference_mode():
         dense.out.logits = adapter.logits(dense.ids, dense.positions, dense)

@@ -47,6 +47,8 @@ def test_out_that_cannot_be_written(ask: Any, document: Path) -> None:
         (["dtype=float31"], ["unknown dtype", "float32"]),
         (["device=tpu"], ["tpu"]),
         (["strategy.passing=wring"], ["strategy.passing", "ring"]),
+        (["strategy.anchor=once"], ["strategy.anchor", "recomputed"]),
+        (["strategy=spava", "strategy.lengths=mine"], ["strategy.lengths", "published"]),
         (["strategy.anchor_len=2"], ["the anchor must hold", "strategy.anchor_len=2"]),
         (["strategy.passing_len=500"], ["passing block cannot be longer"]),
         (["strategy=star", "compress=query"], ["takes no compressor"]),

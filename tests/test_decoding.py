@@ -43,7 +43,7 @@ def prompt(question: bool = True, context: int = 150) -> Prompt:
 
 def engine(hosts: int = HOSTS, name: str = "apb", compress: str | None = "query", **options: Any) -> TinyEngine:
     made = strategy(name, **options)
-    return tiny_engine(model(), made, hosts, compress if name == "apb" else None)
+    return tiny_engine(model(), made, hosts, None if name in ("star", "full") else compress)
 
 
 SAMPLED: dict[str, Any] = {"temperature": 1.3, "top_p": 0.95, "seed": 7}
@@ -52,11 +52,11 @@ SAMPLED: dict[str, Any] = {"temperature": 1.3, "top_p": 0.95, "seed": 7}
 # -- over shards ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["apb", "star"])
+@pytest.mark.parametrize("name", ["apb", "spava", "star"])
 def test_every_decoded_token_is_the_dense_twins(name: str) -> None:
     e, p = engine(3, name), prompt()
     got = e.generate(e.prefill(p), max_new_tokens=10).token_ids
-    select = "query" if name == "apb" else None
+    select = None if name == "star" else "query"
     assert p.question is not None
     for i, token in enumerate(got):
         asked = dataclasses.replace(p.question, after=p.question.after + got[:i])
@@ -143,7 +143,7 @@ def test_processes_answer_as_virtual_hosts_do(world: int) -> None:
 # -- forks ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["apb", "star"])
+@pytest.mark.parametrize("name", ["apb", "spava", "star"])
 def test_asking_later_equals_asking_an_unconditioned_cache_afresh(name: str) -> None:
     e = engine(name=name, compress="norm")
     first, second = list(ids(5, 11)), list(ids(9, 12))

@@ -28,38 +28,59 @@ LAYERS, CONTEXT, HOP_S = 3, 203, 0.02
 Event = tuple[int, str, str, int]  # rank, event, step, peer
 
 
-class ForwardsInWait(Handle):
-    """What a relay must not be: blocks are received and sent on only once the caller waits."""
+class MovesInWait(Handle):
+    """What passing must not be: blocks are sent, received and forwarded only once the caller waits."""
 
-    def __init__(self, t: VirtualTransport, recvs: Sequence[Message], kind: str, step: str, to: int | None):
-        self._t, self._recvs, self._kind, self._step, self._to = t, recvs, kind, step, to
+    def __init__(
+        self, t: VirtualTransport, sends: Sequence[Message], recvs: Sequence[Message], step: str, to: int | None
+    ):
+        self._t, self._sends, self._recvs, self._step, self._to = t, sends, recvs, step, to
 
     def wait(self) -> None:
         self._t._observe("wait", self._step, -1)
-        self._t._exchange([], self._recvs, self._kind, self._step, "").wait()
+        VirtualTransport._relay(self._t, self._sends, self._recvs, "passing", self._step, None).wait()
         if self._to is not None:
             onward = [Message(self._to, m.tensor) for m in self._recvs]
-            self._t._exchange(onward, [], self._kind, self._step, "").wait()
+            VirtualTransport._relay(self._t, onward, [], "passing", self._step, None).wait()
+
+
+class Logged:
+    """A kernel that says what it is called for: attention within rows ("causal") or to others, and of how many."""
+
+    name = "logged"
+
+    def __init__(self, inner: Kernel, log: Callable[[str, int], None]):
+        self._inner, self._log = inner, log
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        self._log("causal" if causal else "full", q.shape[2])
+        return self._inner(q, k, v, causal=causal, scale=scale)
 
 
 class LazyVirtual(VirtualTransport):
     def _exchange(
         self, sends: Sequence[Message], recvs: Sequence[Message], kind: str, step: str, channel: str
     ) -> Handle:
+        if kind == "passing":
+            return MovesInWait(self, sends, recvs, step, None)
         return VirtualTransport._relay(self, sends, recvs, kind, step, None)
 
     def _relay(
         self, sends: Sequence[Message], recvs: Sequence[Message], kind: str, step: str, forward_to: int | None
     ) -> Handle:
-        self._exchange(sends, [], kind, step, "")
-        return ForwardsInWait(self, recvs, kind, step, forward_to)
+        VirtualTransport._relay(self, sends, [], kind, step, None)
+        return MovesInWait(self, [], recvs, step, forward_to)
 
 
-def virtual_events(hosts: int, lazy: bool = False) -> list[Event]:
-    """Prefill on virtual hosts and return every rank's communication events in one order."""
+def virtual_events(hosts: int, name: str = "apb", select: str = "query", lazy: bool = False) -> list[Event]:
+    """Prefill on virtual hosts and return every rank's communication events and kernel calls in one order."""
     events: list[Event] = []
     observers = [lambda e, s, p, r=r: events.append((r, e, s, p)) for r in range(hosts)]
-    engine = tiny_engine(tiny_llama(torch.float32), strategy("apb"), hosts, "query", observers=observers)
+    engine = tiny_engine(tiny_llama(torch.float32), strategy(name), hosts, select, observers=observers)
+    for rank, host in enumerate(engine.cluster._hosts):
+        host.kernel = Logged(host.kernel, lambda kind, rows, r=rank: events.append((r, "attend", kind, rows)))
     if lazy:
         world = engine.cluster.world
         for host, old in zip(engine.cluster._hosts, list(world.transports), strict=True):

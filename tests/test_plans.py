@@ -69,7 +69,7 @@ def test_what_cannot_be_planned_is_refused() -> None:
     with pytest.raises(UserError, match="passing route"):
         strategy("apb", passing="rings").plan(lengths, 2, SHAPE, compressor("norm"))
     with pytest.raises(UserError, match="no option"):
-        strategy("apb", anchor=3)
+        strategy("apb", ancor=3)
     with pytest.raises(UserError, match="unknown strategy"):
         strategy("abp")
 
@@ -199,6 +199,8 @@ def test_equal_plans_have_equal_digests_and_others_do_not() -> None:
         strategy("apb").plan(lengths, 3, SHAPE, compressor("norm")),
         strategy("apb", passing="allgather").plan(lengths, 3, SHAPE, compressor("query")),
         strategy("apb", anchor_len=30).plan(lengths, 3, SHAPE, compressor("query")),
+        strategy("apb", anchor="shared").plan(lengths, 3, SHAPE, compressor("query")),
+        strategy("spava").plan(lengths, 3, SHAPE, compressor("query")),
         strategy("apb", passing_len=2).plan(lengths, 3, SHAPE, compressor("query")),
         strategy("apb").plan(lengths, 3, dataclasses.replace(SHAPE, element_size=2), compressor("query")),
         *(

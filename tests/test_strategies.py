@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ def dense(
     select: str | None,
     anchor_len: int | None,
     passing_len: int | None,
+    published: bool = False,
 ) -> Twin:
     adapter = tiny_llama(dtype)
     context, head, question = lengths
@@ -41,6 +43,7 @@ def dense(
         select=select,
         anchor_len=anchor_len,
         passing_len=passing_len,
+        published=published,
     )
 
 
@@ -52,13 +55,21 @@ def check(
     lengths: tuple[int, int, int] = (997, 5, 6),
     dtype: torch.dtype = torch.float64,
     passing: str = "ring",
+    anchor: str = "recomputed",
+    published: bool = False,
     anchor_len: int | None = None,
     passing_len: int | None = None,
 ) -> Engine:
     """Prefill and ask on virtual hosts; logits, KV, plan and sent bytes are the twin's and the formulas'."""
-    options: dict[str, Any] = {"anchor_len": anchor_len, "passing_len": passing_len, "passing": passing}
-    made = strategy(name, **(options if name == "apb" else {}))
-    want = dense(dtype, lengths, name, hosts, select, anchor_len, passing_len)
+    options: dict[str, Any] = {}
+    if name in ("apb", "spava"):
+        options = {"anchor_len": anchor_len, "passing_len": passing_len}
+        options |= {"passing": passing, "anchor": anchor} if name == "apb" else {}
+        options |= {"lengths": "published"} if published else {}
+    if name == "spava":
+        passing, anchor = "direct", "shared"
+    made = strategy(name, **options)
+    want = dense(dtype, lengths, name, hosts, select, anchor_len, passing_len, published)
     engine = tiny_engine(tiny_llama(dtype), made, hosts, select)
     prompt = make_prompt(*lengths)
     handle = engine.prefill(prompt)
@@ -70,29 +81,48 @@ def check(
             theirs = torch.stack([want.keys[layer], want.values[layer]])[:, :, want.rows[rank]]
             torch.testing.assert_close(mine, theirs, atol=TOLERANCE[dtype], rtol=0)
     plan = engine.setup.plan(prompt)
-    check_sizes(plan, want.sizes, last_offers=passing == "allgather")
+    shared = anchor == "shared" and hosts > 1
+    check_sizes(plan, want.sizes, last_offers=passing == "allgather", shared=shared)
     m = len(prompt.question.query_ids) if prompt.question else 0
     sent = bytes_in_words(want.sizes, hosts, m, 0, 0, passing, plan.shape)
+    if shared:
+        asked = want.sizes.question if select == "query" and any(plan.kept_rows) else 0
+        sent |= {"anchor": anchor_in_words(want.sizes, hosts, asked, plan.shape)}
     assert handle.metrics["bytes_by_kind"] == plan.bytes_by_kind(m) == sent
     assert handle.metrics["bytes_sent"] == sum(sent.values())
     return engine
 
 
-def check_sizes(plan: PrefillPlan, want: Sizes, *, last_offers: bool) -> None:
+def check_sizes(plan: PrefillPlan, want: Sizes, *, last_offers: bool, shared: bool) -> None:
     """The plan's lengths are those worked out from the rules in words."""
     hosts = plan.host_plans
-    assert tuple((h.start, h.stop) for h in hosts) == want.spans
-    assert tuple(h.anchor_len for h in hosts) == want.beside
-    seen = [any(isinstance(s, Attend) and s.queries == "block" and "anchor" in s.keys for s in h.steps) for h in hosts]
-    assert seen == [h.rank > 0 for h in hosts]
-    rows = want.rows if last_offers else (*want.rows[:-1], 0)  # in a ring nobody asks the last host for its rows
+    assert tuple(h.spans for h in hosts) == tuple(tuple(want.spans[n] for n in numbers) for numbers in want.held)
+    if shared:  # one anchor in shares, one behind the other
+        ends = [0, *itertools.accumulate(h.anchor_len for h in hosts)]
+        assert [h.anchor_start for h in hosts] == ends[:-1] and ends[-1] == want.anchor
+    else:
+        assert tuple(h.anchor_len for h in hosts) == want.beside and not any(h.anchor_start for h in hosts)
+    seen = {
+        numbers[s.block]
+        for numbers, h in zip(want.held, hosts, strict=True)
+        for s in h.steps
+        if isinstance(s, Attend) and s.queries == "block" and "anchor" in s.keys
+    }
+    assert seen == {n for n in range(1, len(want.spans)) if want.anchor}
+    rows = want.rows if last_offers else (*want.rows[:-1], 0)  # nobody asks the last block for its rows
     assert plan.kept_rows == rows
-    if plan.hosts > 1 and plan.strategy == "apb":
+    if plan.hosts > 1 and plan.strategy in ("apb", "spava"):
         assert (plan.anchor_len, plan.anchor_skip, plan.question_len) == (
             want.anchor,
             want.skip,
             want.question,
         )
+
+
+def anchor_in_words(want: Sizes, hosts: int, asked: int, shape: ModelShape) -> int:
+    """Every anchor token's K and V, and the queries of ``asked`` question tokens, to every other host."""
+    heads = 2 * shape.kv_heads * want.anchor + shape.q_heads * asked
+    return heads * shape.head_dim * shape.element_size * (hosts - 1) * shape.layers
 
 
 def bytes_in_words(
@@ -103,6 +133,10 @@ def bytes_in_words(
     row = 2 * shape.kv_heads * shape.head_dim * e
     if passing == "ring":  # host h hands its own and all earlier hosts' rows to h + 1, nothing wraps round
         rows = sum(sum(want.rows[: h + 1]) for h in range(hosts - 1))
+    elif passing == "direct":  # a row goes once to every other host that holds a later block
+        at = {n: h for h, numbers in enumerate(want.held) for n in numbers}
+        needs = {(n, at[later]) for n in at for later in at if later > n and at[later] != at[n]}
+        rows = sum(want.rows[n] for n, _ in needs)
     else:
         rows = sum(p * (hosts - 1) for p in want.rows) if hosts > 1 else 0
     lse = 8 if e == 8 else 4
@@ -120,7 +154,7 @@ def bytes_in_words(
 
 
 @pytest.mark.parametrize("hosts", range(1, 9))
-@pytest.mark.parametrize("name, select", [("star", None), ("apb", "query")])
+@pytest.mark.parametrize("name, select", [("star", None), ("apb", "query"), ("spava", "query")])
 def test_every_host_count_equals_the_twin(name: str, select: str | None, hosts: int) -> None:
     check(name, hosts, select)
 
@@ -132,12 +166,16 @@ def test_every_compressor_and_route_equals_the_twin(select: str, hosts: int, pas
     check("apb", hosts, select, passing=passing)
 
 
-@pytest.mark.parametrize("name, hosts, select", [("star", 3, None), ("apb", 8, "query"), ("apb", 7, "random")])
+@pytest.mark.parametrize(
+    "name, hosts, select", [("star", 3, None), ("apb", 8, "query"), ("apb", 7, "random"), ("spava", 7, "random")]
+)
 def test_a_longer_context_equals_the_twin(name: str, hosts: int, select: str | None) -> None:
     check(name, hosts, select, lengths=(2203, 5, 6))
 
 
-@pytest.mark.parametrize("name, hosts, select", [("full", 1, None), ("star", 4, None), ("apb", 4, "query")])
+@pytest.mark.parametrize(
+    "name, hosts, select", [("full", 1, None), ("star", 4, None), ("apb", 4, "query"), ("spava", 4, "query")]
+)
 @pytest.mark.parametrize("context", [997, 2203])
 def test_single_precision_equals_the_twin(context: int, name: str, hosts: int, select: str | None) -> None:
     check(name, hosts, select, lengths=(context, 5, 6), dtype=torch.float32)
@@ -163,6 +201,8 @@ def test_single_precision_equals_the_twin(context: int, name: str, hosts: int, s
 def test_short_contexts_equal_the_twin(lengths: tuple[int, int, int], hosts: int, select: str) -> None:
     check("apb", hosts, select, lengths=lengths)
     check("apb", hosts, select, lengths=lengths, passing="allgather")
+    check("apb", hosts, select, lengths=lengths, anchor="shared")
+    check("spava", hosts, select, lengths=lengths)
     check("star", hosts, lengths=lengths)
 
 
@@ -179,6 +219,10 @@ def test_explicit_lengths_equal_the_twin(select: str, anchor_len: int | None, pa
             anchor_len=anchor_len,
             passing_len=passing_len,
         )
+    lengths = (301, 5, 6)
+    check("apb", 3, select, lengths=lengths, anchor="shared", anchor_len=anchor_len, passing_len=passing_len)
+    if anchor_len != 106:  # beyond spava's block 0
+        check("spava", 3, select, lengths=lengths, anchor_len=anchor_len, passing_len=passing_len)
 
 
 def test_full_equals_the_model_itself() -> None:

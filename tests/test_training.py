@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from apb.blocks import blocks
 from apb.compress import compressor
 from apb.heads import load
 from apb.models.adapter import Adapter
-from apb.plan import blocks
 from apb.strategies import strategy
 from apb.train.fit import Recipe, fit
 from apb.train.labels import Layout, observe

@@ -33,7 +33,7 @@ class Candidates:
     """A block's tokens in one layer, as a compressor sees them; keys and queries carry their true positions."""
 
     layer: int
-    rank: int
+    rank: int  # the block's number in position order: the host's rank where each host holds one
     q_BHSD: Tensor
     k_BKSD: Tensor
     v_BKSD: Tensor

@@ -11,6 +11,7 @@ STRATEGIES = {
     "full": "apb.strategies.full:Full",
     "star": "apb.strategies.star:Star",
     "apb": "apb.strategies.apb:APB",
+    "spava": "apb.strategies.spava:Spava",
     "ring": "apb.strategies.ring:Ring",
     "burst": "apb.strategies.burst:Burst",
     "allgather": "apb.strategies.allgather:AllGather",

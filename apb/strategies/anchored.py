@@ -1,11 +1,60 @@
-"""What star and apb share: each later host runs an anchor beside its block, and passing blocks may join."""
+"""What star, apb and spava share: every block but the first sees an anchor, and passing blocks may join."""
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
 from typing import Literal
 
-from apb.plan import ModelShape, PrefillPlan, PromptLengths
-from apb.steps import Attend, HostPlan, Pass, Region, Select, Step, WaitPassing
+from apb.plan import HostPlan, ModelShape, PrefillPlan, PromptLengths
+from apb.steps import Attend, GatherAnchor, Pass, Region, Route, Select, Step, WaitAnchor, WaitPassing
+from burst.errors import UserError
+
+AnchorForm = Literal["shared", "recomputed"]  # computed once, spread over the hosts; or by every host that sees it
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The anchor that every block but the first sees: its length, and what stands in it."""
+
+    tokens: int  # l_a
+    skip: int  # context tokens before the embedded question
+    question: int  # tokens of the embedded question
+    form: AnchorForm = "recomputed"
+    asks: bool = False  # whether a compressor wants the queries of the embedded question
+
+
+def anchor_length(asked: int | None, default: int, skip: int, question: int, first: int) -> int:
+    """Return l_a: what is asked for, or ``default`` within its limits. ``first``: tokens of block 0.
+
+    Raises UserError for an explicit length that does not fit.
+    """
+    least, most = skip + question, first + question
+    if asked is None:
+        return min(max(default, least), most)
+    if not least <= asked <= most:
+        raise UserError(
+            f"the anchor must hold {skip} leading tokens and {question} question tokens, and its context part "
+            "must stay inside block 0",
+            given=f"strategy.anchor_len={asked}",
+            allowed=f"{least} to {most}",
+            remedy="Choose a length in that range, or leave strategy.anchor_len out.",
+        )
+    return asked
+
+
+def passing_length(asked: int | None, default: int, smallest: int) -> int:
+    """Return l_p, at most ``smallest``, what the host with the fewest tokens holds; raises UserError beyond it."""
+    if asked is None:
+        return max(1, default)
+    if not 0 <= asked <= smallest:
+        raise UserError(
+            "a passing block cannot be longer than the block it is taken from",
+            given=f"strategy.passing_len={asked}",
+            allowed=f"0 to {smallest}",
+            remedy="Choose a smaller strategy.passing_len or fewer hosts.",
+        )
+    return asked
 
 
 def anchored_plan(
@@ -15,37 +64,33 @@ def anchored_plan(
     shape: ModelShape,
     lengths: PromptLengths,
     spans: list[tuple[int, int]],
-    anchor_len: int,
-    anchor_skip: int,
-    question_len: int,
-    route: Literal["ring", "allgather", "none"],
+    held: list[tuple[int, ...]],
+    anchor: Anchor,
+    route: Route,
     kept_rows: tuple[int, ...],
-    first_host_head: int,
 ) -> PrefillPlan:
-    """Put the hosts' steps together. ``first_host_head``: tokens that host 0, which has no anchor, runs beside its
-    block (unseen by it) so that its compressor knows the question."""
-    hosts = len(spans)
-    passes = route if hosts > 1 else "none"
+    """Put the hosts' steps together. ``spans``: the blocks in position order; ``held``: their numbers by host."""
+    hosts = len(held)
+    shared = anchor.form == "shared" and hosts > 1
+    bare = [_host(rank, numbers, spans, anchor, (0, 0), shared, route, kept_rows) for rank, numbers in enumerate(held)]
     plans = []
-    for rank, (start, stop) in enumerate(spans):
-        beside = anchor_len if rank else first_host_head
-        steps = _steps(
-            block=stop - start,
-            beside=beside,
-            sees_anchor=rank > 0,
-            select=Select(kept_rows[rank], skip=min(anchor_len, stop) if rank == 0 else 0),
-            route=passes,
-            passing=0 if passes == "none" else sum(kept_rows[:rank]),
-        )
-        plans.append(HostPlan(rank, ((start, stop),), beside, steps))
+    work = [2 * shape.linear_params * h.tokens_run + _attention(shape, h.head_pairs(shape.q_heads)) for h in bare]
+    per_token = 2 * shape.linear_params + _attention(shape, shape.q_heads * anchor.tokens // 2)
+    shares = even_shares(work, anchor.tokens if shared else 0, per_token)
+    for rank, (start, stop) in enumerate(itertools.pairwise(itertools.accumulate(shares, initial=0))):
+        if not shared:
+            # Block 0 has no anchor; its host runs the head of it beside the block when its compressor asks.
+            beside = anchor.skip + anchor.question if anchor.asks and kept_rows[0] else 0
+            start, stop = 0, anchor.tokens if rank else beside
+        plans.append(_host(rank, held[rank], spans, anchor, (start, stop), shared, route, kept_rows))
     return PrefillPlan(
         strategy=strategy,
         compressor=compressor,
         shape=shape,
         lengths=lengths,
-        anchor_len=anchor_len if hosts > 1 else 0,
-        anchor_skip=anchor_skip,
-        question_len=question_len,
+        anchor_len=anchor.tokens if hosts > 1 else 0,
+        anchor_skip=anchor.skip,
+        question_len=anchor.question,
         route=route,
         kept_rows=kept_rows,
         exact=hosts == 1,
@@ -53,29 +98,80 @@ def anchored_plan(
     )
 
 
-def _steps(
-    *,
-    block: int,
-    beside: int,
-    sees_anchor: bool,
-    select: Select,
-    route: Literal["ring", "allgather", "none"],
-    passing: int,
-) -> tuple[Step, ...]:
-    """Return one host's steps in order; lengths in tokens, ``passing``: rows that arrive from earlier hosts."""
-    steps: list[Step] = []
-    if select.rows:
-        steps.append(select)
-    if route != "none":
-        steps.append(Pass(route))
+def even_shares(work: list[int], tokens: int, per_token: int) -> list[int]:
+    """Deal ``tokens`` of equal cost to hosts that have ``work`` already, so that the busiest has little to do."""
+    low, high = min(work), max(work) + tokens * per_token
+    while low < high:  # the lowest level at which all tokens find room below it
+        level = (low + high) // 2
+        low, high = (low, level) if sum(_room(level, w, per_token) for w in work) >= tokens else (level + 1, high)
+    shares, left = [], tokens
+    for w in work:
+        shares.append(min(left, _room(low, w, per_token)))
+        left -= shares[-1]
+    return shares
+
+
+def _room(level: int, work: int, per_token: int) -> int:
+    return max(0, level - work) // per_token
+
+
+def _attention(shape: ModelShape, head_pairs: int) -> int:
+    return 4 * shape.head_dim * shape.layers * head_pairs
+
+
+def _host(
+    rank: int,
+    numbers: tuple[int, ...],
+    spans: list[tuple[int, int]],
+    anchor: Anchor,
+    run: tuple[int, int],
+    shared: bool,
+    route: Route,
+    kept_rows: tuple[int, ...],
+) -> HostPlan:
+    """Return one host's part; ``run``: the anchor's tokens [start, stop) that it runs."""
+    own = tuple(spans[number] for number in numbers)
+    before, beside = run[0], run[1] - run[0]
+    choose: list[Step] = []
+    for place, number in enumerate(numbers):
+        if kept_rows[number]:
+            skip = min(anchor.tokens, own[place][1]) if number == 0 else 0
+            choose.append(Select(kept_rows[number], skip, place))
+        if route != "none":
+            choose.append(Pass(route, place))
+    # The anchor travels before the passing blocks and these while blocks are attended to, so waits stand late.
+    within = [_attend("block", ("block",), stop - start, 0, place) for place, (start, stop) in enumerate(own)]
+    share: list[Step] = []
     if beside:
-        steps.append(Attend("anchor", ("anchor",), causal=True, pairs=beside * (beside + 1) // 2))
-    # The passing blocks travel while this runs, so it stands before the wait.
-    steps.append(Attend("block", ("block",), causal=True, pairs=block * (block + 1) // 2))
-    if route != "none":
-        steps.append(WaitPassing())
-    lengths: dict[Region, int] = {"anchor": beside if sees_anchor else 0, "passing": passing}
-    seen = tuple(region for region, length in lengths.items() if length)
-    if seen:
-        steps.append(Attend("block", seen, causal=False, pairs=block * sum(lengths.values())))
-    return tuple(steps)
+        share = [_attend("anchor", ("share" if shared else "anchor",), beside)]
+    steps: list[Step] = []
+    if shared:
+        late: list[Step] = [_attend("anchor", ("before",), beside, before)] if before and beside else []
+        gathered = [WaitAnchor(), *late]
+        steps.append(GatherAnchor(question=anchor.asks))
+        if anchor.asks:  # selection needs the anchor: all blocks but the last hide it, the last one hides the passing
+            steps += [*share, *within[:-1], *gathered, *choose, within[-1]]
+        else:
+            steps += [*choose, *share, *within, *gathered]
+    else:
+        steps += [*choose, *share, *within]
+    for place, number in enumerate(numbers):
+        if route != "none":
+            steps.append(WaitPassing(place))
+        rows: dict[Region, int] = {
+            "anchor": (anchor.tokens if shared else beside) if number else 0,
+            "passing": sum(kept_rows[:number]) if route != "none" else 0,
+        }
+        seen = tuple(region for region, length in rows.items() if length)
+        if seen:
+            start, stop = own[place]
+            steps.append(_attend("block", seen, stop - start, sum(rows.values()), place))
+    return HostPlan(rank, own, beside, tuple(steps), before)
+
+
+def _attend(
+    queries: Literal["anchor", "block"], keys: tuple[Region, ...], tokens: int, seen: int = 0, block: int = 0
+) -> Attend:
+    """Return a call of ``tokens`` queries on ``seen`` keys, or (0) on themselves, causally."""
+    pairs = tokens * seen if seen else tokens * (tokens + 1) // 2
+    return Attend(queries, keys, causal=not seen, pairs=pairs, block=block)

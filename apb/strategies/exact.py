@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from apb.blocks import blocks
 from apb.compress.base import Compressor
-from apb.plan import ModelShape, PrefillPlan, PromptLengths, blocks
+from apb.plan import HostPlan, ModelShape, PrefillPlan, PromptLengths
 from apb.spread import Spread
-from apb.steps import AttendAll, HostPlan
+from apb.steps import AttendAll
 from apb.strategies.base import Strategy
 from burst.errors import choose
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from apb.blocks import blocks
 from apb.compress.base import Compressor
-from apb.plan import ModelShape, PrefillPlan, PromptLengths, blocks
-from apb.steps import Attend, HostPlan
+from apb.plan import HostPlan, ModelShape, PrefillPlan, PromptLengths
+from apb.steps import Attend
 from apb.strategies.base import Strategy
 from burst.errors import UserError
 

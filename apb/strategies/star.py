@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from apb.blocks import blocks
 from apb.compress.base import Compressor
-from apb.plan import ModelShape, PrefillPlan, PromptLengths, blocks
-from apb.strategies.anchored import anchored_plan
+from apb.plan import ModelShape, PrefillPlan, PromptLengths
+from apb.strategies.anchored import Anchor, anchored_plan
 from apb.strategies.base import Strategy
 
 
@@ -28,10 +29,8 @@ class Star(Strategy):
             shape=shape,
             lengths=lengths,
             spans=spans,
-            anchor_len=spans[0][1],
-            anchor_skip=0,
-            question_len=0,
+            held=[(rank,) for rank in range(hosts)],
+            anchor=Anchor(spans[0][1], skip=0, question=0),
             route="none",
             kept_rows=(0,) * hosts,
-            first_host_head=0,
         )

@@ -42,7 +42,7 @@ def fit(setup: Setup, lengths: PromptLengths, *, flops: int | None = None, sent:
         return strategy.plan(lengths, setup.hosts, setup.shape, setup.compressor)
 
     block = lengths.context // setup.hosts
-    first = -(-lengths.context // setup.hosts)
+    first = plan().host_plans[0].spans[0][1]  # the anchor's context part stays inside block 0
     least = min(lengths.head, first) + lengths.question
 
     def both(passing: int) -> dict[str, int]:

@@ -15,9 +15,10 @@ from bench.verify.runner import Recorder, conditions
 CHECKS = {
     "burst": "distributed attention: exact, bytes as counted, precision, overhead, 200 faults (hours)",
     "full": "full attention equals transformers' greedy generate: 50 prompts, 64 tokens",
-    "twins": "star and apb equal their dense masked twins on virtual, gloo and ray; ledger = plan = formula",
+    "twins": "star, apb and spava equal their dense masked twins on virtual, gloo and ray; ledger = plan = formula",
     "needles": "160 needles in noise, 1k to 7k tokens, 4 and 8 hosts",
     "work": "own work of 8 hosts beside full attention at 7,300 tokens, one thread",
+    "spava": "the same of spava's hosts: at most 0.66 together and 0.09 on the slowest",
     "memory": "what a prefill adds to a gloo host process at 7,300 tokens, 8 hosts",
 }
 

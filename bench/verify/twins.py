@@ -19,7 +19,7 @@ from bench.twin import twin
 from bench.verify.full import document_text
 from bench.verify.runner import Recorder
 
-LENGTHS, HOSTS, STRATEGIES = (997, 2203), range(1, 9), ("star", "apb")
+LENGTHS, HOSTS, STRATEGIES = (997, 2203), range(1, 9), ("star", "apb", "spava")
 CLUSTERS = ("virtual", "gloo", "ray")
 LOGITS_ATOL = 1e-4
 QUESTION = "Which statement binds names to objects?"
@@ -42,7 +42,7 @@ def check(recorder: Recorder, model: str) -> dict[str, Any]:
         want: dict[str, Tensor] = {}
         for strategy, tokens, setup in _settings(model, hosts):
             prompt = setup.prompt(_ids(setup, tokens), QUESTION)
-            select = "query" if strategy == "apb" else None
+            select = "query" if setup.compressor is not None else None
             want[f"{strategy}/{tokens}"] = twin(adapter, rotate, prompt, strategy, hosts, select=select).logits
         for name in CLUSTERS:
             found = _gloo(model, hosts) if name == "gloo" else _engines(model, hosts, name)

@@ -1,0 +1,70 @@
+"""Spava's schedule: two blocks a host in zigzag, so that all hosts attend to equally many passing blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+from apb.blocks import blocks
+from apb.compress.base import Compressor
+from apb.plan import ModelShape, PrefillPlan, PromptLengths
+from apb.strategies.anchored import Anchor, anchor_length, anchored_plan, passing_length
+from apb.strategies.base import Strategy
+from burst.errors import choose
+
+Lengths = Literal["apb", "published"]
+
+
+@dataclass(frozen=True)
+class Spava(Strategy):
+    """Host r of H holds blocks r and 2H-1-r of 2H; a block attends to the anchor, the best rows of all earlier blocks,
+    and itself. The anchor is computed once, spread over the hosts.
+
+    Parameters: ``anchor_len`` l_a in tokens, the question included; ``passing_len`` l_p, rows each host passes on, half
+    of them from each of its blocks; ``lengths``: their defaults are ``apb``'s (n/4H and n/8H), or n/64 both, as
+    ``published``. Rows go straight to the hosts that hold a later block: those of one block while the other is attended
+    to. With fewer than 2H tokens, the last hosts' second blocks go first.
+
+    Source: arXiv 2601.21444; the shared anchor, direct sends and uneven lengths are ours.
+    """
+
+    name: ClassVar[str] = "spava"
+    takes_compressor: ClassVar[bool] = True
+
+    anchor_len: int | None = None
+    passing_len: int | None = None
+    lengths: Lengths = "apb"
+
+    def plan(
+        self, lengths: PromptLengths, hosts: int, shape: ModelShape, compressor: Compressor | None = None
+    ) -> PrefillPlan:
+        """Return the plan; raises UserError for explicit lengths that do not fit."""
+        choose("value of strategy.lengths:", self.lengths, get_args(Lengths))
+        n = lengths.context
+        blocks(n, hosts)  # refuses what no strategy can take
+        count = min(2 * hosts, n) if hosts > 1 else 1
+        spans = blocks(n, count)
+        held = [tuple(b for b in (r, 2 * hosts - 1 - r) if b < count) for r in range(hosts)]
+        first = spans[0][1]
+        question = lengths.question if hosts > 1 else 0
+        skip = min(lengths.head, first)  # the anchor never reaches beyond block 0
+        published = self.lengths == "published"
+        default = n // 64 if published else n // hosts // 4
+        anchor = anchor_length(self.anchor_len if hosts > 1 else None, default, skip, question, first)
+        passing = passing_length(self.passing_len, n // 64 if published else n // hosts // 8, n // hosts)
+        half = -(-passing // 2)
+        kept = [min(half, stop - start) for start, stop in spans]
+        kept[0] = max(0, min(half, first - anchor))  # every other block has these positions in the anchor, as in apb
+        kept[-1] = 0  # nobody comes after it
+        asks = compressor is not None and compressor.needs_question and any(kept)
+        return anchored_plan(
+            strategy=self.name,
+            compressor=compressor.name if compressor is not None else None,
+            shape=shape,
+            lengths=lengths,
+            spans=spans,
+            held=held,
+            anchor=Anchor(anchor, skip, question, "shared", asks),
+            route="direct" if passing and hosts > 1 else "none",
+            kept_rows=tuple(kept),
+        )
