@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from apb.chunks import attend_over
 from apb.compress.base import Candidates, Compressor, Projections, top_rows
 from apb.kv.cache import LayerKV
 from apb.plan import Attend, Pass, PrefillPlan, Region, Select, WaitPassing
@@ -46,6 +47,8 @@ class PrefillAttention:
         self.host = plan.host_plans[transport.rank]
         self.kept: list[LayerKV] = []
         self.needs_projections = compressor is not None and compressor.needs_projections
+        chunk = plan.chunk_tokens
+        self._chunk = chunk if chunk is not None and chunk < self.host.tokens_run else None
         self._transport, self._kernel, self._compressor = transport, kernel, compressor
         self._question, self._rotate, self._on_layer = question, rotate, on_layer
 
@@ -82,12 +85,21 @@ class PrefillAttention:
                     handle, passed = arriving
                     handle.wait()
                     regions["passing"] = [(kv[0], kv[1]) for kv in passed]
+                case Attend() if self._chunk is not None:
+                    # Over its queries' own memory, so all that they attend to must be here: their last step does it.
+                    own_steps = [s for s in self.host.steps if isinstance(s, Attend) and s.queries == step.queries]
+                    if step is own_steps[-1]:
+                        keys = [_concat([part for name in s.keys for part in regions[name]]) for s in own_steps]
+                        parts = [(k, v, s.causal) for (k, v), s in zip(keys, own_steps, strict=True)]
+                        attend_over(queries[step.queries], parts, self._kernel, scale, self._chunk)
                 case Attend():
                     k, v = _concat([part for name in step.keys for part in regions[name]])
                     part = self._kernel(queries[step.queries], k, v, causal=step.causal, scale=scale)
                     merged[step.queries].add(*part)
 
         self._on_layer(layer)
+        if self._chunk is not None:
+            return q_BHSD.transpose(1, 2)
         outs = [merged[name].finish(q_BHSD.dtype)[0] for name in ("anchor", "block") if queries[name].shape[2]]
         out_BHSD = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
         return out_BHSD.transpose(1, 2)
