@@ -54,7 +54,8 @@ class Setup:
 
         ``hosts``: None is the strategy's own default, else 4. ``threads``: intra-op threads a host. ``dtype`` auto is
         the checkpoint's own on a GPU and float32 on a CPU. ``chunk_tokens``: tokens that a host runs through a layer
-        at once, less memory for a little more work; None is all of its own. Raises UserError for anything unknown or contradictory.
+        at once, less memory for a little more work; None is all of its own.
+        Raises UserError for anything unknown or contradictory.
         """
         from apb.models.honoured import check_config
         from apb.models.loading import load_config, load_tokenizer
@@ -156,8 +157,8 @@ class Setup:
             f"processes {PROCESS_BYTES * copies / 1e9:.1f} GB",
             given=f"{need / 1e9:.1f} GB for {sharing} host(s) on one machine",
             allowed=f"{available / 1e9:.1f} GB free there",
-            remedy=f"Change one of these:{chunked}{halved}{virtual} more machines (cluster.address) with more cluster.hosts "
-            "make each block smaller; or shorten the document.",
+            remedy=f"Change one of these:{chunked}{halved}{virtual} more machines (cluster.address) with more "
+            "cluster.hosts make each block smaller; or shorten the document.",
         )
 
 

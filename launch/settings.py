@@ -71,7 +71,7 @@ class Settings(Basics):
     decode: DecodeSettings
     chat: bool
     needle_depth: float
-    chunk_tokens: int | None | Literal["auto"] = "auto"
+    chunk_tokens: int | Literal["auto"] | None = "auto"
     compare: bool = False
     context_tokens: int | None = None
     query_tokens: int = 64

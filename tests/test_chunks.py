@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from apb.compress import COMPRESSORS
+from apb.compress import compressor
 from apb.engine import Engine
+from apb.models.chunked import InChunks, chunkable
+from apb.plan import PrefillPlan, PromptLengths
+from apb.setup import Setup, fitting_chunk, needed_bytes
 from apb.strategies import STRATEGIES, strategy
-from tests.tiny import make_prompt, tiny_engine, tiny_llama
+from burst.errors import UserError
+from tests import tiny
+from tests.test_adapter import CONFIGS, prompt_for
+from tests.test_compressors import NAMES, pair
+from tests.test_plans import SHAPE
+from tests.tiny import adapt, make_prompt, tiny_engine, tiny_llama
 
 CHUNKS = (1, 7, 64, 5000)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -55,11 +66,8 @@ def check(
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("hosts", [1, 2, 4])
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name, hosts", [(s, h) for s in STRATEGIES for h in (1, 2, 4) if s != "full" or h == 1])
 def test_every_strategy_is_the_same_in_chunks(name: str, hosts: int, dtype: torch.dtype) -> None:
-    if name == "full" and hosts > 1:
-        return
     check(name, hosts, "query" if strategy(name).takes_compressor else None, dtype=dtype)
 
 
@@ -67,3 +75,171 @@ def test_every_strategy_is_the_same_in_chunks(name: str, hosts: int, dtype: torc
 @pytest.mark.parametrize("name", ["apb", "star", "ring"])
 def test_short_contexts_are_the_same_in_chunks(name: str, lengths: tuple[int, int, int], hosts: int) -> None:
     check(name, hosts, "query" if name == "apb" else None, lengths, chunks=(1, 2, 7))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    context=st.integers(1, 150),
+    hosts=st.integers(1, 5),
+    chunk=st.integers(1, 160),
+    name=st.sampled_from(["apb", "star", "usp"]),
+    route=st.sampled_from(["ring", "allgather"]),
+)
+def test_any_length_is_the_same_in_chunks(context: int, hosts: int, chunk: int, name: str, route: str) -> None:
+    hosts, options = min(hosts, context), {"passing": route} if name == "apb" else {}
+    found = []
+    for size in (None, chunk):
+        made = tiny_engine(
+            tiny_llama(torch.float64), strategy(name, **options), hosts, "query" if name == "apb" else None
+        )
+        made.setup = dataclasses.replace(made.setup, chunk_tokens=size)
+        found.append(made.logits(made.prefill(make_prompt(context, min(3, context)))))
+    assert (found[0] - found[1]).abs().max() <= 1e-12 * found[0].abs().max()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_compressor_chooses_the_same_in_chunks(name: str, tmp_path: Path) -> None:
+    adapter = tiny_llama(torch.float64)
+    scorer, _ = pair(name, tmp_path, tiny.rotation(adapter))
+    found = []
+    for chunk in (None, 13):
+        made = tiny_engine(adapter, strategy("apb"), 3, scorer)
+        made.setup = dataclasses.replace(made.setup, chunk_tokens=chunk)
+        found.append(prefilled(made, (253, 5, 6))[1])
+    assert (found[0] - found[1]).abs().max() <= 1e-12 * found[0].abs().max()
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_architecture_is_the_same_in_chunks(config: str) -> None:
+    # Experts know no fp64, and some other models compute norms and angles in fp32 whatever their own type is.
+    dtype = torch.float32 if config in ("qwen3-moe", "mixtral") else torch.float64
+    adapter, prompt = adapt(CONFIGS[config](), dtype), prompt_for()
+    for name, hosts in (("full", 1), ("apb", 3)):
+        found = []
+        for chunk in (None, 16):
+            made = tiny_engine(adapter, strategy(name), hosts, "norm" if name == "apb" else None)
+            made.setup = dataclasses.replace(made.setup, chunk_tokens=chunk)
+            found.append(made.logits(made.prefill(prompt)))
+        assert (found[0] - found[1]).abs().max() <= 5e-6 * found[0].abs().max()
+
+
+@pytest.mark.parametrize("name, hosts", [("full", 1), ("apb", 3), ("star", 2), ("ring", 2)])
+def test_no_more_than_a_chunk_runs_at_once(name: str, hosts: int) -> None:
+    adapter = tiny.adapt(tiny.llama_config())
+    base = adapter._base
+    tokens: dict[str, list[int]] = {}
+
+    def watch(what: str) -> Any:
+        return lambda module, given, output: tokens.setdefault(what, []).append(output.shape[1])
+
+    for i, layer in enumerate(base.layers):
+        for part in ("input_layernorm", "mlp"):
+            getattr(layer, part).register_forward_hook(watch(f"{part} {i}"))
+        layer.self_attn.q_proj.register_forward_hook(watch(f"q {i}"))
+    base.norm.register_forward_hook(watch("norm"))
+    made = tiny_engine(adapter, strategy(name), hosts, "norm" if name == "apb" else None)
+    made.setup = dataclasses.replace(made.setup, chunk_tokens=16)
+    prompt = make_prompt(199, question=0)
+    tokens.clear()
+    made.prefill(prompt)
+    assert max(max(counts) for counts in tokens.values()) == 16
+    hosts_run = [(host.tokens_run, host.alone) for host in made.setup.plan(prompt).host_plans]
+    run, alone = sum(count for count, _ in hosts_run), sum(count for count, is_alone in hosts_run if is_alone)
+    assert alone == {"full": 199, "star": 100}.get(name, 0)
+    assert sum(tokens["mlp 0"]) == sum(tokens["mlp 1"]) == run
+    # Nobody reads what follows the last layer's attention; only chunks that run through all layers in turn go there.
+    assert sum(tokens.get("mlp 2", [])) == sum(tokens.get("norm", [])) == alone
+
+
+def test_progress_of_chunks_goes_up_to_all_layers() -> None:
+    seen: list[tuple[int, int]] = []
+    for name in ("full", "ring"):
+        seen.clear()
+        engine(name, 1, None, torch.float64, 7).prefill(make_prompt(100), on_layer=lambda *at: seen.append(at))
+        assert len(seen) >= 3 and seen == sorted(seen) and seen[-1] == (3, 3)
+
+
+class Layer(torch.nn.Module):
+    """A decoder layer that is given something, or returns something, that nobody knows how to cut."""
+
+    def __init__(self, returns: Any) -> None:
+        super().__init__()
+        self.returns = returns
+
+    def forward(self, hidden: torch.Tensor, apb_attention: Any = None, per_token: Any = None) -> Any:
+        q = hidden[..., None, :].transpose(1, 2)
+        apb_attention(0, q, q, q, 1.0, None)
+        return self.returns
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"per_token": torch.zeros(1, 5)}, r"per_token \(1, 5\)"),
+        ({}, "returns list"),
+    ],
+)
+def test_layers_that_cannot_be_cut_are_refused(given: dict[str, torch.Tensor], words: str) -> None:
+    layer = Layer([])
+    chunkable(layer)
+    chunks = InChunks(lambda layer, q, *others: q.transpose(1, 2), False, 2, 3)
+    with pytest.raises(UserError, match=words) as refused:
+        layer(torch.zeros(1, 5, 4), apb_attention=chunks, **given)
+    assert "chunk_tokens=null" in refused.value.remedy
+
+
+# -- memory ---------------------------------------------------------------------------------------------
+
+
+def plan_of(name: str, context: int, hosts: int, chunk: int | None) -> PrefillPlan:
+    scorer = compressor("norm") if name == "apb" else None
+    plan = strategy(name).plan(PromptLengths(context, 5, 6, 11), hosts, SHAPE, scorer)
+    return dataclasses.replace(plan, chunk_tokens=chunk)
+
+
+def test_memory_of_a_block_alone_does_not_depend_on_its_length() -> None:
+    short, long = (plan_of("full", n, 1, 64).memory(0)["activations"] for n in (1000, 90_000))
+    assert short == long == plan_of("full", 64, 1, None).memory(0)["activations"]
+    assert plan_of("full", 1000, 1, 5000).memory(0) == plan_of("full", 1000, 1, None).memory(0)
+
+
+def test_memory_of_other_blocks_grows_by_what_stays() -> None:
+    hidden = q = 4 * 64  # bytes a token: the residual stream, queries
+    rotation, kv = 4 * 2 * 16, 4 * 2 * 32
+    for name, more in (("star", 0), ("apb", 0), ("ring", 2 * q)):
+        short, long = (plan_of(name, n, 2, 64) for n in (1000, 1400))
+        ran = long.host_plans[1].tokens_run - short.host_plans[1].tokens_run
+        beside = [p.memory(1)["activations"] for p in (short, long)]
+        rows = [(p.passing_rows(1) + p.host_plans[1].anchor_len) * kv * 2 for p in (short, long)]
+        if name == "ring":
+            assert short.spread is not None and long.spread is not None
+            rows = [p.spread.workspace(1, SHAPE) for p in (short, long) if p.spread]
+        assert beside[1] - beside[0] - (rows[1] - rows[0]) == ran * (hidden + q + rotation + kv + more)
+
+
+def test_hosts_must_agree_on_chunks() -> None:
+    assert len({plan_of("star", 100, 2, chunk).digest for chunk in (None, 7, 8)}) == 3
+
+
+def test_a_prefill_that_is_too_large_is_told_its_chunk() -> None:
+    setup = engine("star", 2, None, torch.float32, None).setup
+    plan = plan_of("star", 4000, 2, None)
+    need = {
+        chunk: needed_bytes(dataclasses.replace(plan, chunk_tokens=chunk), 0, sharing=2, copies=1)
+        for chunk in (None, 512, 256, 32)
+    }
+    assert need[32] < need[256] < need[512] < need[None]
+    for room, fits in ((need[512], 512), (need[512] - 1, 256), (need[32], 32), (need[32] - 1, None)):
+        assert fitting_chunk(plan, 0, room, sharing=2, copies=1) == fits
+        with pytest.raises(UserError, match="does not fit") as refused:
+            setup.check_memory(plan, 0, room, sharing=2, copies=1)
+        assert (f"chunk_tokens={fits} makes it fit" in refused.value.remedy) == (fits is not None)
+    with pytest.raises(UserError) as refused:  # shorter than the block already, and not short enough
+        setup.check_memory(dataclasses.replace(plan, chunk_tokens=512), 0, need[256], sharing=2, copies=1)
+    assert "chunk_tokens=256 makes it fit" in refused.value.remedy
+
+
+@pytest.mark.parametrize("chunk", [0, -1, 2.5, "auto"])
+def test_chunks_out_of_range_are_refused(chunk: Any) -> None:
+    with pytest.raises(UserError, match="chunk_tokens is out of range"):
+        Setup.make("nowhere", chunk_tokens=chunk)

@@ -26,7 +26,10 @@ _captured = threading.local()  # projections of the layer under way; virtual ran
 
 
 class Attention(Protocol):
-    """What stands in for a model's attention: called once per layer with rotated queries and keys."""
+    """What stands in for a model's attention: called once per layer with rotated queries and keys.
+
+    What it is given is its own until it returns: it may write its output over the queries, and what it keeps it copies.
+    """
 
     needs_projections: bool
 
@@ -121,7 +124,6 @@ class Adapter:
         """Run tokens through all layers for the keys and values they leave with ``attention``.
 
         ``chunk``: tokens that go through a layer at once; attention is still called once a layer, with all of them.
-        Its queries may be overwritten then.
         """
         if chunk is None or chunk >= len(ids_S):
             self._forward(self._base, ids_S, positions_S, attention)

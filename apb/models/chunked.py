@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,7 +38,9 @@ class InChunks:
     def __init__(self, attention: Callable[..., Tensor], needs_projections: bool, layers: int, chunk: int) -> None:
         self.needs_projections, self.chunk = needs_projections, chunk
         self._attention, self._layers = attention, layers
-        self._whole: list[Tensor] = []  # queries, keys and values, and the raw projections where asked for
+        # Queries, keys and values of all tokens, and the raw projections where asked for. The same memory serves all
+        # layers: with its own a layer, kept KV in between would leave holes too small for the next one's.
+        self._whole: list[Tensor] = []
         self._out_BSHD: Tensor | None = None
         self._call: tuple[int, float] = (0, 0.0)  # layer and scale
         self._tokens, self._start, self._stop = 0, 0, 0
@@ -87,16 +89,15 @@ class InChunks:
         self._out_BSHD = None
         return hidden_BSE
 
-    def _chunks(self, hidden_BSE: Tensor, given: dict[str, Any]) -> Any:
-        for self._start, self._stop in spans(self._tokens, self.chunk):
+    def _chunks(self, hidden_BSE: Tensor, given: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        for start, stop in spans(self._tokens, self.chunk):
+            self._start, self._stop = start, stop
             options = {name: self._cut(name, value) for name, value in given.items()}
-            yield hidden_BSE[:, self._start : self._stop], options
+            yield hidden_BSE[:, start:stop], options
 
     def _attend(self) -> None:
-        whole, self._whole = self._whole, []
-        q_BHSD, k_BKSD, v_BKSD = (x.transpose(1, 2) for x in whole[:3])
-        projections = Projections(*whole[3:]) if self.needs_projections else None
-        whole.clear()
+        q_BHSD, k_BKSD, v_BKSD = (x.transpose(1, 2) for x in self._whole[:3])
+        projections = Projections(*self._whole[3:]) if self.needs_projections else None
         layer, scale = self._call
         self._out_BSHD = self._attention(layer, q_BHSD, k_BKSD, v_BKSD, scale, projections)
 

@@ -18,6 +18,7 @@ CHECKS = {
     "twins": "star and apb equal their dense masked twins on virtual, gloo and ray; ledger = plan = formula",
     "needles": "160 needles in noise, 1k to 7k tokens, 4 and 8 hosts",
     "work": "own work of 8 hosts beside full attention at 7,300 tokens, one thread",
+    "chunks": "a longer block needs no more activation memory when it runs in chunks: full, star, apb, ring",
     "memory": "what a prefill adds to a gloo host process at 7,300 tokens, 8 hosts",
 }
 
