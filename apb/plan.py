@@ -141,7 +141,8 @@ class HostPlan:
     @property
     def alone(self) -> bool:
         """Whether the block sees nothing but itself and no layer waits for other hosts."""
-        return not self.anchor_len and all(isinstance(s, Attend) and s.keys == ("block",) for s in self.steps)
+        sees_itself = all(isinstance(s, Attend) and s.keys == ("block",) for s in self.steps)
+        return sees_itself and not self.anchor_len and len(self.spans) == 1
 
     def head_pairs(self, q_heads: int) -> int:
         """Query-key pairs computed in one layer, each head by itself."""

@@ -19,35 +19,35 @@ MAY_GROW = 24_000_000  # bytes from the short block to the long one, beside KV a
 
 
 def check(recorder: Recorder, model: str) -> dict[str, Any]:
-    """Compare each strategy's short and long block, in chunks and whole."""
+    """Compare each strategy's short and long context in chunks, and the long one whole."""
+    short, long = LENGTHS
     strategies = {}
     for name, hosts in CASES.items():
-        found = {
-            (chunk, tokens): recorder.sample(
-                f"chunks/{name}/{chunk}/{tokens}", partial(_run, model, name, hosts, tokens, chunk)
-            )
-            for chunk in (CHUNK, None)
-            for tokens in LENGTHS
-        }
-        if not all(row["ok"] for row in found.values()):
-            return {"ok": False, "failed": [row for row in found.values() if not row["ok"]]}
-        short, long = LENGTHS
-        grown = {chunk: found[chunk, long]["beside_mb"] - found[chunk, short]["beside_mb"] for chunk in (CHUNK, None)}
+        rows = [
+            recorder.sample(f"chunks/{name}/{chunk}/{tokens}", partial(_run, model, name, hosts, tokens, chunk))
+            for chunk, tokens in ((CHUNK, short), (CHUNK, long), (None, long))
+        ]
+        failed = [row for row in rows if not row["ok"]]
+        if failed:
+            return {"ok": False, "failed": failed}
+        beside = [row["beside_mb"] for row in rows]
         strategies[name] = {
             "hosts": hosts,
-            "context_tokens": LENGTHS,
-            "beside_kv_and_stream_mb": [found[CHUNK, tokens]["beside_mb"] for tokens in LENGTHS],
-            "grows_mb": round(grown[CHUNK], 1),
-            "grows_whole_mb": round(grown[None], 1),
-            "activations_mb": found[CHUNK, long]["activations_mb"],
-            "activations_whole_mb": found[None, long]["activations_mb"],
-            "planned_mb": found[CHUNK, long]["planned_mb"],
-            "planned_whole_mb": found[None, long]["planned_mb"],
-            "work_s": found[CHUNK, long]["work_s"],
-            "work_whole_s": found[None, long]["work_s"],
+            "beside_kv_and_stream_mb": dict(zip(("short", "long", "long_whole"), beside, strict=True)),
+            "grows_mb": round(beside[1] - beside[0], 1),
+            **{
+                f"{key}{suffix}": row[key]
+                for suffix, row in (("", rows[1]), ("_whole", rows[2]))
+                for key in ("activations_mb", "planned_mb", "work_s")
+            },
         }
-    ok = all(row["grows_mb"] * 1e6 <= MAY_GROW for row in strategies.values())
-    return {"ok": ok, "chunk_tokens": CHUNK, "may_grow_mb": MAY_GROW / 1e6, "strategies": strategies}
+    return {
+        "ok": all(row["grows_mb"] * 1e6 <= MAY_GROW for row in strategies.values()),
+        "context_tokens": LENGTHS,
+        "chunk_tokens": CHUNK,
+        "may_grow_mb": MAY_GROW / 1e6,
+        "strategies": strategies,
+    }
 
 
 def _run(model: str, strategy: str, hosts: int, tokens: int, chunk: int | None) -> dict[str, Any]:
