@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apb.chunks import LocalAttention, spans
 from apb.compress.base import Compressor
 from apb.decode.autoregressive import Decoded, DecodeRequest, forward, generate
 from apb.decode.score import Score, score
@@ -186,7 +187,12 @@ class Host:
         ids_S = torch.tensor(request.anchor_ids + request.block_ids, device=device)
         beside = (host.anchor_start, host.anchor_start + host.anchor_len)
         positions_S = torch.cat([torch.arange(a, b) for a, b in (beside, *host.spans)]).to(device)
-        self.adapter.run(ids_S, positions_S, attention)
+        if isinstance(attention, LocalAttention):
+            assert plan.chunk_tokens is not None
+            for start, stop in spans(host.block_len, plan.chunk_tokens):
+                self.adapter.run(ids_S[start:stop], positions_S[start:stop], attention)
+        else:
+            self.adapter.run(ids_S, positions_S, attention, plan.chunk_tokens)
         cache = HostCache(
             context=attention.kept,
             members=tuple(range(plan.hosts)),
@@ -198,13 +204,16 @@ class Host:
             self._forward(cache, request.query_ids)
         self._caches[request.handle] = cache
 
-    def _prefill_attention(self, request: PrefillRequest) -> PrefillAttention | ExactAttention:
+    def _prefill_attention(self, request: PrefillRequest) -> PrefillAttention | ExactAttention | LocalAttention:
         """Return what executes the plan's steps on this host."""
         plan = request.plan
 
         def on_layer(layer: int) -> None:
             self._say(kind="layer", done=layer + 1, total=plan.shape.layers)
 
+        host = plan.host_plans[self.transport.rank]
+        if plan.chunk_tokens is not None and host.alone:
+            return LocalAttention(host.block_len, plan.shape.layers, self.kernel, on_layer)
         if plan.spread is not None:
             return ExactAttention(plan, self.transport, self.kernel, on_layer)
         delta = request.question_delta if plan.question_len else None

@@ -97,6 +97,12 @@ class HostPlan:
         """Rows that this host selects and passes on, from all it holds."""
         return sum(step.rows for step in self.steps if isinstance(step, Select))
 
+    @property
+    def alone(self) -> bool:
+        """Whether the block sees nothing but itself and no layer waits for other hosts."""
+        sees_itself = all(isinstance(s, Attend) and s.keys == ("block",) for s in self.steps)
+        return sees_itself and not self.anchor_len and len(self.spans) == 1
+
     def head_pairs(self, q_heads: int) -> int:
         """Query-key pairs computed in one layer, each head by itself."""
         shared = sum(step.pairs for step in self.steps if isinstance(step, Attend))
@@ -119,6 +125,7 @@ class PrefillPlan:
     exact: bool
     host_plans: tuple[HostPlan, ...]
     spread: Spread | None = None  # how exact attention reaches over all hosts
+    chunk_tokens: int | None = None  # tokens that a host runs through a layer at once; None: all of its own
 
     @property
     def hosts(self) -> int:
@@ -229,7 +236,8 @@ class PrefillPlan:
         """Bytes host ``rank`` needs: weights, KV (``new_tokens`` on the last host), and one layer's activations."""
         s, host = self.shape, self.host_plans[rank]
         kept = host.block_len + (self.lengths.query + new_tokens if rank == self.hosts - 1 else 0)
-        tokens = max(host.tokens_run, self.lengths.query)
+        together = host.tokens_run if self.chunk_tokens is None else min(self.chunk_tokens, host.tokens_run)
+        tokens = max(together, self.lengths.query)
         # Per token: residual, norm and output of the hidden size; then either the MLP's gate, up and product, or
         # attention's q, k, v before and after RoPE with two fp32 partial outputs.
         attention = (3 * s.q_heads + 4 * s.kv_heads) * s.head_dim * s.element_size + 2 * s.q_heads * s.head_dim * 4
@@ -241,8 +249,17 @@ class PrefillPlan:
         return {
             "weights": s.total_params * s.element_size,
             "kv": kept * s.kv_row_bytes * s.layers,
-            "activations": tokens * widest + passing,
+            "activations": tokens * widest + passing + host.tokens_run * self.whole_row_bytes(rank),
         }
+
+    def whole_row_bytes(self, rank: int) -> int:
+        """Bytes of a token that stay through a layer where chunks of the others run: the residual stream, its rotation,
+        q, k and v; the output takes q's place, but not in exact attention over hosts."""
+        s, host = self.shape, self.host_plans[rank]
+        if self.chunk_tokens is None or self.chunk_tokens >= host.tokens_run or host.alone:
+            return 0
+        out = 0 if self.spread is None else 2 * s.q_heads * s.head_dim * max(4, s.element_size)
+        return (s.hidden + (2 + s.q_heads) * s.head_dim) * s.element_size + s.kv_row_bytes + out
 
     def rows(self, new_tokens: int = 0) -> Iterator[dict[str, Any]]:
         """One dictionary a host, for tables and JSON."""
@@ -272,6 +289,7 @@ class PrefillPlan:
             "compressor": self.compressor,
             "hosts": self.hosts,
             "exact": self.exact,
+            "chunk_tokens": self.chunk_tokens,
             "lengths": asdict(self.lengths),
             "anchor_len": self.anchor_len,
             "passing_len": max(self.kept_rows),

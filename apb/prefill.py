@@ -7,16 +7,17 @@ D head dim, Q question tokens.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from apb.chunks import attend_over
 from apb.compress.base import Candidates, Compressor, Projections, top_rows
 from apb.kv.cache import LayerKV
 from apb.plan import PrefillPlan
-from apb.steps import Attend, GatherAnchor, Pass, Region, Select, WaitAnchor, WaitPassing
+from apb.steps import Attend, GatherAnchor, Pass, Region, Select, Step, WaitAnchor, WaitPassing
 from burst.kernels import Kernel
 from burst.merge import Accumulator
 from burst.transport import Gathered, Handle, Message, Transport
@@ -56,9 +57,12 @@ class PrefillAttention:
         self.host = plan.host_plans[transport.rank]
         self.kept: list[LayerKV] = []
         self.needs_projections = compressor is not None and compressor.needs_projections
+        chunk = plan.chunk_tokens
+        self._chunk = chunk if chunk is not None and chunk < self.host.tokens_run else None
         self._transport, self._kernel, self._compressor = transport, kernel, compressor
         self._question_delta, self._rotate, self._on_layer = question_delta, rotate, on_layer
         self._numbers = plan.numbers[transport.rank]
+        self._due = _due(self.host.steps) if self._chunk is not None else {}
 
     def __call__(
         self,
@@ -94,7 +98,7 @@ class PrefillAttention:
         gathering: Gathered | None = None
         arriving: dict[int, Handle] = {}
 
-        for step in self.host.steps:
+        for at, step in enumerate(self.host.steps):
             match step:
                 case GatherAnchor():
                     gathering = self._gather_anchor(step, here)
@@ -107,16 +111,28 @@ class PrefillAttention:
                     arriving[step.block] = self._pass(step, here)
                 case WaitPassing():
                     arriving[step.block].wait()
-                case Attend():
-                    k, v = _concat([part for name in step.keys for part in self._keys(name, step.block, here)])
-                    rows = slice(0, a) if step.queries == "anchor" else here.rows[step.block]
-                    part = self._kernel(q_BHSD[:, :, rows], k, v, causal=step.causal, scale=scale)
+                case Attend() if self._chunk is None:
+                    k, v = self._keys_of(step, here)
+                    part = self._kernel(self._queries_of(step, here), k, v, causal=step.causal, scale=scale)
                     merged[step.queries, step.block].add(*part)
+            for attends in self._due.get(at, ()):
+                assert self._chunk is not None
+                keys = [(*self._keys_of(attend, here), attend.causal) for attend in attends]
+                attend_over(self._queries_of(attends[0], here), keys, self._kernel, scale, self._chunk)
 
         self._on_layer(layer)
+        if self._chunk is not None:
+            return q_BHSD.transpose(1, 2)
         outs = [done.finish(q_BHSD.dtype)[0] for done in merged.values() if done.ready]
         out_BHSD = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
         return out_BHSD.transpose(1, 2)
+
+    def _queries_of(self, step: Attend, here: _Layer) -> Tensor:
+        rows = slice(0, self.host.anchor_len) if step.queries == "anchor" else here.rows[step.block]
+        return here.q_BHSD[:, :, rows]
+
+    def _keys_of(self, step: Attend, here: _Layer) -> tuple[Tensor, Tensor]:
+        return _concat([part for name in step.keys for part in self._keys(name, step.block, here)])
 
     def _keys(self, region: Region, block: int, here: _Layer) -> list[LayerKV]:
         """Return a region's keys and values in parts: they are laid side by side only where they are attended to."""
@@ -223,6 +239,22 @@ class PrefillAttention:
             kind="passing",
             step=name,
         )
+
+
+def _due(steps: Sequence[Step]) -> dict[int, list[list[Attend]]]:
+    """Return what is attended to in chunks after which step: all calls of the same queries together.
+
+    Outputs take the queries' memory. So all that these queries attend to must be here, and nothing may be selected
+    by them afterwards.
+    """
+    sent = max((at for at, step in enumerate(steps) if isinstance(step, Select | Pass)), default=0)
+    calls: dict[tuple[str, int], list[Attend]] = {}
+    last: dict[tuple[str, int], int] = {}
+    for at, step in enumerate(steps):
+        if isinstance(step, Attend):
+            calls.setdefault((step.queries, step.block), []).append(step)
+            last[step.queries, step.block] = max(at, sent)
+    return {at: [calls[whose] for whose in last if last[whose] == at] for at in sorted(set(last.values()))}
 
 
 def _concat(parts: list[LayerKV]) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,8 @@ DEFAULT_HOSTS = 4
 DEFAULT_COMPRESSOR = "query"
 PROCESS_BYTES = 400_000_000  # a process with torch and transformers imported: 350 MB resident on Linux, and some room
 
+SMALLEST_CHUNK = 32  # tokens; what is proposed is never less: more chunks would cost time and save next to nothing
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -30,6 +32,7 @@ class Setup:
     strategy: Strategy
     compressor: Compressor | None
     hosts: int
+    chunk_tokens: int | None = None  # tokens that a host runs through a layer at once; None: all of its own
 
     @classmethod
     def make(
@@ -43,13 +46,16 @@ class Setup:
         device: str = "auto",
         threads: int = 1,
         timeout_s: float = 600.0,
+        chunk_tokens: int | None = None,
         cache_dir: Path | None = None,
         on_progress: Callable[[str, int, int], None] | None = None,
     ) -> Setup:
         """Resolve names; may fetch the model's files (``on_progress(phase, done, total)``).
 
         ``hosts``: None is the strategy's own default, else 4. ``threads``: intra-op threads a host. ``dtype`` auto is
-        the checkpoint's own on a GPU and float32 on a CPU. Raises UserError for anything unknown or contradictory.
+        the checkpoint's own on a GPU and float32 on a CPU. ``chunk_tokens``: tokens that a host runs through a layer
+        at once, less memory for a little more work; None is all of its own.
+        Raises UserError for anything unknown or contradictory.
         """
         from apb.models.honoured import check_config
         from apb.models.loading import load_config, load_tokenizer
@@ -57,7 +63,7 @@ class Setup:
         from apb.models.resolve import resolve
         from apb.models.shape import model_shape
 
-        _check_numbers(hosts, threads, timeout_s)
+        _check_numbers(hosts, threads, timeout_s, chunk_tokens)
         chosen = _strategy(strategy)
         scorer = _compressor(chosen, compress)
         count = hosts if hosts is not None else chosen.default_hosts or DEFAULT_HOSTS
@@ -76,6 +82,7 @@ class Setup:
             strategy=chosen,
             compressor=scorer,
             hosts=count,
+            chunk_tokens=chunk_tokens,
         )
 
     def using(self, strategy: str | Strategy, hosts: int | None = None) -> Setup:
@@ -103,6 +110,7 @@ class Setup:
         """Return the plan for a prompt; raises UserError when it cannot be done as asked, before anything is loaded."""
         self.check_ids(prompt.token_ids)
         plan = self.strategy.plan(prompt.lengths, self.hosts, self.shape, self.compressor)
+        plan = dataclasses.replace(plan, chunk_tokens=self.chunk_tokens)
         scorer = self.compressor
         if scorer is not None and scorer.needs_question and any(plan.kept_rows) and prompt.question is None:
             raise UserError(
@@ -133,12 +141,13 @@ class Setup:
         ``copies`` processes, each with the weights, stand on that machine. The heaviest ``sharing`` hosts are
         charged. Raises UserError with the setting to change.
         """
-        memories = sorted((plan.memory(r, new_tokens) for r in range(plan.hosts)), key=lambda m: sum(m.values()))
-        memories = memories[-sharing:]
-        weights = memories[0]["weights"]
-        need = copies * (weights + PROCESS_BYTES) + sum(m["kv"] + m["activations"] for m in memories)
+        need = needed_bytes(plan, new_tokens, sharing=sharing, copies=copies)
         if need <= available:
             return
+        memories = _heaviest(plan, new_tokens, sharing)
+        weights = memories[0]["weights"]
+        chunk = fitting_chunk(plan, new_tokens, available, sharing=sharing, copies=copies)
+        chunked = f" chunk_tokens={chunk} makes it fit;" if chunk is not None else ""
         halved = " dtype=bfloat16 halves it;" if self.spec.dtype == "float32" else ""
         virtual = " cluster=virtual holds the weights once;" if copies > 1 else ""
         raise UserError(
@@ -148,17 +157,42 @@ class Setup:
             f"processes {PROCESS_BYTES * copies / 1e9:.1f} GB",
             given=f"{need / 1e9:.1f} GB for {sharing} host(s) on one machine",
             allowed=f"{available / 1e9:.1f} GB free there",
-            remedy=f"Change one of these:{halved}{virtual} more machines (cluster.address) with more cluster.hosts "
-            "make each block smaller; or shorten the document.",
+            remedy=f"Change one of these:{chunked}{halved}{virtual} more machines (cluster.address) with more "
+            "cluster.hosts make each block smaller; or shorten the document.",
         )
 
 
-def _check_numbers(hosts: int | None, threads: int, timeout_s: float) -> None:
+def needed_bytes(plan: PrefillPlan, new_tokens: int, *, sharing: int, copies: int) -> int:
+    """Bytes that a plan needs on a machine; see ``Setup.check_memory``."""
+    memories = _heaviest(plan, new_tokens, sharing)
+    weights = memories[0]["weights"]
+    return copies * (weights + PROCESS_BYTES) + sum(m["kv"] + m["activations"] for m in memories)
+
+
+def _heaviest(plan: PrefillPlan, new_tokens: int, sharing: int) -> list[dict[str, int]]:
+    """Return the memory of the ``sharing`` hosts that need most."""
+    return sorted((plan.memory(r, new_tokens) for r in range(plan.hosts)), key=lambda m: sum(m.values()))[-sharing:]
+
+
+def fitting_chunk(plan: PrefillPlan, new_tokens: int, available: int, *, sharing: int, copies: int) -> int | None:
+    """Return the largest power of two of tokens a chunk that fits into ``available`` bytes; None where none does."""
+    longest = max(host.tokens_run for host in plan.host_plans)
+    chunk = 1 << (longest - 1).bit_length()
+    while chunk > SMALLEST_CHUNK:
+        chunk //= 2
+        smaller = dataclasses.replace(plan, chunk_tokens=chunk)
+        if needed_bytes(smaller, new_tokens, sharing=sharing, copies=copies) <= available:
+            return chunk
+    return None
+
+
+def _check_numbers(hosts: int | None, threads: int, timeout_s: float, chunk: int | None) -> None:
     whole = "a whole number, 1 or more"
     for name, value, fine, allowed in (
         ("hosts", hosts, hosts is None or (isinstance(hosts, int) and hosts >= 1), whole),
         ("threads", threads, isinstance(threads, int) and threads >= 1, whole),
         ("timeout_s", timeout_s, timeout_s > 0, "above 0 seconds"),
+        ("chunk_tokens", chunk, chunk is None or (isinstance(chunk, int) and chunk >= 1), f"{whole}, or None"),
     ):
         if not fine:
             raise UserError(f"{name} is out of range", given=value, allowed=allowed, remedy=f"Change {name}.")

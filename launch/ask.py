@@ -12,7 +12,7 @@ from apb.setup import Setup
 from launch.arguments import Arguments
 from launch.display import Display, seconds, size
 from launch.document import FACT, read
-from launch.prepare import check_fits, cores, make_setup, sharing
+from launch.prepare import check_fits, cores, in_chunks, make_setup, sharing
 from launch.settings import Settings, settle
 
 
@@ -25,8 +25,7 @@ def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> di
         display.note(f"  {FACT}")
     setup = make_setup(settings, display)
     setups = [setup, setup.using("full", hosts=1)] if settings.compare else [setup]
-    for each in setups:
-        _check(each, settings, document, question, display)
+    setups = [_checked(each, settings, document, question, display) for each in setups]
     display.note(f"Question: {question}")
     results = [_answer(each, settings, document, question, display) for each in setups]
     _show(results, setup, settings, display)
@@ -38,12 +37,14 @@ def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> di
     return found
 
 
-def _check(setup: Setup, settings: Settings, document: str, question: str, display: Display) -> None:
+def _checked(setup: Setup, settings: Settings, document: str, question: str, display: Display) -> Setup:
+    """Return the setup with its chunks chosen; raises UserError for what does not fit."""
     prompt = setup.prompt(document, question, chat=settings.chat)
-    plan = setup.plan(prompt, settings.decode.max_new_tokens)
+    setup, plan = in_chunks(setup, setup.plan(prompt, settings.decode.max_new_tokens), settings, display)
     room = check_fits(setup, plan, settings)
     if room.available is None:
         display.note("Memory is not checked: the hosts may stand on other machines.")
+    return setup
 
 
 def _answer(setup: Setup, settings: Settings, document: str, question: str, display: Display) -> Result:

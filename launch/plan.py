@@ -13,7 +13,7 @@ from burst.errors import UserError
 from launch.arguments import Arguments
 from launch.display import Display, flops, size
 from launch.document import read
-from launch.prepare import Room, check_fits, make_setup
+from launch.prepare import Room, check_fits, in_chunks, make_setup
 from launch.schedules import explain
 from launch.settings import Settings, settle
 
@@ -33,7 +33,7 @@ def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> di
     setup = make_setup(settings, display)
     prompt = _blank_prompt(setup, settings) if texts is None else setup.prompt(*texts, chat=settings.chat)
     new_tokens = settings.decode.max_new_tokens
-    plan = setup.plan(prompt, new_tokens)
+    setup, plan = in_chunks(setup, setup.plan(prompt, new_tokens), settings, display)
     _show(plan, new_tokens, setup, settings, display)
     schedules = None
     if settings.burst is not None and settings.burst.explain:

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from apb.plan import PrefillPlan
-from apb.setup import Setup
+from apb.setup import Setup, fitting_chunk, needed_bytes
 from launch.display import Display, size
 from launch.settings import Basics, Settings
 
@@ -44,6 +44,20 @@ def make_setup(settings: Basics, display: Display) -> Setup:
         )
     spec = dataclasses.replace(setup.spec, threads=threads(settings, setup.hosts))
     return dataclasses.replace(setup, spec=spec)
+
+
+def in_chunks(setup: Setup, plan: PrefillPlan, settings: Settings, display: Display) -> tuple[Setup, PrefillPlan]:
+    """Return setup and plan with the chunks as set; where that is ``auto``, with the longest that the memory allows."""
+    chunk = settings.chunk_tokens
+    if chunk == "auto":
+        chunk, room, new = None, _room(setup, settings), settings.decode.max_new_tokens
+        if room.available is not None:
+            shared = {"sharing": room.sharing, "copies": room.copies}
+            if needed_bytes(plan, new, **shared) > room.available:
+                chunk = fitting_chunk(plan, new, room.available, **shared)
+        if chunk is not None:
+            display.note(f"Blocks run in chunks of {chunk:,} tokens to fit into memory (chunk_tokens).")
+    return dataclasses.replace(setup, chunk_tokens=chunk), dataclasses.replace(plan, chunk_tokens=chunk)
 
 
 def check_fits(setup: Setup, plan: PrefillPlan, settings: Settings) -> Room:

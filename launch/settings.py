@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from apb.compress import Compressor, compressor
 from apb.decode.sampling import Sampling
@@ -71,6 +71,7 @@ class Settings(Basics):
     decode: DecodeSettings
     chat: bool
     needle_depth: float
+    chunk_tokens: int | Literal["auto"] | None = "auto"
     compare: bool = False
     context_tokens: int | None = None
     query_tokens: int = 64
@@ -83,7 +84,11 @@ def settle(config: Mapping[str, Any]) -> Settings:
     values = basics(config) | {"decode": typed(DecodeSettings, config["decode"], "decode.")}
     if "burst" in config:
         values["burst"] = typed(BurstSettings, config["burst"], "burst.")
-    settings = typed(Settings, values, "")
+    chunk = values.pop("chunk_tokens")
+    if chunk != "auto":
+        chunk = _convert(chunk, int | None, "chunk_tokens")
+        in_range("chunk_tokens", chunk, chunk is None or chunk >= 1, "auto, null, or 1 and more")
+    settings = dataclasses.replace(typed(Settings, values, ""), chunk_tokens=chunk)
     decode = settings.decode
     choose("decoder", decode.name, DECODERS)
     Sampling(decode.temperature, decode.top_p, decode.top_k, decode.seed)

@@ -70,6 +70,15 @@ def test_the_caution_about_times(
         assert words in _caution([metrics], found, device)
 
 
+def test_chunks_answer_the_same(ask: Any) -> None:
+    whole = ask("cluster.hosts=3", "chunk_tokens=null").document
+    chunked = ask("cluster.hosts=3", "chunk_tokens=16").document
+    assert (whole["plan"]["chunk_tokens"], chunked["plan"]["chunk_tokens"]) == (None, 16)
+    assert chunked["token_ids"] == whole["token_ids"]
+    automatic = ask("cluster.hosts=3", "compare=true").document
+    assert automatic["plan"]["chunk_tokens"] is automatic["compare"]["plan"]["chunk_tokens"] is None  # there is room
+
+
 def test_options_stand_anywhere(apb: Any, model: Path, document: Path) -> None:
     ran = apb("strategy=full", "-q", "Who?", "cluster=virtual", "ask", "-d", str(document), f"model={model}")
     assert ran.code == 0 and ran.document["hosts"] == 1

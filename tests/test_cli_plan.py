@@ -46,3 +46,22 @@ def test_plan_explains_the_choice_of_a_schedule(apb: Any, model: Path) -> None:
     apb(*four, "burst.explain=true", "burst.nodes=5").refused("nodes", "1 to 4")
     apb(*four, "burst.explain=true", "burst.machine=abacus").refused("cpu", "cuda")
     assert apb(*common, "strategy=full", "burst.explain=true").document["burst"]["schedule"]
+
+
+def test_chunks_are_chosen_by_the_memory(apb: Any, model: Path) -> None:
+    common = ("plan", f"model={model}", "strategy=full", "context_tokens=480", "query_tokens=20")
+
+    def gigabytes(*words: str) -> float:
+        found = apb(*common, "memory_gb=80", *words).document["plan"]
+        return float(sum(found["per_host"][0]["memory"].values()) + 400_000_000) / 1e9
+
+    whole, chunked = gigabytes(), gigabytes("chunk_tokens=64")
+    assert chunked < whole == gigabytes("chunk_tokens=null")
+    tight = f"memory_gb={chunked:.9f}"
+    ran = apb(*common, tight)
+    assert ran.document["plan"]["chunk_tokens"] == 64 and "chunks of 64 tokens" in ran.err
+    assert apb(*common, f"memory_gb={whole:.9f}").document["plan"]["chunk_tokens"] is None
+    for words in (("chunk_tokens=null",), ("chunk_tokens=128",)):
+        assert "chunk_tokens=64 makes it fit" in apb(*common, tight, *words).refused("does not fit")["remedy"]
+    apb(*common, "chunk_tokens=0").refused("chunk_tokens=0", "1 and more")
+    apb(*common, "chunk_tokens=many").refused("chunk_tokens must be", "whole number")

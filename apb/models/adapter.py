@@ -5,6 +5,7 @@ Shapes: B batch, S tokens, H query heads, K kv heads, D head dim (R rotary, P no
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from apb.compress.base import Projections
+from apb.models.chunked import Finished, InChunks, chunkable
 from apb.models.honoured import PlainCall, check_config, check_keywords, check_model
 from apb.plan import ModelShape
 from burst.errors import UserError
@@ -24,7 +26,10 @@ _captured = threading.local()  # projections of the layer under way; virtual ran
 
 
 class Attention(Protocol):
-    """What stands in for a model's attention: called once per layer with rotated queries and keys."""
+    """What stands in for a model's attention: called once per layer with rotated queries and keys.
+
+    What it is given is its own until it returns: it may write its output over the queries, and what it keeps it copies.
+    """
 
     needs_projections: bool
 
@@ -94,6 +99,8 @@ class Adapter:
         self._attentions = self._attention_modules()
         for module in self._attentions:
             self._hook_projections(module)
+        for layer in self._layer_modules():
+            chunkable(layer)
         check_model(self)
 
     @property
@@ -113,9 +120,17 @@ class Adapter:
         dtype: torch.dtype = self._model.dtype
         return dtype
 
-    def run(self, ids_S: Tensor, positions_S: Tensor, attention: Attention) -> None:
-        """Run tokens through all layers for the keys and values they leave with ``attention``."""
-        self._forward(self._base, ids_S, positions_S, attention)
+    def run(self, ids_S: Tensor, positions_S: Tensor, attention: Attention, chunk: int | None = None) -> None:
+        """Run tokens through all layers for the keys and values they leave with ``attention``.
+
+        ``chunk``: tokens that go through a layer at once; attention is still called once a layer, with all of them.
+        """
+        if chunk is None or chunk >= len(ids_S):
+            self._forward(self._base, ids_S, positions_S, attention)
+            return
+        chunks = InChunks(attention, attention.needs_projections, self.shape.layers, chunk)
+        with contextlib.suppress(Finished):
+            self._forward(self._base, ids_S, positions_S, chunks)
 
     def logits(self, ids_S: Tensor, positions_S: Tensor, attention: Attention) -> Tensor:
         """Run tokens and return the last one's next-token logits (V,), fp32 (fp64 for fp64 models)."""
@@ -174,6 +189,11 @@ class Adapter:
                 remedy="Choose a Llama-like decoder (Llama, Qwen, Mistral, Granite, Phi-3 and the like).",
             )
         return found
+
+    def _layer_modules(self) -> list[nn.Module]:
+        """The decoder layers: the modules that hold one attention module each."""
+        found = {id(m) for m in self._attentions}
+        return [m for m in self._base.modules() if any(id(child) in found for child in m.children())]
 
     def _hook_projections(self, module: nn.Module) -> None:
         """Let a layer's raw projections be seen; a hook costs nothing while nobody asks."""

@@ -19,6 +19,7 @@ CHECKS = {
     "needles": "160 needles in noise, 1k to 7k tokens, 4 and 8 hosts",
     "work": "own work of 8 hosts beside full attention at 7,300 tokens, one thread",
     "spava": "the same of spava's hosts: at most 0.66 together and 0.09 on the slowest",
+    "chunks": "a longer block needs no more activation memory when it runs in chunks: full, star, apb, spava, ring",
     "memory": "what a prefill adds to a gloo host process at 7,300 tokens, 8 hosts",
 }
 
