@@ -11,11 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from apb.clusters import Cluster
 from apb.clusters import cluster as start_cluster
-from apb.decode.autoregressive import DecodeRequest
+from apb.decode import decoder as make_decoder
+from apb.decode.base import Decoder, DecodeRequest
 from apb.decode.sampling import Sampling
 from apb.decode.score import Score
 from apb.decode.text import TextStream
@@ -25,10 +27,9 @@ from apb.metrics import added, decoded, measured, prefilled, versions
 from apb.plan import PrefillPlan
 from apb.prompt import Prompt, Question, Text, make_question
 from apb.setup import Setup
-from burst.errors import UserError, choose
+from burst.errors import UserError
 
-DECODERS = ("autoregressive",)
-__all__ = ["DECODERS", "Engine", "Result", "versions"]
+__all__ = ["Engine", "Result", "versions"]
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Engine:
         self,
         handle: KVHandle,
         max_new_tokens: int = 64,
-        decode: str = "autoregressive",
+        decode: str | Decoder = "autoregressive",
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
@@ -129,14 +130,18 @@ class Engine:
     ) -> Result:
         """Generate from a handle, which goes on from there when asked again.
 
-        Ends at the model's stop tokens, at a ``stop`` string, or after ``max_new_tokens``. ``on_token(piece)`` gets the
-        text as it comes. Raises UserError when there is no question yet or no room for that many tokens.
+        Ends at the model's stop tokens, at a ``stop`` string, or after ``max_new_tokens``. ``decode``: a name, or what
+        ``apb.decode.decoder(name, ...)`` makes; with the same seed all give the same tokens. ``on_token(piece)`` gets the
+        text as it comes. Raises UserError when there is no question yet, no room for that many tokens, or no draft head
+        for a decoder that needs one.
         """
         start = time.perf_counter()
         self._alive(handle)
-        choose("decoder", decode, DECODERS)
+        decoder = make_decoder(decode) if isinstance(decode, str) else decode
         self._check_question(handle)
+        self._check_head(decoder)
         request = DecodeRequest(
+            decoder,
             max_new_tokens,
             Sampling(temperature, top_p, top_k, seed),
             self._stop_ids(),
@@ -152,14 +157,18 @@ class Engine:
             if piece and on_token is not None:
                 on_token(piece)
 
-        reports = self._call("generate", [(handle.id, request)] * self.cluster.hosts, on_event)
+        requests = [(handle.id, request)] * self.cluster.hosts
+        if decoder.needs_history:
+            history = torch.tensor(handle.token_ids)
+            requests[handle.owner] = (handle.id, dataclasses.replace(request, history=history))
+        reports = self._call("generate", requests, on_event)
         rest = stream.finish()
         if rest and on_token is not None:
             on_token(rest)
         answer = reports[handle.owner].decoded
         assert answer is not None
         waited_s = 0.0 if handle.generated else handle.metrics["request_s"]  # the first answer waited for the prefill
-        metrics = decoded(handle.metrics, reports, answer.times_s, waited_s + first_token[0] - start)
+        metrics = decoded(handle.metrics, reports, answer, decoder.name, waited_s + first_token[0] - start)
         handle.generated += answer.token_ids
         metrics["conditioned_on"] = handle.conditioned_on
         return Result(stream.text, tuple(answer.token_ids), answer.finish_reason, metrics)
@@ -282,6 +291,11 @@ class Engine:
             block_ids=tuple(token for start, stop in host.spans for token in context[start:stop]),
             question_delta=delta,
             query_ids=question.query_ids if question else (),
+            next_ids=tuple(
+                token
+                for start, stop in (plan.draft.spans(host.spans, len(context)) if plan.draft is not None else ())
+                for token in context[start + 1 : stop + 1]
+            ),
         )
 
     def _alive(self, handle: KVHandle) -> None:
@@ -315,6 +329,15 @@ class Engine:
                 given="a cache from prefill(query=None)",
                 allowed="a cache with a question",
                 remedy="Ask one: handle.fork(query=...).",
+            )
+
+    def _check_head(self, decoder: Decoder) -> None:
+        if decoder.needs_head and self.setup.spec.draft is None:
+            raise UserError(
+                f"decoder '{decoder.name}' needs a draft head",
+                given="an engine without one",
+                allowed="an engine launched with one",
+                remedy="Launch it with Engine.launch(..., draft='smollm2-135m'), or with the head of your model.",
             )
 
     def _stop_ids(self) -> tuple[int, ...]:

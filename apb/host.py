@@ -15,9 +15,11 @@ from torch import Tensor
 
 from apb.chunks import LocalAttention, spans
 from apb.compress.base import Compressor
-from apb.decode.autoregressive import Decoded, DecodeRequest, forward, generate
+from apb.decode.base import Decoded, Decoding, DecodeRequest, forward
 from apb.decode.score import Score, score
 from apb.decode.text import TextStream
+from apb.draft.handoff import hand_over, move, positions
+from apb.draft.spec import DraftSpec
 from apb.exact import ExactAttention
 from apb.kv.cache import HostCache, Tail
 from apb.kv.gather import gather
@@ -40,6 +42,7 @@ class HostSpec:
     device: str  # "cpu", "cuda", "cuda:N"
     kernel: str = "auto"
     threads: int = 1  # intra-op threads a host
+    draft: DraftSpec | None = None
     timeout_s: float = 600.0  # every wait's deadline
 
 
@@ -54,6 +57,7 @@ class PrefillRequest:
     block_ids: tuple[int, ...]
     question_delta: int
     query_ids: tuple[int, ...]  # empty: no query phase
+    next_ids: tuple[int, ...] = ()  # the token after each of those that the draft head takes over
 
     @property
     def agreement(self) -> str:
@@ -78,7 +82,7 @@ class HostReport:
 
 
 def load_adapter(spec: HostSpec) -> Adapter:
-    """Load the model that ``spec`` names and adapt it; raises UserError for what cannot be loaded or honoured."""
+    """Load the model that ``spec`` names, and its draft head, and adapt it; raises UserError for what cannot be loaded or honoured."""
     from apb.models.loading import load_config, load_model
     from apb.models.placement import torch_dtype
     from apb.models.shape import model_shape
@@ -89,7 +93,10 @@ def load_adapter(spec: HostSpec) -> Adapter:
     if model.device.type == "cpu":
         for parameter in model.parameters():
             parameter.detach().sum()  # mapped files are read now, while loading, not within the first prefill
-    return Adapter(model, model_shape(config, torch_dtype(spec.dtype)))
+    adapter = Adapter(model, model_shape(config, torch_dtype(spec.dtype)))
+    if spec.draft is not None:
+        adapter.draft_head = spec.draft.load(adapter.draft_target())
+    return adapter
 
 
 class Host:
@@ -122,7 +129,10 @@ class Host:
 
         def run() -> None:
             like = torch.empty(0, dtype=self.adapter.dtype, device=self.adapter.device)
-            self._caches[handle] = gather(self._caches[source], rank, self.transport, self.adapter.shape, like)
+            old = self._caches[source]
+            new = self._caches[handle] = gather(old, rank, self.transport, self.adapter.shape, like)
+            if self.adapter.draft_head is not None:
+                new.draft = move(self.adapter.draft_head, old.draft, old.owner, rank, self.transport)
 
         return self._measured(run)
 
@@ -134,18 +144,17 @@ class Host:
             cache = self._caches[handle]
             looks = request.stop and self.transport.rank == cache.owner
             stream = TextStream(self.tokenizer, request.stop) if looks else None
-            report.append(
-                generate(
-                    self.adapter,
-                    self.kernel,
-                    self.transport,
-                    cache,
-                    request,
-                    stream,
-                    on_token=lambda token: self._say(kind="token", id=token),
-                    clock=time.perf_counter,
-                )
+            decoding = Decoding(
+                self.adapter,
+                self.kernel,
+                self.transport,
+                cache,
+                request,
+                stream,
+                on_token=lambda token: self._say(kind="token", id=token),
+                clock=time.perf_counter,
             )
+            report.append(request.decoder.generate(decoding))
 
         measured = self._measured(run)
         measured.decoded = report[0]
@@ -183,16 +192,7 @@ class Host:
         # The shape is that of the model loaded here, which knows nothing of the plan's.
         self.transport.agree(f"{request.agreement} {self.adapter.shape}", step="agree on the plan")
         attention = self._prefill_attention(request)
-        device = self.adapter.device
-        ids_S = torch.tensor(request.anchor_ids + request.block_ids, device=device)
-        beside = (host.anchor_start, host.anchor_start + host.anchor_len)
-        positions_S = torch.cat([torch.arange(a, b) for a, b in (beside, *host.spans)]).to(device)
-        if isinstance(attention, LocalAttention):
-            assert plan.chunk_tokens is not None
-            for start, stop in spans(host.block_len, plan.chunk_tokens):
-                self.adapter.run(ids_S[start:stop], positions_S[start:stop], attention)
-        else:
-            self.adapter.run(ids_S, positions_S, attention, plan.chunk_tokens)
+        features_SF = self._run(request, attention)
         cache = HostCache(
             context=attention.kept,
             members=tuple(range(plan.hosts)),
@@ -200,9 +200,41 @@ class Host:
             tail=Tail(plan.shape.layers),
             length=plan.lengths.context,
         )
+        if plan.draft is not None:
+            head = self.adapter.draft_head
+            assert head is not None and features_SF is not None
+            wanted = [plan.draft.spans(h.spans, plan.lengths.context) for h in plan.host_plans]
+            cache.draft = hand_over(head, wanted, features_SF, request.next_ids, cache.owner, self.transport)
         if request.query_ids:
             self._forward(cache, request.query_ids)
         self._caches[request.handle] = cache
+
+    def _run(self, request: PrefillRequest, attention: PrefillAttention | ExactAttention | LocalAttention) -> Tensor | None:
+        """Run anchor and blocks through the model; return the features (S, F) that the draft head takes over."""
+        plan = request.plan
+        host, device = plan.host_plans[self.transport.rank], self.adapter.device
+        ids_S = torch.tensor(request.anchor_ids + request.block_ids, device=device)
+        beside = (host.anchor_start, host.anchor_start + host.anchor_len)
+        positions_S = torch.cat([torch.arange(a, b) for a, b in (beside, *host.spans)]).to(device)
+        rows_S, taps = torch.empty(0, dtype=torch.int64, device=device), None
+        if plan.draft is not None:
+            at = torch.tensor(positions(plan.draft.spans(host.spans, plan.lengths.context)), device=device)
+            # The anchor's copies of these positions stand before the block's own tokens, which ascend.
+            rows_S = host.anchor_len + torch.searchsorted(positions_S[host.anchor_len :], at)
+            assert self.adapter.draft_head is not None
+            taps = self.adapter.draft_head.taps
+        if not isinstance(attention, LocalAttention):
+            with self.adapter.capturing(taps, rows_S) as features:
+                self.adapter.run(ids_S, positions_S, attention, plan.chunk_tokens)
+            return features.value_SF if taps is not None else None
+        assert plan.chunk_tokens is not None
+        parts = []
+        for start, stop in spans(host.block_len, plan.chunk_tokens):
+            inside = rows_S[(rows_S >= start) & (rows_S < stop)] - start
+            with self.adapter.capturing(taps, inside) as features:
+                self.adapter.run(ids_S[start:stop], positions_S[start:stop], attention)
+            parts += [features.value_SF] if taps is not None else []
+        return torch.cat(parts) if parts else None
 
     def _prefill_attention(self, request: PrefillRequest) -> PrefillAttention | ExactAttention | LocalAttention:
         """Return what executes the plan's steps on this host."""
@@ -225,6 +257,8 @@ class Host:
         if query_ids is not None:
             cache.tail.truncate(0)
             cache.length, cache.logits, cache.undecoded = cache.context_len, None, None
+            if cache.draft is not None:
+                cache.draft.restart()
             self._forward(cache, query_ids)
         self._caches[handle] = cache
 

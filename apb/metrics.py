@@ -6,8 +6,10 @@ import importlib.metadata
 import platform
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
+from apb.decode.base import Decoded
 from apb.host import HostReport
 from apb.plan import PrefillPlan
 from apb.prompt import Prompt
@@ -52,17 +54,20 @@ def prefilled(prompt: Prompt, plan: PrefillPlan, reports: Sequence[HostReport], 
 
 
 def decoded(
-    before: dict[str, Any], reports: Sequence[HostReport], times_s: Sequence[float], ttft_s: float
+    before: dict[str, Any], reports: Sequence[HostReport], answer: Decoded, decoder: str, ttft_s: float
 ) -> dict[str, Any]:
     """Return what an answer cost, its prefill (``before``) included.
 
-    ``times_s``: the owner's clock at each token; ``ttft_s``: the caller's time from the request to the first of them.
+    ``answer``: the owner's; ``ttft_s``: the caller's time from the request to the first token.
     """
+    times_s, drafting = answer.times_s, answer.drafting
     spent = times_s[-1] - times_s[0]
     return added(before, reports) | {
         "ttft_s": ttft_s,
         "decode_tokens_per_s": (len(times_s) - 1) / spent if spent > 0 else None,
-        "accepted_length": None,
+        "decoder": decoder,
+        "accepted_length": drafting.accepted_length if drafting is not None else None,
+        "drafting": asdict(drafting) if drafting is not None else None,
     }
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from apb.steps import Attend, AttendAll, GatherAnchor, Route, Select, Step
 
 if TYPE_CHECKING:
+    from apb.draft.handoff import Handoff
     from apb.spread import Spread
 
 TOKEN_BYTES = 8  # one int64 per decided token, broadcast to every host
@@ -126,6 +127,7 @@ class PrefillPlan:
     host_plans: tuple[HostPlan, ...]
     spread: Spread | None = None  # how exact attention reaches over all hosts
     chunk_tokens: int | None = None  # tokens that a host runs through a layer at once; None: all of its own
+    draft: Handoff | None = None  # what a draft head takes over; None without one
 
     @property
     def hosts(self) -> int:
@@ -194,8 +196,12 @@ class PrefillPlan:
     def prefill_bytes(self, rank: int) -> dict[str, int]:
         """Bytes host ``rank`` sends while the context is prefilled, by kind, all layers."""
         if self.spread is not None:
-            return {kind: count * self.shape.layers for kind, count in self.spread.sent(rank, self.shape).items()}
-        return {"anchor": self.anchor_bytes(rank), "passing": self.passing_bytes(rank)}
+            kinds = {kind: count * self.shape.layers for kind, count in self.spread.sent(rank, self.shape).items()}
+        else:
+            kinds = {"anchor": self.anchor_bytes(rank), "passing": self.passing_bytes(rank)}
+        if self.draft is not None and rank != self.hosts - 1:
+            kinds["draft"] = self.draft.sent(self.host_plans[rank].spans, self.lengths.context)
+        return kinds
 
     def partial_bytes(self, tokens: int) -> int:
         """Bytes each host sends to merge the attention of ``tokens`` query or decoded tokens, all layers."""

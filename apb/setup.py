@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from apb.compress import Compressor, compressor
+from apb.draft.handoff import Handoff
+from apb.draft.spec import DraftSpec
 from apb.host import HostSpec
 from apb.plan import ModelShape, PrefillPlan
 from apb.prompt import Prompt, Text, make_prompt
@@ -33,6 +35,7 @@ class Setup:
     compressor: Compressor | None
     hosts: int
     chunk_tokens: int | None = None  # tokens that a host runs through a layer at once; None: all of its own
+    handoff: Handoff | None = None  # what the draft head takes over from a prefill; None without one
 
     @classmethod
     def make(
@@ -47,6 +50,7 @@ class Setup:
         threads: int = 1,
         timeout_s: float = 600.0,
         chunk_tokens: int | None = None,
+        draft: str | DraftSpec | None = None,
         cache_dir: Path | None = None,
         on_progress: Callable[[str, int, int], None] | None = None,
     ) -> Setup:
@@ -54,7 +58,8 @@ class Setup:
 
         ``hosts``: None is the strategy's own default, else 4. ``threads``: intra-op threads a host. ``dtype`` auto is
         the checkpoint's own on a GPU and float32 on a CPU. ``chunk_tokens``: tokens that a host runs through a layer
-        at once, less memory for a little more work; None is all of its own.
+        at once, less memory for a little more work; None is all of its own. ``draft``: the head that decode=eagle2
+        drafts with, a name, a path or a DraftSpec; the prefill then keeps what it needs.
         Raises UserError for anything unknown or contradictory.
         """
         from apb.models.honoured import check_config
@@ -75,8 +80,10 @@ class Setup:
         shape = model_shape(config, torch_dtype(dtype))
         if scorer is not None:
             scorer.check(shape)
+        spec = DraftSpec(draft) if isinstance(draft, str) else draft
         return cls(
-            spec=HostSpec(str(path), dtype, device, threads=threads, timeout_s=timeout_s),
+            spec=HostSpec(str(path), dtype, device, threads=threads, timeout_s=timeout_s, draft=spec),
+            handoff=None if spec is None else spec.handoff(shape),
             shape=shape,
             tokenizer=load_tokenizer(path),
             strategy=chosen,
@@ -110,7 +117,7 @@ class Setup:
         """Return the plan for a prompt; raises UserError when it cannot be done as asked, before anything is loaded."""
         self.check_ids(prompt.token_ids)
         plan = self.strategy.plan(prompt.lengths, self.hosts, self.shape, self.compressor)
-        plan = dataclasses.replace(plan, chunk_tokens=self.chunk_tokens)
+        plan = dataclasses.replace(plan, chunk_tokens=self.chunk_tokens, draft=self.handoff)
         scorer = self.compressor
         if scorer is not None and scorer.needs_question and any(plan.kept_rows) and prompt.question is None:
             raise UserError(

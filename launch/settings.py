@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from apb.compress import Compressor, compressor
 from apb.decode.sampling import Sampling
-from apb.engine import DECODERS
+from apb.decode import DECODERS
 from apb.strategies import Strategy, strategy
 from burst.errors import UserError, choose
 from launch.schedules import BurstSettings

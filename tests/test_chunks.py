@@ -219,7 +219,7 @@ class Layer(torch.nn.Module):
 def test_layers_that_cannot_be_cut_are_refused(given: dict[str, torch.Tensor], words: str) -> None:
     layer = Layer([])
     chunkable(layer)
-    chunks = InChunks(lambda layer, q, *others: q.transpose(1, 2), False, 2, 3)
+    chunks = InChunks(lambda layer, q, *others: q.transpose(1, 2), False, 1, 3)
     with pytest.raises(UserError, match=words) as refused:
         layer(torch.zeros(1, 5, 4), apb_attention=chunks, **given)
     assert "chunk_tokens=null" in refused.value.remedy

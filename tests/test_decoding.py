@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from apb.decode.autoregressive import DecodeRequest
+from apb.decode.autoregressive import Autoregressive
+from apb.decode.base import DecodeRequest
 from apb.decode.sampling import Sampling
 from apb.host import Host, HostSpec, PrefillRequest
 from apb.models.adapter import Adapter
@@ -112,10 +113,10 @@ def answer_on_rank(me: Rank, requests: list[PrefillRequest]) -> tuple[list[int],
     """Prefill, ask, decode two tokens, and go on both over the shards and on one host."""
     host = Host(HostSpec("tiny", "float32", "cpu"), me.transport, model())
     host._tokenizer = byte_tokenizer()
-    reports = [host.prefill(requests[me.index]), host.generate("a", DecodeRequest(2))]
+    reports = [host.prefill(requests[me.index]), host.generate("a", DecodeRequest(Autoregressive(), 2))]
     host.gather("a", "b", 0)
-    reports.append(host.generate("a", DecodeRequest(4, Sampling(temperature=1.0, seed=3))))
-    moved = host.generate("b", DecodeRequest(4, Sampling(temperature=1.0, seed=3)))
+    reports.append(host.generate("a", DecodeRequest(Autoregressive(), 4, Sampling(temperature=1.0, seed=3))))
+    moved = host.generate("b", DecodeRequest(Autoregressive(), 4, Sampling(temperature=1.0, seed=3)))
     assert reports[1].decoded is not None and reports[2].decoded is not None and moved.decoded is not None
     sent: Counter[str] = Counter()
     for report in reports:

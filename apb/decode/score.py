@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apb.decode.autoregressive import forward
+from apb.decode.base import forward
 from apb.kv.cache import HostCache
 from apb.models.adapter import Adapter
 from burst.kernels import Kernel

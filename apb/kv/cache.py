@@ -5,15 +5,20 @@ Shapes: B batch (1), S new tokens, T cached tokens, H query heads, K kv heads, D
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from burst.kernels import Kernel
+from burst.kernels.reference import attend
 from burst.merge import Accumulator
 from burst.transport import Transport
 
+if TYPE_CHECKING:
+    from apb.draft.cache import DraftCache
 
 @dataclass
 class LayerKV:
@@ -52,6 +57,16 @@ class Tail:
         """Forget everything after the first ``length`` tokens."""
         self._lengths = [min(n, length) for n in self._lengths]
 
+    def keep(self, length: int, rows: Sequence[int]) -> None:
+        """Forget what comes after the first ``length`` tokens but for ``rows``, counted from there, ascending."""
+        if list(rows) != list(range(len(rows))):
+            for kv in self._buffers:
+                assert kv is not None
+                index = torch.tensor(rows, device=kv.k_BKTD.device) + length
+                for x in (kv.k_BKTD, kv.v_BKTD):  # index_select copies before rows are overwritten
+                    x[:, :, length : length + len(rows)] = x.index_select(2, index)
+        self.truncate(length + len(rows))
+
     def copy(self) -> Tail:
         """Return an independent copy."""
         out = Tail(len(self._buffers))
@@ -82,6 +97,7 @@ class HostCache:
     length: int  # tokens with KV, context and tail: the next token's position
     logits: Tensor | None = None  # (V,) of the next token, on the owner
     undecoded: int | None = None  # the last decided token when its KV is not in the cache yet
+    draft: DraftCache | None = None  # on the owner, where the engine has a draft head
 
     @property
     def owner(self) -> int:
@@ -100,7 +116,7 @@ class HostCache:
 
     def fork(self) -> HostCache:
         """Return a copy that decodes on independently; the context is shared."""
-        return replace(self, tail=self.tail.copy())
+        return replace(self, tail=self.tail.copy(), draft=self.draft.copy() if self.draft is not None else None)
 
 
 class CacheAttention:
@@ -112,9 +128,12 @@ class CacheAttention:
 
     needs_projections = False
 
-    def __init__(self, cache: HostCache, transport: Transport, kernel: Kernel) -> None:
+    def __init__(
+        self, cache: HostCache, transport: Transport, kernel: Kernel, seen_SS: Tensor | None = None
+    ) -> None:
+        """``seen_SS`` (bool): which of the new tokens each of them sees; None: itself and those before it."""
         assert transport.rank in cache.members
-        self._cache, self._transport, self._kernel = cache, transport, kernel
+        self._cache, self._transport, self._kernel, self._seen_SS = cache, transport, kernel, seen_SS
 
     def __call__(
         self, layer: int, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, projections: object
@@ -127,7 +146,10 @@ class CacheAttention:
             earlier = cache.tail.view(layer)
             if earlier is not None:
                 own.add(*self._kernel(q_BHSD, earlier.k_BKTD, earlier.v_BKTD, causal=False, scale=scale))
-            own.add(*self._kernel(q_BHSD, k_BKSD, v_BKSD, causal=True, scale=scale))
+            if self._seen_SS is None:
+                own.add(*self._kernel(q_BHSD, k_BKSD, v_BKSD, causal=True, scale=scale))
+            else:  # the only keys of a draft tree that need a mask are its own
+                own.add(*attend(q_BHSD, k_BKSD, v_BKSD, causal=False, scale=scale, seen_ST=self._seen_SS))
             cache.tail.append(layer, k_BKSD, v_BKSD)
         out_BHSD, lse_BHS = own.finish(q_BHSD.dtype)
         if len(cache.members) > 1:

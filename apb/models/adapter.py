@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from apb.compress.base import Projections
+from apb.draft.base import DraftHead, Target
 from apb.models.chunked import Finished, InChunks, chunkable
 from apb.models.honoured import PlainCall, check_config, check_keywords, check_model
 from apb.plan import ModelShape
@@ -22,7 +25,9 @@ from burst.errors import UserError
 
 IMPLEMENTATION = "apb"
 
-_captured = threading.local()  # projections of the layer under way; virtual ranks are threads, so each has its own
+# Projections of the layer under way, and features; virtual ranks are threads, so each has its own.
+_captured = threading.local()
+FINAL = -1  # the final norm's output among the features
 
 
 class Attention(Protocol):
@@ -84,6 +89,27 @@ def _take_projections() -> Projections | None:
     return out
 
 
+@dataclass
+class Features:
+    """What a draft head reads of tokens that run through the model, in the head's ``taps``: the streams that enter those
+    layers, or, without any, the final norm's output. ``rows``: of these tokens only."""
+
+    taps: tuple[int, ...]
+    rows: Tensor | None = None
+    parts: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def value_SF(self) -> Tensor:
+        """The features (S, F), taps side by side."""
+        return torch.cat([self.parts[tap] for tap in self.taps or (FINAL,)], dim=-1)
+
+    def keep(self, tap: int, hidden_BSE: Tensor) -> None:
+        """Copy what passes a tap: layers may go on to write over it."""
+        if tap in (self.taps or (FINAL,)):
+            rows_SE = hidden_BSE[0]
+            self.parts[tap] = rows_SE.clone() if self.rows is None else rows_SE.index_select(0, self.rows)
+
+
 class Adapter:
     """One loaded model: runs tokens at explicit positions through attention that we supply.
 
@@ -93,14 +119,17 @@ class Adapter:
     def __init__(self, model: PreTrainedModel, shape: ModelShape) -> None:
         check_config(model.config)
         self.shape = shape
+        self.draft_head: DraftHead | None = None  # virtual hosts share it, as they share the model
         self._model = model
         self._base = model.base_model
         model.set_attn_implementation(IMPLEMENTATION)
         self._attentions = self._attention_modules()
         for module in self._attentions:
             self._hook_projections(module)
-        for layer in self._layer_modules():
+        for number, layer in enumerate(self._layer_modules()):
             chunkable(layer)
+            layer.register_forward_pre_hook(_feature_hook(number), with_kwargs=True)
+        self._base.register_forward_hook(_keep_final)
         check_model(self)
 
     @property
@@ -128,9 +157,21 @@ class Adapter:
         if chunk is None or chunk >= len(ids_S):
             self._forward(self._base, ids_S, positions_S, attention)
             return
-        chunks = InChunks(attention, attention.needs_projections, self.shape.layers, chunk)
+        features: Features | None = getattr(_captured, "features", None)
+        last = None if features is not None and not features.taps else self.shape.layers - 1
+        chunks = InChunks(attention, attention.needs_projections, last, chunk)
         with contextlib.suppress(Finished):
             self._forward(self._base, ids_S, positions_S, chunks)
+
+    @contextlib.contextmanager
+    def capturing(self, taps: tuple[int, ...] | None, rows: Tensor | None = None) -> Iterator[Features]:
+        """Keep the features of the tokens that are run meanwhile, once; ``taps`` None keeps nothing."""
+        features = Features(taps or (), rows)
+        _captured.features = features if taps is not None else None
+        try:
+            yield features
+        finally:
+            _captured.features = None
 
     def logits(self, ids_S: Tensor, positions_S: Tensor, attention: Attention) -> Tensor:
         """Run tokens and return the last one's next-token logits (V,), fp32 (fp64 for fp64 models)."""
@@ -139,6 +180,39 @@ class Adapter:
     def all_logits(self, ids_S: Tensor, positions_S: Tensor, attention: Attention) -> Tensor:
         """Run tokens and return the logits (S, V) after each of them, fp32 (fp64 for fp64 models)."""
         return self._logits(ids_S, positions_S, attention, len(ids_S))
+
+    def hidden(self, ids_S: Tensor, positions_S: Tensor, attention: Attention) -> Tensor:
+        """Run tokens and return what the LM head reads of each of them, (S, hidden), in the model's type."""
+        out = self._forward(self._base, ids_S, positions_S, attention)
+        hidden_SE: Tensor = out.last_hidden_state[0]
+        return hidden_SE
+
+    def head(self, hidden_SE: Tensor) -> Tensor:
+        """Return the logits (S, V) of what ``hidden`` returned, in the model's type."""
+        logits_SV: Tensor = self._model.get_output_embeddings()(hidden_SE)
+        return logits_SV if self.logit_scale == 1.0 else logits_SV * self.logit_scale
+
+    def draft_target(self) -> Target:
+        """Return what draft heads share with this model."""
+
+        def rotate(x_BHSD: Tensor, positions: Tensor) -> Tensor:
+            cos, sin = self._base.rotary_emb(x_BHSD, positions if positions.dim() == 2 else positions[None])
+            return self._rotated(x_BHSD, cos, sin, 0)
+
+        return Target(
+            name=self.name,
+            shape=self.shape,
+            embedding_WE=self._model.get_input_embeddings().weight,
+            head_WE=self._model.get_output_embeddings().weight,
+            embedding_scale=float(getattr(self._model.config, "embedding_multiplier", 1.0)),
+            logit_scale=self.logit_scale,
+            rotate=rotate,
+        )
+
+    @property
+    def logit_scale(self) -> float:
+        """What the LM head's products are multiplied with: MiniCPM and Granite divide them."""
+        return 1.0 / float(getattr(self._model.config, "logits_scaling", 1.0))
 
     def _logits(self, ids_S: Tensor, positions_S: Tensor, attention: Attention, keep: int) -> Tensor:
         out = self._forward(self._model, ids_S, positions_S, attention, logits_to_keep=keep)
@@ -157,10 +231,13 @@ class Adapter:
         cos, sin = rotary(x_BHSD, torch.as_tensor(delta, device=x_BHSD.device).reshape(1, -1))
         # cos and sin carry the scaling of YaRN and its like; it is in x already.
         scaling = getattr(rotary, "attention_scaling", 1.0)
-        apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        return self._rotated(x_BHSD, cos / scaling, sin / scaling, layer)
+
+    def _rotated(self, x_BHSD: Tensor, cos: Tensor, sin: Tensor, layer: int) -> Tensor:
+        apply = sys.modules[type(self._attentions[layer]).__module__].apply_rotary_pos_emb
         turning = cos.shape[-1]  # the dimensions beyond are never rotated
         x_BHSR, rest_BHSP = x_BHSD[..., :turning], x_BHSD[..., turning:]
-        rotated: Tensor = apply(x_BHSR, x_BHSR, cos / scaling, sin / scaling)[0]
+        rotated: Tensor = apply(x_BHSR, x_BHSR, cos, sin)[0]
         return torch.cat([rotated, rest_BHSP], dim=-1) if rest_BHSP.shape[-1] else rotated
 
     def _forward(
@@ -218,6 +295,21 @@ class Adapter:
             projection = getattr(module, f"{name}_proj", None)
             if projection is not None:
                 projection.register_forward_hook(keep(name))
+
+
+def _feature_hook(layer: int) -> Any:
+    def hook(_module: nn.Module, inputs: tuple[Any, ...], given: dict[str, Any]) -> None:
+        features: Features | None = getattr(_captured, "features", None)
+        if features is not None:
+            features.keep(layer, inputs[0] if inputs else given["hidden_states"])
+
+    return hook
+
+
+def _keep_final(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    features: Features | None = getattr(_captured, "features", None)
+    if features is not None:
+        features.keep(FINAL, output.last_hidden_state)
 
 
 def _has_projections(module: nn.Module) -> bool:

@@ -35,9 +35,12 @@ class InChunks:
     strategies that choose among all of its tokens must; then every chunk runs again with its share of the output.
     """
 
-    def __init__(self, attention: Callable[..., Tensor], needs_projections: bool, layers: int, chunk: int) -> None:
+    def __init__(
+        self, attention: Callable[..., Tensor], needs_projections: bool, last: int | None, chunk: int
+    ) -> None:
+        """``last``: the layer after whose attention nothing more is wanted; None: run to the end."""
         self.needs_projections, self.chunk = needs_projections, chunk
-        self._attention, self._layers = attention, layers
+        self._attention, self._last = attention, last
         # Queries, keys and values of all tokens, and the raw projections where asked for. The same memory serves all
         # layers: with its own a layer, kept KV in between would leave holes too small for the next one's.
         self._whole: list[Tensor] = []
@@ -70,7 +73,7 @@ class InChunks:
     def run(self, forward: Callable[..., Any], hidden_BSE: Tensor, given: dict[str, Any]) -> Tensor:
         """Run one layer; its output takes the place of its input, so that there is one residual stream only.
 
-        Raises Finished instead of running the rest of the last layer.
+        Raises Finished instead of running the rest of a last layer of which nobody wants more.
         """
         self._tokens, self._out_BSHD = hidden_BSE.shape[1], None
         for hidden, options in self._chunks(hidden_BSE, given):
@@ -79,7 +82,7 @@ class InChunks:
             except _Collected:
                 continue
         self._attend()
-        if self._call[0] == self._layers - 1:
+        if self._call[0] == self._last:
             raise Finished
         for hidden, options in self._chunks(hidden_BSE, given):
             out = forward(hidden, **options)

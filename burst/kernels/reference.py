@@ -15,11 +15,23 @@ from burst.kernels.base import Checked, Kernel, row_sums
 from burst.merge import accumulate_dtype
 
 
-def attend(q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Compute softmax(scale q k^T) v and its lse in fp32 (fp64 for fp64); ``out`` is rounded to q's dtype."""
+def attend(
+    q_BHSD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTE: Tensor,
+    causal: bool,
+    scale: float,
+    seen_ST: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute softmax(scale q k^T) v and its lse in fp32 (fp64 for fp64); ``out`` is rounded to q's dtype.
+
+    ``seen_ST`` (bool): which keys each query sees, for small blocks such as a draft tree's; at least one each.
+    """
     with _as_given(q_BHSD.device):
         q_BKRD, k, v = _grouped(q_BHSD, k_BKTD.shape[1]), _wide(k_BKTD), _wide(v_BKTE)
         scores_BHST = _scores(q_BKRD, k, q_BHSD.shape, causal, scale)
+        if seen_ST is not None:
+            scores_BHST = scores_BHST.masked_fill(~seen_ST, -math.inf)
         lse_BHS = scores_BHST.logsumexp(-1)
         weights_BKRT = (scores_BHST - lse_BHS.unsqueeze(-1)).exp().view(*q_BKRD.shape[:3], -1)
         out_BHSE = (weights_BKRT @ v).view(*q_BHSD.shape[:3], v.shape[3])

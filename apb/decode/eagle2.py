@@ -1,0 +1,154 @@
+"""EAGLE-2 on a cache that may be sharded: trees from a small head, whose vocabulary may be a frequent subset.
+
+The head runs on the owner alone, over its own window of keys: drafting sends nothing.
+
+Shapes: B batch (1), F frontier nodes, E hidden width, H query heads, K kv heads, D head dim, T rows of the draft cache
+that are seen, N nodes expanded so far, V draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from apb.decode.base import Decoded, Decoding, refused
+from apb.decode.lookup import Matcher
+from apb.decode.speculate import speculate
+from apb.decode.stride import Stride
+from apb.decode.tree import ROOT, Pool, Tree, build, capacity, expand, rerank, root_only
+from apb.draft.cache import DraftCache
+from apb.kv.cache import LayerKV
+from burst.errors import UserError, choose
+from burst.kernels.reference import attend
+
+LOOKUP_MATCH = 4  # tokens that must repeat before the tree gives rows to what followed them
+LOOKUP_SHARE = 4  # one row in so many, at most
+
+
+@dataclass(frozen=True)
+class Eagle2:
+    """Draft trees of ``depth`` levels, ``top_k`` nodes grown a level, ``tokens`` rows verified (the root is one).
+
+    ``top_k`` 1 gives chains. ``tree`` auto takes fewer rows where the head's confidence does not pay for the measured
+    time of a row. ``lookup`` merges what followed the same words earlier. Raises UserError out of range.
+    Source: EAGLE-2 (arXiv 2406.16858); FR-Spec (arXiv 2502.14856).
+    """
+
+    depth: int = 5
+    top_k: int = 8
+    tokens: int = 32
+    tree: Literal["fixed", "auto"] = "fixed"
+    lookup: bool = False
+
+    name = "eagle2"
+    needs_head = True
+
+    def __post_init__(self) -> None:
+        for option in ("depth", "top_k"):
+            if not isinstance(value := getattr(self, option), int) or value < 1:
+                raise refused(option, value, "a whole number, 1 or more")
+        if not isinstance(self.tokens, int) or self.tokens < 2:
+            raise refused("tokens", self.tokens, "a whole number, 2 or more: the last decided token and its drafts")
+        choose("value of decode.tree:", self.tree, ("fixed", "auto"))
+        most = 1 + capacity(self.depth, self.top_k)
+        if self.tokens > most:
+            raise UserError(
+                "this draft tree cannot be filled",
+                given=f"decode.tokens={self.tokens} with depth={self.depth} and top_k={self.top_k}",
+                allowed=f"up to {most} tokens: the root, top_k, and top_k squared for every further level",
+                remedy="Lower decode.tokens, or raise decode.depth or decode.top_k.",
+            )
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether prompt lookup is merged."""
+        return self.lookup
+
+    @property
+    def tree_tokens(self) -> int:
+        """Rows of a tree."""
+        return self.tokens
+
+    def generate(self, decoding: Decoding) -> Decoded:
+        """Decode; every host calls this."""
+        drafter = None
+        if decoding.decides:
+            assert decoding.cache.draft is not None
+            matcher = Matcher(decoding.request.history, LOOKUP_MATCH) if self.lookup else None
+            drafter = _Drafter(self, decoding.cache.draft, matcher)
+        return speculate(decoding, drafter, self.tokens)
+
+
+class _Drafter:
+    def __init__(self, options: Eagle2, cache: DraftCache, matcher: Matcher | None) -> None:
+        self._options, self._cache, self._matcher = options, cache, matcher
+        self._stride = Stride(options.tokens) if options.tree == "auto" else None
+        self.head_rows = 0
+
+    def draft(self, decided: Sequence[int], root: int, position: int, depth: int) -> Tree:
+        chain: Sequence[int] = ()
+        if self._matcher is not None:
+            self._matcher.extend(decided)
+            chain = self._matcher.continuation(min(depth, self._options.tokens // LOOKUP_SHARE))
+        out_BSE = self._cache.root(root, position)
+        if out_BSE is None:  # the cache has come from another host: one step without drafts brings the feature
+            return root_only(root)
+        levels = min(self._options.depth, depth)
+        pool = self._grow(out_BSE, position, levels)
+        count = self._options.tokens - 1 - len(chain)
+        if self._stride is not None:
+            values = pool.values_N.sort(descending=True).values[:count].tolist()
+            count = min(count, self._stride.rows(values) - 1)
+        tree = root_only(root) if count == 0 else build(root, pool, rerank(pool, count))
+        return tree.grafted(chain, self._options.tokens)
+
+    def verified(self, rows: int, seconds: float) -> None:
+        if self._stride is not None:
+            self._stride.measured(rows, seconds)
+
+    def _grow(self, out_BSE: Tensor, position: int, levels: int) -> Pool:
+        """Return the candidates below the root, whose output of the head is given; all levels' nodes are candidates."""
+        head, top_k, device = self._cache.head, self._options.top_k, out_BSE.device
+        keys = _Keys(self._cache.visible(position))
+        pool = expand(None, self._log_probs(out_BSE), top_k)
+        seen_FN = torch.zeros(1, 0, dtype=torch.bool, device=device)
+        row_of = {ROOT: 0}  # where the nodes expanded last stand in out_BSE
+        for level in range(1, levels):
+            nodes: list[int] = pool.frontier.tolist()
+            parents_F = torch.tensor([row_of[p] for p in pool.parents_N[pool.frontier].tolist()], device=device)
+            seen_FN = torch.cat([seen_FN[parents_F], torch.eye(len(nodes), dtype=torch.bool, device=device)], dim=1)
+            ids_BF = head.ids_V[pool.tokens_N[pool.frontier]][None]
+            at_F = torch.full((len(nodes),), position - 1 + level, device=device)
+            out_BSE = head.step(out_BSE[:, parents_F], ids_BF, at_F, keys.attention(seen_FN))
+            row_of = {node: row for row, node in enumerate(nodes)}
+            pool = expand(pool, self._log_probs(out_BSE), top_k)
+        return replace(pool, tokens_N=head.ids_V[pool.tokens_N])
+
+    def _log_probs(self, out_BSE: Tensor) -> Tensor:
+        logits_FV = self._cache.head.logits(out_BSE)[0]
+        self.head_rows += logits_FV.numel()
+        return logits_FV.float().log_softmax(dim=-1)
+
+
+class _Keys:
+    """What draft nodes attend to: decided tokens' rows, all seen, then the rows of every node expanded so far."""
+
+    def __init__(self, decided: LayerKV) -> None:
+        self._k_BKTD, self._v_BKTD = decided.k_BKTD, decided.v_BKTD
+        self._decided = decided.k_BKTD.shape[2]
+
+    def attention(self, seen_FN: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Return the attention of new nodes that see those expanded nodes, themselves included."""
+        seen_FT = torch.cat([seen_FN.new_ones(len(seen_FN), self._decided), seen_FN], dim=1)
+
+        def run(q_BHFD: Tensor, k_BKFD: Tensor, v_BKFD: Tensor) -> Tensor:
+            self._k_BKTD = torch.cat([self._k_BKTD, k_BKFD], dim=2)
+            self._v_BKTD = torch.cat([self._v_BKTD, v_BKFD], dim=2)
+            scale = q_BHFD.shape[-1] ** -0.5
+            return attend(q_BHFD, self._k_BKTD, self._v_BKTD, causal=False, scale=scale, seen_ST=seen_FT)[0]
+
+        return run

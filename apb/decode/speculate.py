@@ -1,0 +1,151 @@
+"""Speculation over a cache that may lie on many hosts: draft a tree, verify it on all shards at once, keep a path.
+
+Every host runs the tree's tokens. Their queries see every shard without a mask; the few keys of the tree itself lie on
+the owner, which masks them; partial outputs are merged by their LSE as in any decoding. The owner walks the tree and
+drafts the next one, and tells both in one message a step. Only the owner has rows to keep or drop.
+
+Shapes: M tree rows, V vocabulary, F feature width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from apb.decode.base import GO_ON, Decoded, Decoding, Drafting
+from apb.decode.tree import Tree, root_only, walk
+from apb.kv.cache import CacheAttention
+
+WORD_BYTES = 4  # of a decision's int32 words
+
+
+class Drafter(Protocol):
+    """Proposes trees, on the owner only."""
+
+    def draft(self, decided: Sequence[int], root: int, position: int, depth: int) -> Tree:
+        """Return a tree under ``root``, the last decided token, which stands at ``position``.
+
+        ``decided``: what was decided since the last call, root included; ``depth``: no path may be longer.
+        """
+        ...
+
+    def verified(self, rows: int, seconds: float) -> None:
+        """Hear how long the verification of a tree of ``rows`` rows took."""
+        ...
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of the draft's LM head computed so far."""
+        ...
+
+
+def decision_words(tree_tokens: int) -> int:
+    """Return the words of a step's message: ending, tokens decided, tree size; then those tokens, and the tree's
+    tokens and depths."""
+    return 3 + 3 * tree_tokens
+
+
+def speculate(d: Decoding, drafter: Drafter | None, tree_tokens: int) -> Decoded:
+    """Decode with drafts of up to ``tree_tokens`` rows; every host calls this, the owner with its drafter."""
+    cache = d.cache
+    assert d.decides == (drafter is not None)
+    done = Drafting()
+    rows, decided, features_MF = list[int](), list[int](), None
+    if cache.undecoded is None and d.decides:
+        assert cache.logits is not None
+        decided = [d.choose(cache.logits, position=cache.length)]
+    while True:
+        words = torch.zeros(decision_words(tree_tokens), dtype=torch.int32, device=d.transport.device)
+        tree = None
+        if drafter is not None:
+            decided, ending = d.cut(decided)
+            if done.steps:
+                _keep(d, rows[: len(decided)], decided, features_MF)
+                done.decided += len(decided)
+            if ending == GO_ON:
+                started = time.perf_counter()
+                tree = _draft(d, drafter, decided)
+                done.draft_s += time.perf_counter() - started
+            _write(words, decided, ending, tree, tree_tokens)
+        d.transport.broadcast(words, cache.owner, kind="token", step=f"token {len(d.ids)}").wait()
+        decided, ending, tokens, depths = _read(words, tree_tokens)
+        if done.steps:
+            cache.length += len(decided)  # the tree's root and the accepted rows but for the bonus token
+        d.take(decided)
+        if ending != GO_ON:
+            if drafter is not None:
+                done.head_rows = drafter.head_rows
+            return d.finished(ending, done if d.decides else None)
+        started = time.perf_counter()
+        verified = verify(d, tokens, depths, tree)
+        done.steps += 1
+        done.rows += len(tokens)
+        if drafter is not None:
+            assert verified is not None and tree is not None
+            logits_MV, features_MF = verified
+            first = cache.length + 1
+            rows, decided = walk(tree, lambda row: d.choose(logits_MV[row], position=first + depths[row]))
+            spent = time.perf_counter() - started
+            done.verify_s += spent
+            drafter.verified(len(tokens), spent)
+
+
+def verify(
+    d: Decoding, tokens: Sequence[int], depths: Sequence[int], tree: Tree | None
+) -> tuple[Tensor, Tensor | None] | None:
+    """Run a tree's tokens over the cache; their KV stands behind the owner's tail until ``Tail.keep``.
+
+    The owner, which alone has the tree itself, gets the logits (M, V) after every row and, where there is a draft head, the
+    features (M, F) that it reads; the others get None.
+    """
+    cache, adapter = d.cache, d.adapter
+    if d.transport.rank not in cache.members:
+        return None
+    ids_M = torch.tensor(tokens, device=adapter.device)
+    positions_M = cache.length + torch.tensor(depths, device=adapter.device)
+    if tree is None:
+        adapter.run(ids_M, positions_M, CacheAttention(cache, d.transport, d.kernel))
+        return None
+    attention = CacheAttention(cache, d.transport, d.kernel, tree.mask(adapter.device))
+    with adapter.capturing(cache.draft.head.taps if cache.draft is not None else None) as features:
+        logits_MV = adapter.all_logits(ids_M, positions_M, attention)
+    return logits_MV, features.value_SF if cache.draft is not None else None
+
+
+def _draft(d: Decoding, drafter: Drafter, decided: Sequence[int]) -> Tree:
+    """Return the next tree; its root has been decided just now, or before this call."""
+    root = decided[-1] if decided else d.cache.undecoded
+    assert root is not None
+    # After a verification the decided tokens are not counted yet; straight after the prompt none is verified.
+    position = d.cache.length + (len(decided) if d.cache.undecoded is not None else 0)
+    left = d.request.max_new_tokens - len(d.ids) - len(decided)
+    # A path of left - 1 drafts and its bonus token end the answer: what is deeper could never be taken.
+    tree = drafter.draft(decided, root, position, left - 1) if left > 1 else root_only(root)
+    assert max(tree.depths) < left
+    return tree
+
+
+def _keep(d: Decoding, rows: Sequence[int], decided: Sequence[int], features_MF: Tensor | None) -> None:
+    """Keep the KV of the root and of all decided tokens but the last, drop the rest of the tree's."""
+    cache = d.cache
+    cache.tail.keep(cache.length - cache.context_len, rows)
+    if cache.draft is not None:
+        assert features_MF is not None and cache.undecoded is not None
+        kept_SF = features_MF[torch.tensor(rows, device=features_MF.device)]
+        cache.draft.observe(kept_SF, [cache.undecoded, *decided[:-1]], cache.length)
+
+
+def _write(words: Tensor, decided: Sequence[int], ending: int, tree: Tree | None, room: int) -> None:
+    tokens, depths = (tree.tokens, tree.depths) if tree is not None else ((), ())
+    assert len(decided) <= room and len(tokens) <= room
+    padded = [[*part, *[0] * (room - len(part))] for part in (decided, tokens, depths)]
+    words.copy_(torch.tensor([ending, len(decided), len(tokens), *padded[0], *padded[1], *padded[2]]))
+
+
+def _read(words: Tensor, room: int) -> tuple[list[int], int, list[int], list[int]]:
+    ending, count, size, *rest = words.tolist()
+    return rest[:count], ending, rest[room : room + size], rest[2 * room : 2 * room + size]

@@ -1,0 +1,126 @@
+"""What a draft head takes over from a prefill: its own keys and values, made where the tokens are.
+
+Features never travel. Every host makes the rows of its own tokens; only those inside the head's window, and its sinks,
+go to the host that will draft: at most ``window`` + ``sinks`` rows of one layer, however long the context is.
+
+Shapes: K kv heads, T rows, D head dim, W words of a bitmap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apb.draft.base import DraftHead
+from apb.draft.cache import DraftCache
+from apb.kv.cache import LayerKV
+from burst.transport import Message, Transport
+
+Spans = tuple[tuple[int, int], ...]  # positions [start, stop), ascending
+
+
+@dataclass(frozen=True)
+class Handoff:
+    """The plan of it. Rows in tokens, sizes in bytes; ``window`` None: the whole context."""
+
+    window: int | None
+    sinks: int
+    kv_heads: int
+    head_dim: int
+    element_size: int
+    bitmap_bytes: int  # which ids a host's tokens have; 0 when the vocabulary does not depend on the prompt
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a token's K and V in the head's one layer."""
+        return 2 * self.kv_heads * self.head_dim * self.element_size
+
+    def spans(self, held: Spans, context_len: int) -> Spans:
+        """Return which of the positions that a host holds the drafting host wants.
+
+        The context's last token is left out: its row depends on the question's first, which forks replace.
+        """
+        last = context_len - 1
+        if self.window is None:
+            wanted: Spans = ((0, last),)
+        else:
+            first = max(self.sinks, context_len - self.window)
+            wanted = ((0, min(self.sinks, last)), (first, last))
+        cuts = ((max(a, start), min(b, stop)) for start, stop in held for a, b in wanted)
+        return tuple((a, b) for a, b in cuts if a < b)
+
+    def sent(self, held: Spans, context_len: int) -> int:
+        """Return the bytes that a host other than the drafting one sends."""
+        rows = sum(b - a for a, b in self.spans(held, context_len))
+        return rows * self.row_bytes + self.bitmap_bytes
+
+
+def positions(spans: Spans) -> list[int]:
+    """Return the positions of spans."""
+    return [at for start, stop in spans for at in range(start, stop)]
+
+
+def hand_over(
+    head: DraftHead,
+    wanted: Sequence[Spans],
+    features_SF: Tensor,
+    next_ids: Sequence[int],
+    owner: int,
+    transport: Transport,
+) -> DraftCache | None:
+    """Make this host's rows and give the owner everybody's; every host calls this, the owner gets the cache.
+
+    ``wanted[rank]``: what each host gives. ``features_SF``: this host's, of its wanted positions; ``next_ids``: the token
+    after each of them.
+    """
+    at, device = positions(wanted[transport.rank]), transport.device
+    own = torch.empty(0, device=device)
+    if at:
+        ids_BS, at_S = torch.tensor([next_ids], device=device), torch.tensor(at, device=device)
+        own = torch.stack(head.keys_values(head.fuse(features_SF[None]), ids_BS, at_S))
+    step = "hand the draft over"
+    if transport.rank != owner:
+        transport.exchange([Message(owner, own)], [], kind="draft", step=step).wait()
+        return None
+    parts = [_room(head, len(positions(spans)), device) for spans in wanted]
+    parts[owner] = own if at else parts[owner]
+    peers = [Message(rank, part) for rank, part in enumerate(parts) if rank != owner]
+    transport.exchange([], peers, kind="draft", step=step).wait()
+    everywhere = [p for spans in wanted for p in positions(spans)]
+    order = sorted(range(len(everywhere)), key=everywhere.__getitem__)
+    k_and_v = torch.cat(parts, dim=3).index_select(3, torch.tensor(order, dtype=torch.int64, device=device))
+    return DraftCache(head, LayerKV(k_and_v[0], k_and_v[1]), [everywhere[i] for i in order], len(order))
+
+
+def move(head: DraftHead, cache: DraftCache | None, src: int, dst: int, transport: Transport) -> DraftCache | None:
+    """Return a copy of host ``src``'s draft cache on host ``dst``; every host calls this, others get None.
+
+    The last token's feature stays behind: on another host the first step drafts nothing and brings the next one.
+    """
+    step = "gather the draft"
+    if transport.rank == src:
+        assert cache is not None
+        if src == dst:
+            return cache.copy()
+        at, rows = cache.positions, cache.rows()
+        sizes = torch.tensor([len(at), cache.context_rows], device=transport.device)
+        transport.exchange([Message(dst, sizes)], [], kind="gather", step=step).wait()
+        if rows is not None:
+            own = [torch.tensor(at, device=transport.device), torch.stack([rows.k_BKTD, rows.v_BKTD])]
+            transport.exchange([Message(dst, x) for x in own], [], kind="gather", step=step).wait()
+    if transport.rank != dst:
+        return None
+    sizes = torch.empty(2, dtype=torch.int64, device=transport.device)
+    transport.exchange([], [Message(src, sizes)], kind="gather", step=step).wait()
+    count, context_rows = sizes.tolist()
+    at_T, k_and_v = sizes.new_empty(count), _room(head, count, transport.device)
+    if count:
+        transport.exchange([], [Message(src, at_T), Message(src, k_and_v)], kind="gather", step=step).wait()
+    return DraftCache(head, LayerKV(k_and_v[0], k_and_v[1]), at_T.tolist(), context_rows)
+
+
+def _room(head: DraftHead, rows: int, device: torch.device) -> Tensor:
+    return torch.empty(2, 1, head.kv_heads, rows, head.head_dim, dtype=head.target.dtype, device=device)
