@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from apb.compress.base import Projections
+from apb.draft.base import Target
 from apb.models.chunked import Finished, InChunks, chunkable
 from apb.models.honoured import PlainCall, check_config, check_keywords, check_model
 from apb.plan import ModelShape
@@ -140,6 +141,39 @@ class Adapter:
         """Run tokens and return the logits (S, V) after each of them, fp32 (fp64 for fp64 models)."""
         return self._logits(ids_S, positions_S, attention, len(ids_S))
 
+    def hidden(self, ids_S: Tensor, positions_S: Tensor, attention: Attention) -> Tensor:
+        """Run tokens and return what the LM head reads of each of them, (S, hidden), in the model's type."""
+        out = self._forward(self._base, ids_S, positions_S, attention)
+        hidden_SE: Tensor = out.last_hidden_state[0]
+        return hidden_SE
+
+    def head(self, hidden_SE: Tensor) -> Tensor:
+        """Return the logits (S, V) of what ``hidden`` returned, in the model's type."""
+        logits_SV: Tensor = self._model.get_output_embeddings()(hidden_SE)
+        return logits_SV if self.logit_scale == 1.0 else logits_SV * self.logit_scale
+
+    def draft_target(self) -> Target:
+        """Return what draft heads share with this model."""
+
+        def rotate(x_BHSD: Tensor, positions: Tensor) -> Tensor:
+            cos, sin = self._base.rotary_emb(x_BHSD, positions if positions.dim() == 2 else positions[None])
+            return self._rotated(x_BHSD, cos, sin, 0)
+
+        return Target(
+            name=self.name,
+            shape=self.shape,
+            embedding_WE=self._model.get_input_embeddings().weight.detach(),
+            head_WE=self._model.get_output_embeddings().weight.detach(),
+            embedding_scale=float(getattr(self._model.config, "embedding_multiplier", 1.0)),
+            logit_scale=self.logit_scale,
+            rotate=rotate,
+        )
+
+    @property
+    def logit_scale(self) -> float:
+        """What the LM head's products are multiplied with: MiniCPM and Granite divide them."""
+        return 1.0 / float(getattr(self._model.config, "logits_scaling", 1.0))
+
     def _logits(self, ids_S: Tensor, positions_S: Tensor, attention: Attention, keep: int) -> Tensor:
         out = self._forward(self._model, ids_S, positions_S, attention, logits_to_keep=keep)
         logits_SV: Tensor = out.logits[0]
@@ -157,10 +191,13 @@ class Adapter:
         cos, sin = rotary(x_BHSD, torch.as_tensor(delta, device=x_BHSD.device).reshape(1, -1))
         # cos and sin carry the scaling of YaRN and its like; it is in x already.
         scaling = getattr(rotary, "attention_scaling", 1.0)
-        apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        return self._rotated(x_BHSD, cos / scaling, sin / scaling, layer)
+
+    def _rotated(self, x_BHSD: Tensor, cos: Tensor, sin: Tensor, layer: int) -> Tensor:
+        apply = sys.modules[type(self._attentions[layer]).__module__].apply_rotary_pos_emb
         turning = cos.shape[-1]  # the dimensions beyond are never rotated
         x_BHSR, rest_BHSP = x_BHSD[..., :turning], x_BHSD[..., turning:]
-        rotated: Tensor = apply(x_BHSR, x_BHSR, cos / scaling, sin / scaling)[0]
+        rotated: Tensor = apply(x_BHSR, x_BHSR, cos, sin)[0]
         return torch.cat([rotated, rest_BHSP], dim=-1) if rest_BHSP.shape[-1] else rotated
 
     def _forward(

@@ -1,0 +1,90 @@
+"""EAGLE-3 heads. Source: EAGLE-3 (arXiv 2503.01840); the format is the published one.
+
+Shapes: B batch, S tokens, E hidden size, F feature width (3 E), K kv heads, D head dim, V draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apb.draft.base import Attend, Attention, DraftHead, LayerShape, Mlp, Norm, Target, share
+
+
+class Eagle3Layer(nn.Module):
+    """Embedding and feature are normed each by itself and read side by side; the feature is the residual."""
+
+    def __init__(self, shape: LayerShape, target: Target) -> None:
+        super().__init__()
+        self.input_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
+        self.hidden_norm = Norm(shape.hidden_size, shape.rms_norm_eps)
+        self.self_attn = Attention(shape, 2 * shape.hidden_size, target.rotate)
+        self.post_attention_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
+        self.mlp = Mlp(shape)
+
+    def joined(self, embedded_BSE: Tensor, hidden_BSE: Tensor) -> Tensor:
+        """Return what the projections read, (B, S, 2 E)."""
+        return torch.cat([self.input_layernorm(embedded_BSE), self.hidden_norm(hidden_BSE)], dim=-1)
+
+    def forward(self, embedded_BSE: Tensor, hidden_BSE: Tensor, positions_S: Tensor, attend: Attend) -> Tensor:
+        """Return the layer's output (B, S, E)."""
+        x_BSE = hidden_BSE + self.self_attn(self.joined(embedded_BSE, hidden_BSE), positions_S, attend)
+        out_BSE: Tensor = x_BSE + self.mlp(self.post_attention_layernorm(x_BSE))
+        return out_BSE
+
+
+class Eagle3Head(DraftHead):
+    """Reads the inputs of three of the target's layers; has its own norm, LM head and draft vocabulary.
+
+    The file's ``d2t`` gives each draft id's distance to the target's id.
+    """
+
+    def __init__(self, shape: LayerShape, target: Target, ids_V: Tensor, *, window: int | None, sinks: int) -> None:
+        super().__init__(target, window, sinks)
+        layers = target.shape.layers
+        self.taps = (2, layers // 2, layers - 3)
+        self.fc = nn.Linear(3 * shape.hidden_size, shape.hidden_size, bias=False)
+        self.midlayer = Eagle3Layer(shape, target)
+        self.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
+        self.lm_head = nn.Linear(shape.hidden_size, len(ids_V), bias=False)
+        self.ids_V = self._own_V = ids_V.to(target.device)
+        self._rows_V: Tensor | None = None  # rows of the own LM head; None: all of them
+
+    @classmethod
+    def of(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target, window: int | None, sinks: int
+    ) -> Eagle3Head:
+        """Make the head that a configuration and its ``d2t`` describe."""
+        shape = LayerShape.of(config, qkv_bias="midlayer.self_attn.q_proj.bias" in tensors)
+        distance_V = tensors["d2t"].long()
+        return cls(shape, target, distance_V + torch.arange(len(distance_V)), window=window, sinks=sinks)
+
+    def fuse(self, features_BSF: Tensor) -> Tensor:
+        fused_BSE: Tensor = self.fc(features_BSF)
+        return fused_BSE
+
+    def keys_values(self, hidden_BSE: Tensor, ids_BS: Tensor, positions_S: Tensor) -> tuple[Tensor, Tensor]:
+        joined = self.midlayer.joined(self.embed(ids_BS), hidden_BSE)
+        return self.midlayer.self_attn.keys_values(joined, positions_S)
+
+    def step(self, hidden_BSE: Tensor, ids_BS: Tensor, positions_S: Tensor, attend: Attend) -> Tensor:
+        out_BSE: Tensor = self.midlayer(self.embed(ids_BS), hidden_BSE, positions_S, attend)
+        return out_BSE
+
+    def logits(self, out_BSE: Tensor) -> Tensor:
+        weight_VE = self.lm_head.weight if self._rows_V is None else self.lm_head.weight[self._rows_V]
+        return F.linear(self.norm(out_BSE), weight_VE)
+
+    def with_vocab(self, ids_V: Tensor) -> DraftHead:
+        """Return this head drafting from those of ``ids_V`` that it has rows for, in their order."""
+        row_W = torch.full((self.target.shape.vocab,), -1, device=self.target.device)
+        row_W[self._own_V] = torch.arange(len(self._own_V), device=self.target.device)
+        rows_V = row_W[ids_V.to(self.target.device)]
+        twin = share(self)
+        twin._rows_V = rows_V[rows_V >= 0]
+        twin.ids_V = self._own_V[twin._rows_V]
+        return twin

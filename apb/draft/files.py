@@ -1,0 +1,211 @@
+"""Files of draft heads: published checkpoints, our own single files, and the heads that are shipped."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from apb.draft.base import SINKS, WINDOW, DraftHead, Target
+from apb.draft.eagle import EagleHead
+from burst.errors import UserError
+
+FORMAT = "apb-draft-head"
+_SHIPPED = Path(__file__).parent
+_ALLOWED = "a folder with config.json and model.safetensors or pytorch_model.bin, or a file of 'apb train eagle'"
+# What tells the architectures apart: a tensor that no other has.
+_ARCHITECTURES = (
+    ("midlayer.hidden_norm.weight", "apb.draft.eagle3:Eagle3Head"),
+    ("input_norm1.weight", "apb.draft.minicpm:MiniCpmHead"),
+    ("fc.weight", "apb.draft.eagle:EagleHead"),
+)
+_PASSED_OVER = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")  # the target's own, or read apart
+_PROBES = 32  # embedded values that tell one base model from another
+_TOLERANCE = 0.05  # of their mean size: number types differ by less, base models by more
+
+
+def shipped() -> dict[str, Path]:
+    """Return the heads that come with the package, by the name of their model."""
+    return {file.stem: file for file in sorted(_SHIPPED.glob("*.safetensors")) if ".freq" not in file.name}
+
+
+def find(name: str) -> Path:
+    """Return the file or folder that ``name`` means: a shipped head, else a path; raises UserError without one."""
+    known = shipped()
+    if name in known:
+        return known[name]
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    raise UserError(
+        f"there is no draft head '{name}'",
+        given=name,
+        allowed=f"{', '.join(known) or 'no shipped heads'}, or {_ALLOWED}",
+        remedy=f"Did you mean {' or '.join(near)}?" if near else "Check the path, or train one (apb train eagle).",
+    )
+
+
+def load(name: str | Path, target: Target) -> DraftHead:
+    """Return a head ready to draft for ``target``, on its device and in its type, over its whole vocabulary.
+
+    Raises UserError for what cannot be read, lacks or has other tensors than its configuration says, has more than one
+    layer, or belongs to a model of another hidden size, vocabulary or embedding.
+    """
+    path = find(str(name))
+    config, tensors, about = _read(path)
+    _check_target(path, config, tensors, about, target)
+    try:
+        kind = next(where for key, where in _ARCHITECTURES if key in tensors)
+    except StopIteration:
+        raise _damaged(path, "it lacks the tensor fc.weight") from None
+    if kind.endswith("Eagle3Head") and "d2t" not in tensors:
+        raise _damaged(path, "it lacks the tensor d2t")
+    module, _, name_of = kind.partition(":")
+    window = config.get("draft_window", config.get("sliding_window") or WINDOW)
+    try:
+        head: DraftHead = getattr(importlib.import_module(module), name_of).of(
+            config, tensors, target, window, int(config.get("draft_sinks", SINKS))
+        )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise _damaged(path, f"its configuration lacks or misstates {error}") from error
+    _check_ids(path, head)
+    _fill(path, head, tensors)
+    head.about = dict(about)
+    return head.to(device=target.device, dtype=target.dtype).eval().requires_grad_(False)
+
+
+def save(file: Path, head: EagleHead, about: Mapping[str, str], dtype: torch.dtype = torch.float16) -> None:
+    """Write a head as one safetensors file, its configuration as metadata; whole or not at all."""
+    tensors = {name: tensor.detach().to(dtype).contiguous().cpu() for name, tensor in head.state_dict().items()}
+    config = {**head.config, "draft_window": head.window, "draft_sinks": head.sinks}
+    metadata = {
+        **about,
+        "format": FORMAT,
+        "config": json.dumps(config),
+        "target_probe": json.dumps([round(x, 6) for x in _probe(head.target.embedding_WE).tolist()]),
+    }
+    unfinished = file.with_suffix(".part")
+    save_file(tensors, unfinished, metadata=metadata)
+    unfinished.chmod(0o644)
+    os.replace(unfinished, file)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """Return configuration, tensors by their plain names, and metadata."""
+    if path.is_dir():
+        weights = next((path / n for n in ("model.safetensors", "pytorch_model.bin") if (path / n).is_file()), None)
+        if weights is None or not (path / "config.json").is_file():
+            raise _damaged(path, "the folder lacks config.json or its weights")
+    else:
+        weights = path
+    tensors, about = _tensors(weights)
+    text = (
+        (path / "config.json").read_text(encoding="utf-8", errors="replace") if path.is_dir() else about.get("config")
+    )
+    if text is None:
+        raise _damaged(path, "it carries no configuration")
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise _damaged(path, f"its configuration is no JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise _damaged(path, "its configuration is no JSON object")
+    return config, {name.removeprefix("model."): tensor for name, tensor in tensors.items()}, about
+
+
+def _tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                return {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
+        raise _damaged(file, f"it cannot be read ({error})") from error
+    except Exception as error:  # unpickling refuses in many ways, some by private types
+        raise _damaged(file, f"it is no plain state dict ({type(error).__name__})") from error
+    if not isinstance(state, Mapping):
+        raise _damaged(file, "it is no state dict")
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}, {}
+
+
+def _check_target(
+    path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], about: Mapping[str, str], target: Target
+) -> None:
+    shape = target.shape
+    if config.get("num_hidden_layers", 1) != 1:
+        raise _damaged(path, f"it has {config['num_hidden_layers']} layers; heads of one layer can be used")
+    wanted: dict[str, Any] = {"hidden_size": shape.hidden, "vocab_size": shape.vocab}
+    found = {key: config.get(key) for key in wanted}
+    scales = {"scale_emb": target.embedding_scale, "dim_model_base": target.logit_scale * shape.hidden}
+    wanted |= {key: round(value, 6) for key, value in scales.items() if key in config}
+    found |= {key: config[key] for key in scales if key in config}
+    if found != wanted:
+        raise _foreign(path, _listed(found), _listed(wanted))
+    theirs = tensors.get("embed_tokens.weight")
+    if theirs is not None and theirs.shape != target.embedding_WE.shape:
+        raise _foreign(path, f"embeddings {tuple(theirs.shape)}", f"embeddings {tuple(target.embedding_WE.shape)}")
+    probe = torch.tensor(json.loads(about["target_probe"])) if "target_probe" in about else None
+    if theirs is not None:
+        probe = _probe(theirs)
+    own = _probe(target.embedding_WE)
+    if probe is not None and (probe - own).abs().mean() > _TOLERANCE * own.abs().mean():
+        raise _foreign(path, "other token embeddings", f"the embeddings of this {target.name}")
+
+
+def _check_ids(path: Path, head: DraftHead) -> None:
+    ids_V, vocab = head.ids_V, head.target.shape.vocab
+    if int(ids_V.min()) < 0 or int(ids_V.max()) >= vocab or len(ids_V.unique()) != len(ids_V):
+        raise _damaged(path, f"its d2t maps to ids out of range or twice to one (vocabulary of {vocab})")
+
+
+def _fill(path: Path, head: DraftHead, tensors: Mapping[str, Tensor]) -> None:
+    own = head.state_dict()
+    for name, tensor in own.items():
+        if name not in tensors:
+            raise _damaged(path, f"it lacks the tensor {name}")
+        if tensors[name].shape != tensor.shape:
+            sizes = f"{tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
+            raise _damaged(path, f"its tensor {name} is {sizes}")
+    unknown = [n for n in tensors if n not in own and n not in _PASSED_OVER and "rotary_emb" not in n]
+    if unknown:
+        raise _damaged(path, f"it has the tensor {unknown[0]}, which no known head has")
+    head.load_state_dict({name: tensors[name] for name in own})
+
+
+def _probe(embedding_WE: Tensor) -> Tensor:
+    """Return a few values from all over an embedding, fp32."""
+    rows = torch.linspace(0, embedding_WE.shape[0] - 1, _PROBES).long().to(embedding_WE.device)
+    columns = torch.arange(_PROBES, device=embedding_WE.device) * 7 % embedding_WE.shape[1]
+    return embedding_WE[rows, columns].detach().float().cpu()
+
+
+def _listed(sizes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in sizes.items())
+
+
+def _foreign(path: Path, given: str, allowed: str) -> UserError:
+    return UserError(
+        f"the draft head {path} belongs to another model",
+        given=given,
+        allowed=allowed,
+        remedy="Choose the model's own head, or train one (apb train eagle model=...).",
+    )
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(
+        f"the draft head {path} cannot be used: {what}",
+        given=str(path),
+        allowed=_ALLOWED,
+        remedy="Copy it again, or choose another head.",
+    )
