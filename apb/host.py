@@ -209,7 +209,9 @@ class Host:
             self._forward(cache, request.query_ids)
         self._caches[request.handle] = cache
 
-    def _run(self, request: PrefillRequest, attention: PrefillAttention | ExactAttention | LocalAttention) -> Tensor | None:
+    def _run(
+        self, request: PrefillRequest, attention: PrefillAttention | ExactAttention | LocalAttention
+    ) -> Tensor | None:
         """Run anchor and blocks through the model; return the features (S, F) that the draft head takes over."""
         plan = request.plan
         host, device = plan.host_plans[self.transport.rank], self.adapter.device

@@ -64,7 +64,7 @@ def make_prompt(tokenizer: Any, context: Text, query: Text | None, *, chat: bool
     With ``chat`` both stand in one user message of the tokenizer's chat template; without, the document follows the
     tokenizer's BOS (if it adds one; ids are taken as they are) and nothing follows the question.
     """
-    head_text, _, _ = _template(tokenizer, chat)
+    head_text, _, _ = template(tokenizer, chat)
     head = encode(tokenizer, head_text, special=True)
     if not chat and isinstance(context, str):
         head = _bos(tokenizer)
@@ -75,7 +75,7 @@ def make_prompt(tokenizer: Any, context: Text, query: Text | None, *, chat: bool
 
 def make_question(tokenizer: Any, query: Text, *, chat: bool) -> Question:
     """Tokenise a question that follows a document; raises UserError when it is empty."""
-    _, between, tail = _template(tokenizer, chat)
+    _, between, tail = template(tokenizer, chat)
     separated = chat or isinstance(query, str)
     return Question(
         before=encode(tokenizer, between, special=True) if separated else (),
@@ -85,8 +85,11 @@ def make_question(tokenizer: Any, query: Text, *, chat: bool) -> Question:
     )
 
 
-def _template(tokenizer: Any, chat: bool) -> tuple[str, str, str]:
-    """Return the text before the document, between document and question, and after the question."""
+def template(tokenizer: Any, chat: bool) -> tuple[str, str, str]:
+    """Return the text before the document, between document and question, and after the question.
+
+    Raises UserError without a chat template, or for one that changes the user's message.
+    """
     if not chat:
         return "", SEPARATOR, ""
     if not getattr(tokenizer, "chat_template", None):

@@ -40,14 +40,18 @@ WINDOW, SINKS = 24, 3
 def draft_head(adapter: Adapter, seed: int = 1) -> DraftHead:
     """Return a random EAGLE head for a model."""
     torch.manual_seed(seed)
-    head = EagleHead(LayerShape(64, 96, 4, 2, 16, 1e-5), adapter.draft_target(), fc_bias=True, window=WINDOW, sinks=SINKS)
+    head = EagleHead(
+        LayerShape(64, 96, 4, 2, 16, 1e-5), adapter.draft_target(), fc_bias=True, window=WINDOW, sinks=SINKS
+    )
     return head.to(adapter.dtype).eval().requires_grad_(False)
 
 
 @functools.cache
 def model(dtype: torch.dtype = torch.float64) -> Adapter:
     """Return a model with a draft head, whose every token the tokenizer knows."""
-    adapter = tiny.adapt(tiny.llama_config(vocab_size=VOCAB, max_position_embeddings=400), dtype)  # fp64: random fp32 logits are nearly tied too often
+    adapter = tiny.adapt(
+        tiny.llama_config(vocab_size=VOCAB, max_position_embeddings=400), dtype
+    )  # fp64: random fp32 logits are nearly tied too often
     adapter.draft_head = draft_head(adapter)
     return adapter
 
@@ -96,7 +100,7 @@ class OracleDrafter:
     def draft(self, decided: Sequence[int], root: int, position: int, depth: int) -> Tree:
         o, r = self._oracle, self._random
         at = position - o.start
-        assert o.answer[at] == root and list(o.answer[:at + 1])[at + 1 - len(decided):] == list(decided)
+        assert o.answer[at] == root and list(o.answer[: at + 1])[at + 1 - len(decided) :] == list(decided)
         tree = root_only(root)
         for _ in range(r.randrange(4)):
             true = list(o.answer[at + 1 : at + 1 + r.randrange(6)])
@@ -109,7 +113,9 @@ class OracleDrafter:
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize(("name", "hosts"), [("full", 1), ("apb", 2), ("apb", 4), ("spava", 3), ("ring", 8), ("usp", 4)])
+@pytest.mark.parametrize(
+    ("name", "hosts"), [("full", 1), ("apb", 2), ("apb", 4), ("spava", 3), ("ring", 8), ("usp", 4)]
+)
 def test_any_tree_gives_the_tokens_of_decoding_without_one(name: str, hosts: int, options: dict[str, Any]) -> None:
     e = engine(hosts, name)
     handle = e.prefill(prompt())

@@ -164,7 +164,8 @@ class Norm(nn.Module):
         """Return the normed rows."""
         wide = x_BSE if x_BSE.dtype == torch.float64 else x_BSE.float()
         scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * scaled.to(x_BSE.dtype)
+        normed_BSE: Tensor = self.weight * scaled.to(x_BSE.dtype)
+        return normed_BSE
 
 
 class Attention(nn.Module):
@@ -187,10 +188,12 @@ class Attention(nn.Module):
         """Return the attention's output (B, S, E)."""
         q_BHSD = self._rotate(self._heads(self.q_proj(x_BSE)), positions_S)
         out_BHSD = attend(q_BHSD, *self.keys_values(x_BSE, positions_S))
-        return self.o_proj(out_BHSD.transpose(1, 2).flatten(2))
+        out_BSE: Tensor = self.o_proj(out_BHSD.transpose(1, 2).flatten(2))
+        return out_BSE
 
     def _heads(self, x_BSE: Tensor) -> Tensor:
-        return x_BSE.unflatten(-1, (-1, self._head_dim)).transpose(1, 2)
+        heads_BHSD: Tensor = x_BSE.unflatten(-1, (-1, self._head_dim)).transpose(1, 2)
+        return heads_BHSD
 
 
 class Mlp(nn.Module):
@@ -204,4 +207,5 @@ class Mlp(nn.Module):
 
     def forward(self, x_BSE: Tensor) -> Tensor:
         """Return the network's output (B, S, E)."""
-        return self.down_proj(F.silu(self.gate_proj(x_BSE)) * self.up_proj(x_BSE))
+        out_BSE: Tensor = self.down_proj(F.silu(self.gate_proj(x_BSE)) * self.up_proj(x_BSE))
+        return out_BSE

@@ -27,7 +27,8 @@ class EagleLayer(nn.Module):
     def forward(self, x_BSE: Tensor, positions_S: Tensor, attend: Attend) -> Tensor:
         """Return the layer's output (B, S, E)."""
         x_BSE = x_BSE + self.self_attn(x_BSE, positions_S, attend)
-        return x_BSE + self.mlp(self.post_attention_layernorm(x_BSE))
+        out_BSE: Tensor = x_BSE + self.mlp(self.post_attention_layernorm(x_BSE))
+        return out_BSE
 
 
 class EagleHead(SharedVocab):

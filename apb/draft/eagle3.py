@@ -33,7 +33,8 @@ class Eagle3Layer(nn.Module):
     def forward(self, embedded_BSE: Tensor, hidden_BSE: Tensor, positions_S: Tensor, attend: Attend) -> Tensor:
         """Return the layer's output (B, S, E)."""
         x_BSE = hidden_BSE + self.self_attn(self.joined(embedded_BSE, hidden_BSE), positions_S, attend)
-        return x_BSE + self.mlp(self.post_attention_layernorm(x_BSE))
+        out_BSE: Tensor = x_BSE + self.mlp(self.post_attention_layernorm(x_BSE))
+        return out_BSE
 
 
 class Eagle3Head(DraftHead):

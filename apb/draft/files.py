@@ -163,7 +163,7 @@ def _check_target(
     shape = target.shape
     if config.get("num_hidden_layers", 1) != 1:
         raise _damaged(path, f"it has {config['num_hidden_layers']} layers; heads of one layer can be used")
-    wanted = {"hidden_size": shape.hidden, "vocab_size": shape.vocab}
+    wanted: dict[str, Any] = {"hidden_size": shape.hidden, "vocab_size": shape.vocab}
     found = {key: config.get(key) for key in wanted}
     scales = {"scale_emb": target.embedding_scale, "dim_model_base": target.logit_scale * shape.hidden}
     wanted |= {key: round(value, 6) for key, value in scales.items() if key in config}

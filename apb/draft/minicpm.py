@@ -27,7 +27,8 @@ class MiniCpmLayer(EagleLayer):
 
     def forward(self, x_BSE: Tensor, positions_S: Tensor, attend: Attend) -> Tensor:
         x_BSE = x_BSE + self.self_attn(self.input_layernorm(x_BSE), positions_S, attend) * self._scale
-        return x_BSE + self.mlp(self.post_attention_layernorm(x_BSE)) * self._scale
+        out_BSE: Tensor = x_BSE + self.mlp(self.post_attention_layernorm(x_BSE)) * self._scale
+        return out_BSE
 
 
 class MiniCpmHead(SharedVocab):

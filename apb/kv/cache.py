@@ -20,6 +20,7 @@ from burst.transport import Transport
 if TYPE_CHECKING:
     from apb.draft.cache import DraftCache
 
+
 @dataclass
 class LayerKV:
     """Keys (rotated) and values of one layer."""
@@ -128,9 +129,7 @@ class CacheAttention:
 
     needs_projections = False
 
-    def __init__(
-        self, cache: HostCache, transport: Transport, kernel: Kernel, seen_SS: Tensor | None = None
-    ) -> None:
+    def __init__(self, cache: HostCache, transport: Transport, kernel: Kernel, seen_SS: Tensor | None = None) -> None:
         """``seen_SS`` (bool): which of the new tokens each of them sees; None: itself and those before it."""
         assert transport.rank in cache.members
         self._cache, self._transport, self._kernel, self._seen_SS = cache, transport, kernel, seen_SS

@@ -202,8 +202,8 @@ class Adapter:
         return Target(
             name=self.name,
             shape=self.shape,
-            embedding_WE=self._model.get_input_embeddings().weight,
-            head_WE=self._model.get_output_embeddings().weight,
+            embedding_WE=self._model.get_input_embeddings().weight.detach(),
+            head_WE=self._model.get_output_embeddings().weight.detach(),
             embedding_scale=float(getattr(self._model.config, "embedding_multiplier", 1.0)),
             logit_scale=self.logit_scale,
             rotate=rotate,

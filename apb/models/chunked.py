@@ -35,9 +35,7 @@ class InChunks:
     strategies that choose among all of its tokens must; then every chunk runs again with its share of the output.
     """
 
-    def __init__(
-        self, attention: Callable[..., Tensor], needs_projections: bool, last: int | None, chunk: int
-    ) -> None:
+    def __init__(self, attention: Callable[..., Tensor], needs_projections: bool, last: int | None, chunk: int) -> None:
         """``last``: the layer after whose attention nothing more is wanted; None: run to the end."""
         self.needs_projections, self.chunk = needs_projections, chunk
         self._attention, self._last = attention, last

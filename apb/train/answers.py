@@ -1,0 +1,165 @@
+"""The frozen model's own answers to many prompts at once, with the features that its LM head read at every token.
+
+Shapes: B sequences, S tokens of one pass (all sequences' side by side), T cached tokens, H query heads, K kv heads,
+G = H / K, D head dim, E hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apb.compress.base import Projections
+from apb.models.adapter import Adapter
+
+REPEATED = 16  # tokens: an answer that says so many of them twice goes round in circles
+_CANDIDATES = 50  # most likely tokens that sampling chooses from
+_FULL = 0.85  # of the cache's rows still answering; below, the others are taken out, which moves everything
+_GROWTH = 64  # tokens: the cache is moved this often
+
+
+@dataclass
+class Answer:
+    """Prompt and answer as one sequence; ``features_SE`` is that of every token but the last."""
+
+    prompt: int  # tokens
+    ids: list[int]
+    features_SE: Tensor | None
+    ended: bool = False  # by a stop token
+    circular: bool = False  # cut where it began to repeat itself
+    _seen: set[tuple[int, ...]] = field(default_factory=set, repr=False)
+
+    def add(self, token: int, stop_ids: Sequence[int]) -> bool:
+        """Take a token and return whether the answer goes on."""
+        self.ids.append(token)
+        if token in stop_ids:
+            self.ended = True
+        elif len(self.ids) - self.prompt >= REPEATED:
+            gram = tuple(self.ids[-REPEATED:])
+            self.circular = gram in self._seen
+            self._seen.add(gram)
+        return not (self.ended or self.circular)
+
+
+class _Cache:
+    """Stands in for a model's attention over sequences of unequal length, one row of the cache each."""
+
+    needs_projections = False
+
+    def __init__(self, layers: int) -> None:
+        self._kv: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        self.row_S = self.at_S = torch.empty(0, dtype=torch.int64)  # where each token of a pass goes
+        self.lengths_B = torch.empty(0, dtype=torch.int64)  # cached tokens, this pass's included
+
+    def __call__(
+        self, layer: int, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, projections: Projections | None
+    ) -> Tensor:
+        kv = self._kv[layer]
+        longest = int(self.lengths_B.max())
+        if kv is None or longest > kv[0].shape[2]:
+            kv = self._kv[layer] = self._grown(kv, k_BKSD, -(-longest // _GROWTH) * _GROWTH)
+        k_BKTD, v_BKTD = kv
+        k_BKTD[self.row_S, :, self.at_S] = k_BKSD[0].transpose(0, 1)
+        v_BKTD[self.row_S, :, self.at_S] = v_BKSD[0].transpose(0, 1)
+        q_SHD = q_BHSD[0].transpose(0, 1)
+        if len(self.row_S) == len(self.lengths_B):
+            return self._next(q_SHD, k_BKTD, v_BKTD, scale)[None]
+        return self._prompts(q_SHD, k_BKTD, v_BKTD, scale)[None]
+
+    def keep(self, rows_B: Tensor) -> None:
+        """Forget every sequence but these."""
+        self._kv = [None if kv is None else (kv[0][rows_B], kv[1][rows_B]) for kv in self._kv]
+
+    def _grown(self, kv: tuple[Tensor, Tensor] | None, like: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+        shape = (len(self.lengths_B), like.shape[1], capacity, like.shape[3])
+        grown = (like.new_zeros(shape), like.new_zeros(shape))
+        if kv is not None:
+            for new, old in zip(grown, kv, strict=True):
+                new[:, :, : old.shape[2]] = old
+        return grown
+
+    def _next(self, q_SHD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float) -> Tensor:
+        """One token a sequence: two small products are several times faster here than fused attention."""
+        q_BKGD = q_SHD.unflatten(1, (k_BKTD.shape[1], -1))
+        hidden_BT = torch.arange(k_BKTD.shape[2], device=q_SHD.device) >= self.lengths_B[:, None]
+        scores_BKGT = (q_BKGD @ k_BKTD.transpose(-1, -2)).float() * scale
+        weights_BKGT = scores_BKGT.masked_fill_(hidden_BT[:, None, None], -torch.inf).softmax(-1)
+        out_BKGD: Tensor = weights_BKGT.to(v_BKTD.dtype) @ v_BKTD
+        return out_BKGD.flatten(1, 2)
+
+    def _prompts(self, q_SHD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float) -> Tensor:
+        batch, longest = len(self.lengths_B), int(self.lengths_B.max())
+        q_BHTD = q_SHD.new_zeros(batch, q_SHD.shape[1], longest, q_SHD.shape[2])
+        q_BHTD[self.row_S, :, self.at_S] = q_SHD
+        out_BHTD = F.scaled_dot_product_attention(
+            q_BHTD, k_BKTD[:, :, :longest], v_BKTD[:, :, :longest], is_causal=True, scale=scale, enable_gqa=True
+        )
+        return out_BHTD[self.row_S, :, self.at_S]
+
+
+def answer(
+    adapter: Adapter,
+    prompts: Sequence[Sequence[int]],
+    temperatures: Sequence[float],
+    *,
+    longest: int,
+    stop_ids: Sequence[int],
+    seed: int,
+    features: bool,
+) -> list[Answer]:
+    """Return an answer of at most ``longest`` tokens to every prompt; temperature 0 is greedy.
+
+    Sampling chooses among the 50 most likely tokens. An answer ends with a stop token, or before it repeats 16 tokens.
+    """
+    device = adapter.device
+    rng = torch.Generator(device).manual_seed(seed)
+    answers = [Answer(len(ids), list(ids), None) for ids in prompts]
+    cache = _Cache(adapter.shape.layers)
+    lengths_B = cache.lengths_B = torch.tensor([len(ids) for ids in prompts], device=device)
+    cache.row_S = torch.arange(len(prompts), device=device).repeat_interleave(lengths_B)
+    cache.at_S = torch.cat([torch.arange(len(ids), device=device) for ids in prompts])
+    temperature_B = torch.tensor(temperatures, device=device)
+    rows = list(range(len(prompts)))  # which answer each row of the cache belongs to
+    going = set(rows)
+    with torch.inference_mode():
+        ids_S = torch.tensor([i for ids in prompts for i in ids], device=device)
+        hidden_SE = adapter.hidden(ids_S, cache.at_S, cache)
+        made = [[part] for part in hidden_SE.split([len(ids) for ids in prompts])] if features else []
+        hidden_BE = hidden_SE[lengths_B.cumsum(0) - 1]
+        for count in range(longest):
+            token_B = _choose(adapter.head(hidden_BE), temperature_B, rng)
+            for i, token in zip(rows, token_B.tolist(), strict=True):
+                if i in going and not answers[i].add(token, stop_ids):
+                    going.remove(i)
+            if count == longest - 1 or not going:
+                break
+            if len(going) < _FULL * len(rows):
+                kept_B = torch.tensor([row for row, i in enumerate(rows) if i in going], device=device)
+                rows = [i for i in rows if i in going]
+                cache.keep(kept_B)
+                token_B, lengths_B, temperature_B = token_B[kept_B], lengths_B[kept_B], temperature_B[kept_B]
+            cache.row_S, cache.at_S = torch.arange(len(rows), device=device), lengths_B
+            lengths_B = cache.lengths_B = lengths_B + 1
+            hidden_BE = adapter.hidden(token_B, cache.at_S, cache)
+            if features:
+                for i, part_E in zip(rows, hidden_BE.unbind(), strict=True):
+                    if i in going:
+                        made[i].append(part_E[None])
+    for one, parts in zip(answers, made, strict=False):
+        one.features_SE = torch.cat(parts)
+    return answers
+
+
+def _choose(logits_BV: Tensor, temperature_B: Tensor, rng: torch.Generator) -> Tensor:
+    """Return a token a row: the most likely one at temperature 0, or one of the 50 most likely."""
+    if not bool(temperature_B.any()):
+        return logits_BV.float().argmax(-1)
+    best_BC, ids_BC = logits_BV.float().topk(min(_CANDIDATES, logits_BV.shape[-1]))
+    # An exponential race: the largest p / e, e exponential, falls on a token with probability p.
+    race_BC = torch.empty_like(best_BC).exponential_(generator=rng)
+    noise_BC = -race_BC.log() * temperature_B[:, None]
+    return ids_BC.gather(1, (best_BC + noise_BC).argmax(-1, keepdim=True))[:, 0]
