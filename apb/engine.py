@@ -11,23 +11,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from apb.clusters import Cluster
 from apb.clusters import cluster as start_cluster
 from apb.decode import decoder as make_decoder
 from apb.decode.base import Decoder, DecodeRequest
+from apb.decode.placement import PLACEMENTS, Links, gathering_pays
 from apb.decode.sampling import Sampling
 from apb.decode.score import Score
 from apb.decode.text import TextStream
-from apb.host import PrefillRequest
 from apb.kv.handle import KVHandle
 from apb.metrics import added, decoded, measured, prefilled, versions
-from apb.plan import PrefillPlan
 from apb.prompt import Prompt, Question, Text, make_question
+from apb.refusals import check_alive, check_head, check_open, check_question, check_rank, nothing_pending
+from apb.requests import decode_requests, prefill_request
 from apb.setup import Setup
-from burst.errors import UserError
+from burst.errors import UserError, choose
 
 __all__ = ["Engine", "Result", "versions"]
 
@@ -50,6 +50,7 @@ class Engine:
         self.cluster = cluster
         self._closed = False
         self._ids = (f"cache-{i}" for i in itertools.count())
+        self._links: Links | None = None
 
     @classmethod
     def launch(cls, model: str | Setup = "smollm2-135m", *, cluster: str = "virtual", **options: Any) -> Engine:
@@ -100,7 +101,7 @@ class Engine:
         prompt = context if isinstance(context, Prompt) else self.setup.prompt(context, query, chat=chat)
         plan = self.setup.plan(prompt)
         handle_id = next(self._ids)
-        requests = [(self._request(handle_id, prompt, plan, rank),) for rank in range(plan.hosts)]
+        requests = [(prefill_request(handle_id, prompt, plan, self.setup.compressor, r),) for r in range(plan.hosts)]
         reports = self._call("prefill", requests, _layers(on_layer))
         asked = prompt.question if plan.question_len else None
         names = {"model": self.model_path, "cluster": self.cluster.name}
@@ -121,6 +122,7 @@ class Engine:
         handle: KVHandle,
         max_new_tokens: int = 64,
         decode: str | Decoder = "autoregressive",
+        placement: str = "sharded",
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
@@ -131,15 +133,18 @@ class Engine:
         """Generate from a handle, which goes on from there when asked again.
 
         Ends at the model's stop tokens, at a ``stop`` string, or after ``max_new_tokens``. ``decode``: a name, or what
-        ``apb.decode.decoder(name, ...)`` makes; with the same seed all give the same tokens. ``on_token(piece)`` gets the
-        text as it comes. Raises UserError when there is no question yet, no room for that many tokens, or no draft head
-        for a decoder that needs one.
+        ``apb.decode.decoder(name, ...)`` makes; with the same seed all give the same tokens. ``placement``: sharded
+        decodes over the hosts' parts as they lie; gathered moves them to the deciding host first, where the handle then
+        lies; auto takes what measured links and the longest answer make cheaper. ``on_token(piece)`` gets the text as
+        it comes. Raises UserError when there is no question yet, no room for that many tokens, or no draft head for a
+        decoder that needs one.
         """
         start = time.perf_counter()
         self._alive(handle)
+        choose("value of decode.placement:", placement, PLACEMENTS)
         decoder = make_decoder(decode) if isinstance(decode, str) else decode
-        self._check_question(handle)
-        self._check_head(decoder)
+        check_question(handle)
+        check_head(decoder, self.setup.spec.draft)
         request = DecodeRequest(
             decoder,
             max_new_tokens,
@@ -148,6 +153,7 @@ class Engine:
             (stop,) if isinstance(stop, str) else tuple(stop or ()),
         )
         self.setup.check_room(handle.next_position, max_new_tokens)
+        self._place(handle, placement, request)
         stream = TextStream(self.setup.tokenizer, request.stop)
         first_token: list[float] = []
 
@@ -157,11 +163,7 @@ class Engine:
             if piece and on_token is not None:
                 on_token(piece)
 
-        requests = [(handle.id, request)] * self.cluster.hosts
-        if decoder.needs_history:
-            history = torch.tensor(handle.token_ids)
-            requests[handle.owner] = (handle.id, dataclasses.replace(request, history=history))
-        reports = self._call("generate", requests, on_event)
+        reports = self._call("generate", decode_requests(handle, request, self.cluster.hosts), on_event)
         rest = stream.finish()
         if rest and on_token is not None:
             on_token(rest)
@@ -170,7 +172,7 @@ class Engine:
         waited_s = 0.0 if handle.generated else handle.metrics["request_s"]  # the first answer waited for the prefill
         metrics = decoded(handle.metrics, reports, answer, decoder.name, waited_s + first_token[0] - start)
         handle.generated += answer.token_ids
-        metrics["conditioned_on"] = handle.conditioned_on
+        metrics |= {"conditioned_on": handle.conditioned_on, "hosts_decoding": len({h for h, _ in handle.blocks})}
         return Result(stream.text, tuple(answer.token_ids), answer.finish_reason, metrics)
 
     def fork(self, handle: KVHandle, query: Text | Question | None = None) -> KVHandle:
@@ -199,13 +201,7 @@ class Engine:
     def gather(self, handle: KVHandle, rank: int = 0) -> KVHandle:
         """Merge a cache on host ``rank``; the given handle stays usable."""
         self._alive(handle)
-        if not 0 <= rank < self.cluster.hosts:
-            raise UserError(
-                "no such host to gather on",
-                given=rank,
-                allowed=f"0 to {self.cluster.hosts - 1}",
-                remedy="Choose one of the engine's hosts.",
-            )
+        check_rank(rank, self.cluster.hosts)
         new_id = next(self._ids)
         reports = self._call("gather", [(handle.id, new_id, rank)] * self.cluster.hosts)
         blocks = ((rank, len(handle.prompt.context_ids)),)
@@ -218,7 +214,7 @@ class Engine:
         self._alive(handle)
         logits: Tensor | None = self._call("logits", [(handle.id,)] * self.cluster.hosts)[handle.owner]
         if logits is None:
-            raise self._nothing_pending()
+            raise nothing_pending()
         return logits
 
     def score(self, handle: KVHandle, token_ids: Sequence[int], first: int = 0) -> Score:
@@ -229,7 +225,7 @@ class Engine:
         """
         self._alive(handle)
         if handle.prompt.question is None or handle.generated:
-            raise self._nothing_pending()
+            raise nothing_pending()
         ids = tuple(int(i) for i in token_ids)
         if not ids:
             raise UserError(
@@ -264,81 +260,37 @@ class Engine:
     ) -> None:
         self.close()
 
+    def links(self) -> Links:
+        """Return what exchanges between the hosts cost, measured once: the slowest host's."""
+        if self._links is None:
+            found = self._call("links", [()] * self.cluster.hosts)
+            self._links = Links(
+                max(x.latency_s for x in found),
+                min(x.bytes_per_s for x in found),
+                min(x.read_bytes_per_s for x in found),
+            )
+        return self._links
+
     # -- how ------------------------------------------------------------------------------------------------------
 
     def _call(self, method: str, per_host: Sequence[tuple[Any, ...]], on_event: Any = None) -> list[Any]:
-        if self._closed:
-            raise UserError(
-                "this engine is closed",
-                given=f"a call of {method}",
-                allowed="calls before Engine.close, or inside the with block",
-                remedy="Start another engine with Engine.launch.",
-            )
+        check_open(self._closed, method)
         return self.cluster.call(method, per_host, on_event)
 
-    def _request(self, handle_id: str, prompt: Prompt, plan: PrefillPlan, rank: int) -> PrefillRequest:
-        """Cut out what one host needs of the prompt."""
-        host, context, question = plan.host_plans[rank], prompt.context_ids, prompt.question
-        asked = question.ids if question and plan.question_len else ()
-        s = plan.anchor_skip
-        anchor = context[:s] + asked + context[s : max(s, plan.anchor_len - len(asked))]
-        delta = len(context) + len(question.before) - plan.anchor_skip if question else 0
-        return PrefillRequest(
-            handle=handle_id,
-            plan=plan,
-            compressor=self.setup.compressor,
-            anchor_ids=anchor[host.anchor_start : host.anchor_start + host.anchor_len],
-            block_ids=tuple(token for start, stop in host.spans for token in context[start:stop]),
-            question_delta=delta,
-            query_ids=question.query_ids if question else (),
-            next_ids=tuple(
-                token
-                for start, stop in (plan.draft.spans(host.spans, len(context)) if plan.draft is not None else ())
-                for token in context[start + 1 : stop + 1]
-            ),
-        )
+    def _place(self, handle: KVHandle, wanted: str, request: DecodeRequest) -> None:
+        """Move a cache to its deciding host where that is wanted, or (auto) pays."""
+        shards = handle.shards
+        if len(shards) == 1 or wanted == "sharded":
+            return
+        new_tokens, tree_tokens = request.max_new_tokens, request.decoder.tree_tokens
+        if wanted == "auto" and not gathering_pays(self.links(), self.setup.shape, shards, new_tokens, tree_tokens):
+            return
+        there = self.gather(handle, handle.owner)
+        self._call("release", [(handle.id,)] * self.cluster.hosts)
+        handle.id, handle.blocks, handle.metrics = there.id, there.blocks, there.metrics
 
     def _alive(self, handle: KVHandle) -> None:
-        if handle.engine is not self or handle.released:
-            raise UserError(
-                "this cache is not on the engine's hosts",
-                given=f"{handle.id}, " + ("released" if handle.released else "prefilled by another engine"),
-                allowed="caches prefilled by this engine and not released",
-                remedy="Call engine.prefill again.",
-            )
-        if handle.epoch != self.cluster.epoch:
-            raise UserError(
-                "this cache is gone: a host that held part of it died",
-                given=handle.id,
-                allowed="caches prefilled since the hosts were restarted",
-                remedy="Call engine.prefill again.",
-            )
-
-    def _nothing_pending(self) -> UserError:
-        return UserError(
-            "no logits are pending on this cache",
-            given="a cache without a question, or one that has generated already",
-            allowed="a cache straight after prefill or fork with a question",
-            remedy="Call handle.fork(query=...) first.",
-        )
-
-    def _check_question(self, handle: KVHandle) -> None:
-        if handle.prompt.question is None:
-            raise UserError(
-                "this cache has no question yet",
-                given="a cache from prefill(query=None)",
-                allowed="a cache with a question",
-                remedy="Ask one: handle.fork(query=...).",
-            )
-
-    def _check_head(self, decoder: Decoder) -> None:
-        if decoder.needs_head and self.setup.spec.draft is None:
-            raise UserError(
-                f"decoder '{decoder.name}' needs a draft head",
-                given="an engine without one",
-                allowed="an engine launched with one",
-                remedy="Launch it with Engine.launch(..., draft='smollm2-135m'), or with the head of your model.",
-            )
+        check_alive(handle, self, self.cluster.epoch)
 
     def _stop_ids(self) -> tuple[int, ...]:
         from apb.models.loading import generation_stop_ids

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from apb.chunks import LocalAttention, spans
 from apb.compress.base import Compressor
-from apb.decode.base import Decoded, Decoding, DecodeRequest, forward
+from apb.decode.base import Decoded, DecodeRequest, Decoding, forward
+from apb.decode.placement import Links, measure
 from apb.decode.score import Score, score
 from apb.decode.text import TextStream
 from apb.draft.handoff import hand_over, move, positions
@@ -82,7 +83,10 @@ class HostReport:
 
 
 def load_adapter(spec: HostSpec) -> Adapter:
-    """Load the model that ``spec`` names, and its draft head, and adapt it; raises UserError for what cannot be loaded or honoured."""
+    """Load the model that ``spec`` names, adapted, and its draft head.
+
+    Raises UserError for what cannot be loaded or honoured.
+    """
     from apb.models.loading import load_config, load_model
     from apb.models.placement import torch_dtype
     from apb.models.shape import model_shape
@@ -160,6 +164,11 @@ class Host:
         measured.decoded = report[0]
         return measured
 
+    def links(self) -> Links:
+        """Measure what exchanges between the hosts cost, and reading memory."""
+        with torch.inference_mode():
+            return measure(self.transport)
+
     def logits(self, handle: str) -> Tensor | None:
         """Return the next token's logits (V,) on the host that decides, else None."""
         logits = self._caches[handle].logits
@@ -187,8 +196,7 @@ class Host:
         return self._tokenizer
 
     def _prefill(self, request: PrefillRequest) -> None:
-        plan, rank = request.plan, self.transport.rank
-        host = plan.host_plans[rank]
+        plan = request.plan
         # The shape is that of the model loaded here, which knows nothing of the plan's.
         self.transport.agree(f"{request.agreement} {self.adapter.shape}", step="agree on the plan")
         attention = self._prefill_attention(request)

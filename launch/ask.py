@@ -70,7 +70,8 @@ def _answer(setup: Setup, settings: Settings, document: str, question: str, disp
             result = engine.generate(
                 handle,
                 decode.max_new_tokens,
-                decode=decode.name,
+                decode=decode.decoder,
+                placement=decode.placement,
                 temperature=decode.temperature,
                 top_p=decode.top_p,
                 top_k=decode.top_k,

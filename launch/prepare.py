@@ -39,6 +39,7 @@ def make_setup(settings: Basics, display: Display) -> Setup:
             dtype=settings.dtype,
             device=settings.device,
             timeout_s=settings.timeout_s,
+            draft=settings.decode.draft if isinstance(settings, Settings) else None,
             cache_dir=Path(cache) if (cache := os.environ.get("APB_CACHE")) else None,
             on_progress=on_progress,
         )

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from apb.compress import Compressor, compressor
+from apb.decode import decoder
+from apb.decode.base import Decoder
 from apb.decode.sampling import Sampling
-from apb.decode import DECODERS
+from apb.draft.spec import DraftSpec, own_head
 from apb.strategies import Strategy, strategy
 from burst.errors import UserError, choose
 from launch.schedules import BurstSettings
@@ -48,6 +50,9 @@ class DecodeSettings:
     top_k: int
     seed: int
     stop: tuple[str, ...]
+    placement: Literal["sharded", "gathered", "auto"]
+    decoder: Decoder
+    draft: DraftSpec | None = None  # null where nothing is drafted with a head
 
 
 @dataclass(frozen=True)
@@ -81,16 +86,13 @@ class Settings(Basics):
 
 def settle(config: Mapping[str, Any]) -> Settings:
     """Return the typed settings; raises UserError for a value of the wrong type or out of its range."""
-    values = basics(config) | {"decode": typed(DecodeSettings, config["decode"], "decode.")}
+    values = basics(config)
+    values["decode"] = _decode(config["decode"], values["model"])
     if "burst" in config:
         values["burst"] = typed(BurstSettings, config["burst"], "burst.")
-    chunk = values.pop("chunk_tokens")
-    if chunk != "auto":
-        chunk = _convert(chunk, int | None, "chunk_tokens")
-        in_range("chunk_tokens", chunk, chunk is None or chunk >= 1, "auto, null, or 1 and more")
-    settings = dataclasses.replace(typed(Settings, values, ""), chunk_tokens=chunk)
-    decode = settings.decode
-    choose("decoder", decode.name, DECODERS)
+    settings = typed(Settings, values, "")
+    chunk, decode = settings.chunk_tokens, settings.decode
+    in_range("chunk_tokens", chunk, not isinstance(chunk, int) or chunk >= 1, "auto, null, or 1 and more")
     Sampling(decode.temperature, decode.top_p, decode.top_k, decode.seed)
     in_range("decode.max_new_tokens", decode.max_new_tokens, decode.max_new_tokens >= 1, "1 or more")
     in_range("decode.stop", list(decode.stop), all(decode.stop), "texts of at least one character")
@@ -100,6 +102,18 @@ def settle(config: Mapping[str, Any]) -> Settings:
     tokens = settings.context_tokens
     in_range("context_tokens", tokens, tokens is None or tokens >= 1, "1 or more")
     return settings
+
+
+def _decode(values: Mapping[str, Any], model: str) -> DecodeSettings:
+    """Return the typed settings of conf/decode: what all decoders have, the decoder's own, and its draft head's."""
+    shared = {f.name for f in dataclasses.fields(DecodeSettings)}
+    heads = {f.name for f in dataclasses.fields(DraftSpec)}
+    own = {key: value for key, value in values.items() if key == "name" or key not in shared | heads}
+    made = {"decoder": _built(decoder, own, "decode"), "draft": None}
+    if "head" in values:
+        head = values["head"] or own_head(model)
+        made["draft"] = typed(DraftSpec, {k: v for k, v in values.items() if k in heads} | {"head": head}, "decode.")
+    return typed(DecodeSettings, {k: v for k, v in values.items() if k in shared} | made, "decode.")
 
 
 def basics(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,7 +150,10 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     arms = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if value is None and type(None) in arms:
         return None
-    (arm,) = (a for a in arms if a is not type(None))
+    words = [word for a in arms if typing.get_origin(a) is typing.Literal for word in typing.get_args(a)]
+    if len(arms) > 1 and value in words:
+        return value
+    (arm, *_) = (a for a in arms if a is not type(None))
     origin = typing.get_origin(arm) or arm
     if origin is typing.Literal:
         return choose(f"value of {key}:", str(value), typing.get_args(arm))
@@ -151,7 +168,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return value
     if origin in (str, bool) and isinstance(value, origin):
         return value
-    allowed = _WORDS[origin] + (" or null" if len(arms) > 1 else "")
+    others = [*words, *(["null"] if type(None) in arms else [])]
+    allowed = " or ".join([_WORDS[origin], *others])
     raise UserError(
         f"{key} must be {allowed}",
         given=f"{key}={value}",

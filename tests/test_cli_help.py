@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from apb.compress import COMPRESSORS, compressor
+from apb.decode import DECODERS, decoder
+from apb.draft.spec import DraftSpec
 from apb.strategies import STRATEGIES, strategy
 from launch.cli import main
 from launch.settings import ClusterSettings, DecodeSettings
@@ -68,7 +70,13 @@ def test_configuration_files_name_exactly_the_options() -> None:
         assert keys(f"compress/{name}.yaml") == {"name", *options(compressor(name))}
     for name in ("ray", "virtual", "torchrun"):
         assert keys(f"cluster/{name}.yaml") <= options(ClusterSettings)
-    assert keys("decode/autoregressive.yaml") == options(DecodeSettings)
+    shared = options(DecodeSettings) - {"decoder", "draft"}
+    assert keys("decode/autoregressive.yaml") == shared
+    for name in set(DECODERS) - {"autoregressive"}:
+        kind = decoder(name)
+        own = {"defaults", "name", *options(kind), *(options(DraftSpec) if kind.needs_head else ())}
+        assert keys(f"decode/{name}.yaml") == own
+        assert not own & shared - {"name"}  # a setting means the same with every decoder
 
 
 def test_every_setting_is_explained() -> None:

@@ -16,6 +16,7 @@ from apb.decode.sampling import Sampling
 from apb.host import Host, HostSpec, PrefillRequest
 from apb.models.adapter import Adapter
 from apb.prompt import Prompt, Question
+from apb.requests import prefill_request
 from apb.strategies import strategy
 from bench.twin import twin
 from burst.errors import UserError
@@ -132,7 +133,7 @@ def test_processes_answer_as_virtual_hosts_do(world: int) -> None:
         *e.generate(handle, max_new_tokens=2).token_ids,
         *e.generate(handle, max_new_tokens=4, temperature=1.0, seed=3).token_ids,
     ]
-    requests = [e._request("a", p, plan, rank) for rank in range(world)]
+    requests = [prefill_request("a", p, plan, e.setup.compressor, rank) for rank in range(world)]
     answers = shared_pool(world).run(answer_on_rank, requests)
     total: Counter[str] = Counter()
     for tokens, moved, sent in answers:

@@ -15,6 +15,7 @@ from apb.compress import compressor
 from apb.host import Host, HostSpec, PrefillRequest
 from apb.plan import PrefillPlan
 from apb.prompt import Prompt
+from apb.requests import prefill_request
 from apb.strategies import strategy
 from burst.errors import HostFailure
 from burst.kernels import Kernel
@@ -228,7 +229,7 @@ def plan_for(hosts: int) -> PrefillPlan:
 def requests(prompt: Prompt, plan: PrefillPlan, with_question: bool = False) -> list[PrefillRequest]:
     """Return what the engine would hand to each host, if asked without the query phase."""
     engine = tiny_engine(tiny_llama(torch.float32), strategy("apb"), plan.hosts, "query")
-    made = [engine._request("a", prompt, plan, rank) for rank in range(plan.hosts)]
+    made = [prefill_request("a", prompt, plan, engine.setup.compressor, rank) for rank in range(plan.hosts)]
     return made if with_question else [dataclasses.replace(r, query_ids=()) for r in made]
 
 

@@ -12,24 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from apb.decode import decoder
-from apb.decode.base import Decoded, Decoding, DecodeRequest
+from apb.decode.base import Decoded, Decoding
 from apb.decode.eagle2 import Eagle2
 from apb.decode.lookup import Lookup
-from apb.decode.sampling import Sampling
-from apb.decode.speculate import WORD_BYTES, decision_words, speculate
+from apb.decode.speculate import speculate
 from apb.decode.tree import Tree, root_only
 from apb.draft.base import DraftHead, LayerShape
 from apb.draft.eagle import EagleHead
 from apb.draft.handoff import Handoff
 from apb.draft.spec import DraftSpec
-from apb.host import Host, HostSpec, PrefillRequest
 from apb.models.adapter import Adapter
 from apb.prompt import Prompt, Question
 from apb.strategies import strategy
-from burst.errors import UserError
 from tests import tiny
-from tests.pool import Rank, shared_pool
 from tests.tiny import TinyEngine, byte_tokenizer, tiny_engine
 
 VOCAB = len(byte_tokenizer())
@@ -139,10 +134,10 @@ def test_any_tree_gives_the_tokens_of_decoding_without_one(name: str, hosts: int
 @pytest.mark.parametrize("how", ["tree", "chain", "auto", "merged", "lookup"])
 def test_decoders_agree(how: str, name: str, hosts: int, options: dict[str, Any]) -> None:
     made = {
-        "tree": Eagle2(depth=3, top_k=4, tokens=14),
-        "chain": Eagle2(depth=4, top_k=1, tokens=5),
-        "auto": Eagle2(depth=3, top_k=4, tokens=14, tree="auto"),
-        "merged": Eagle2(depth=5, top_k=4, tokens=14, lookup=True),
+        "tree": Eagle2(depth=3, width=4, tokens=14),
+        "chain": Eagle2(depth=4, width=1, tokens=5),
+        "auto": Eagle2(depth=3, width=4, tokens=14, tree="auto"),
+        "merged": Eagle2(depth=5, width=4, tokens=14, lookup=True),
         "lookup": Lookup(match=1),
     }[how]
     e = engine(hosts, name)

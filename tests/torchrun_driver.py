@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from apb.engine import Engine
+from apb.requests import prefill_request
 from burst.errors import UserError
 from tests.tiny import random_ids
 
@@ -36,7 +37,7 @@ def failing(engine: Engine, victim: int) -> dict[str, Any]:
     """Give one host a token that does not exist, so that it stops where the other waits for it."""
     prompt = engine.setup.prompt(list(CONTEXT), list(QUESTION), chat=False)
     plan = engine.setup.plan(prompt)
-    requests = [engine._request("broken", prompt, plan, rank) for rank in range(HOSTS)]
+    requests = [prefill_request("broken", prompt, plan, engine.setup.compressor, rank) for rank in range(HOSTS)]
     requests[victim] = dataclasses.replace(requests[victim], block_ids=(1_000_000, *requests[victim].block_ids[1:]))
     start = time.monotonic()
     try:

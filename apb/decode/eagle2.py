@@ -31,15 +31,16 @@ LOOKUP_SHARE = 4  # one row in so many, at most
 
 @dataclass(frozen=True)
 class Eagle2:
-    """Draft trees of ``depth`` levels, ``top_k`` nodes grown a level, ``tokens`` rows verified (the root is one).
+    """Draft trees of ``depth`` levels, ``width`` nodes grown a level (EAGLE's top-k), ``tokens`` rows verified, root
+    included.
 
-    ``top_k`` 1 gives chains. ``tree`` auto takes fewer rows where the head's confidence does not pay for the measured
+    ``width`` 1 gives chains. ``tree`` auto takes fewer rows where the head's confidence does not pay for the measured
     time of a row. ``lookup`` merges what followed the same words earlier. Raises UserError out of range.
     Source: EAGLE-2 (arXiv 2406.16858); FR-Spec (arXiv 2502.14856).
     """
 
     depth: int = 5
-    top_k: int = 8
+    width: int = 8
     tokens: int = 32
     tree: Literal["fixed", "auto"] = "fixed"
     lookup: bool = False
@@ -48,19 +49,19 @@ class Eagle2:
     needs_head = True
 
     def __post_init__(self) -> None:
-        for option in ("depth", "top_k"):
+        for option in ("depth", "width"):
             if not isinstance(value := getattr(self, option), int) or value < 1:
                 raise refused(option, value, "a whole number, 1 or more")
         if not isinstance(self.tokens, int) or self.tokens < 2:
             raise refused("tokens", self.tokens, "a whole number, 2 or more: the last decided token and its drafts")
         choose("value of decode.tree:", self.tree, ("fixed", "auto"))
-        most = 1 + capacity(self.depth, self.top_k)
+        most = 1 + capacity(self.depth, self.width)
         if self.tokens > most:
             raise UserError(
                 "this draft tree cannot be filled",
-                given=f"decode.tokens={self.tokens} with depth={self.depth} and top_k={self.top_k}",
-                allowed=f"up to {most} tokens: the root, top_k, and top_k squared for every further level",
-                remedy="Lower decode.tokens, or raise decode.depth or decode.top_k.",
+                given=f"decode.tokens={self.tokens} with depth={self.depth} and width={self.width}",
+                allowed=f"up to {most} tokens: the root, width, and width squared for every further level",
+                remedy="Lower decode.tokens, or raise decode.depth or decode.width.",
             )
 
     @property
@@ -112,7 +113,7 @@ class _Drafter:
 
     def _grow(self, out_BSE: Tensor, position: int, levels: int) -> Pool:
         """Return the candidates below the root, whose output of the head is given; all levels' nodes are candidates."""
-        head, top_k, device = self._cache.head, self._options.top_k, out_BSE.device
+        head, top_k, device = self._cache.head, self._options.width, out_BSE.device
         keys = _Keys(self._cache.visible(position))
         pool = expand(None, self._log_probs(out_BSE), top_k)
         seen_FN = torch.zeros(1, 0, dtype=torch.bool, device=device)

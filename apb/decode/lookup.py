@@ -20,7 +20,7 @@ LONGEST_MATCH = 16  # a longer one tells no more
 
 @dataclass(frozen=True)
 class Lookup:
-    """Drafts of up to ``tokens`` rows (the last decided token is one) from places where at least ``match`` tokens repeat.
+    """Drafts of up to ``tokens`` rows (the last decided token is one) where ``match`` tokens or more repeat.
 
     Raises UserError out of range.
     """

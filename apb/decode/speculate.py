@@ -86,12 +86,16 @@ def speculate(d: Decoding, drafter: Drafter | None, tree_tokens: int) -> Decoded
         done.rows += len(tokens)
         if drafter is not None:
             assert verified is not None and tree is not None
-            logits_MV, features_MF = verified
-            first = cache.length + 1
-            rows, decided = walk(tree, lambda row: d.choose(logits_MV[row], position=first + depths[row]))
+            rows, decided = _walk(d, tree, verified[0])
+            features_MF = verified[1]
             spent = time.perf_counter() - started
             done.verify_s += spent
             drafter.verified(len(tokens), spent)
+
+
+def _walk(d: Decoding, tree: Tree, logits_MV: Tensor) -> tuple[list[int], list[int]]:
+    after = [d.cache.length + depth + 1 for depth in tree.depths]
+    return walk(tree, lambda row: d.choose(logits_MV[row], position=after[row]))
 
 
 def verify(
@@ -99,8 +103,8 @@ def verify(
 ) -> tuple[Tensor, Tensor | None] | None:
     """Run a tree's tokens over the cache; their KV stands behind the owner's tail until ``Tail.keep``.
 
-    The owner, which alone has the tree itself, gets the logits (M, V) after every row and, where there is a draft head, the
-    features (M, F) that it reads; the others get None.
+    The owner, which alone has the tree itself, gets the logits (M, V) after every row and the features (M, F) that
+    a draft head reads, where there is one; the others get None.
     """
     cache, adapter = d.cache, d.adapter
     if d.transport.rank not in cache.members:

@@ -16,7 +16,7 @@ class Stride:
     """Chooses the size of every tree, up to ``most`` rows.
 
     A verification takes a fixed time (weights, shards read once, a message's latency in every layer) and a time a row
-    (arithmetic, and the bandwidth that partial outputs take): a line through the times measured so far tells them apart.
+    (arithmetic, and the bandwidth of partial outputs): a line through the times measured so far tells them apart.
     """
 
     def __init__(self, most: int) -> None:

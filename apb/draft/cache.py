@@ -1,7 +1,7 @@
 """The draft head's own keys and values of decided tokens, on the host that drafts.
 
-A head of one layer needs no attention for them: they are a function of a token's feature and the token after it. So hosts
-make those of their own tokens in the prefill, and nothing is exchanged while decoding.
+A head of one layer needs no attention for them: they are a function of a token's feature and the token after it. So
+hosts make those of their own tokens in the prefill, and nothing is exchanged while decoding.
 
 Shapes: B batch (1), S tokens, F feature width, E hidden width, H query heads, K kv heads, T rows, D head dim.
 """

@@ -73,8 +73,8 @@ def hand_over(
 ) -> DraftCache | None:
     """Make this host's rows and give the owner everybody's; every host calls this, the owner gets the cache.
 
-    ``wanted[rank]``: what each host gives. ``features_SF``: this host's, of its wanted positions; ``next_ids``: the token
-    after each of them.
+    ``wanted[rank]``: what each host gives. ``features_SF``: this host's, of its wanted positions; ``next_ids``: the
+    token after each of them.
     """
     at, device = positions(wanted[transport.rank]), transport.device
     own = torch.empty(0, device=device)

@@ -6,17 +6,30 @@ from dataclasses import dataclass
 from typing import Literal
 
 from apb.draft.base import DraftHead, LayerShape, Target
-from apb.draft.files import configuration, find, load
+from apb.draft.files import configuration, find, load, shipped
 from apb.draft.handoff import Handoff
 from apb.plan import ModelShape
 from burst.errors import UserError
+
+
+def own_head(model: str) -> str:
+    """Return the name of the head that is shipped for a model; raises UserError when there is none."""
+    if model in shipped():
+        return model
+    raise UserError(
+        f"no draft head is shipped for the model '{model}'",
+        given="decode.head=null",
+        allowed=f"a model of {', '.join(shipped()) or 'none'}, or a head of your own",
+        remedy="Set decode.head to a folder or file with the model's head, train one (apb train eagle), or use "
+        "decode=lookup, which needs none.",
+    )
 
 
 @dataclass(frozen=True)
 class DraftSpec:
     """A draft head by name or path, what it sees, and what it drafts from.
 
-    ``window``: tokens before the last one that it sees beside its sinks; None is the whole context, auto the head's own.
+    ``window``: tokens before the last one that it sees beside its sinks; None: the whole context; auto: the head's own.
     ``vocab``: how many of the most frequent ids it drafts from; None is all. ``adaptive``: ids of the prompt take the
     places of the least frequent ones. Raises UserError out of range.
     """

@@ -47,6 +47,15 @@ class KVHandle:
         """Position of the next token to be decided."""
         return len(self.token_ids)
 
+    @property
+    def shards(self) -> tuple[int, ...]:
+        """Cached tokens of every host that holds some, the deciding host last, with the tail."""
+        held = Counter[int]()
+        for host, length in self.blocks:
+            held[host] += length
+        own = held.pop(self.owner, 0) + self.next_position - sum(length for _, length in self.blocks)
+        return (*held.values(), own)
+
     def locate(self, position: int) -> tuple[int, int]:
         """Return (host, index in that host's part) of a position's KV; raises UserError beyond the cache.
 

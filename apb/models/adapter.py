@@ -91,8 +91,9 @@ def _take_projections() -> Projections | None:
 
 @dataclass
 class Features:
-    """What a draft head reads of tokens that run through the model, in the head's ``taps``: the streams that enter those
-    layers, or, without any, the final norm's output. ``rows``: of these tokens only."""
+    """What a draft head reads of tokens that run through the model.
+
+    ``taps``: the layers whose input it reads; empty: the final norm's output. ``rows``: of these tokens only."""
 
     taps: tuple[int, ...]
     rows: Tensor | None = None

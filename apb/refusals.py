@@ -1,0 +1,85 @@
+"""What an engine refuses before it asks its hosts for anything."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from apb.decode.base import Decoder
+from apb.draft.spec import DraftSpec
+from apb.kv.handle import KVHandle
+from burst.errors import UserError
+
+if TYPE_CHECKING:
+    from apb.engine import Engine
+
+
+def check_open(closed: bool, method: str) -> None:
+    """Refuse calls on an engine that has ended its hosts; raises UserError."""
+    if closed:
+        raise UserError(
+            "this engine is closed",
+            given=f"a call of {method}",
+            allowed="calls before Engine.close, or inside the with block",
+            remedy="Start another engine with Engine.launch.",
+        )
+
+
+def check_alive(handle: KVHandle, engine: Engine, epoch: int) -> None:
+    """Refuse a cache that is not, or no longer, on the engine's hosts; raises UserError."""
+    if handle.engine is not engine or handle.released:
+        raise UserError(
+            "this cache is not on the engine's hosts",
+            given=f"{handle.id}, " + ("released" if handle.released else "prefilled by another engine"),
+            allowed="caches prefilled by this engine and not released",
+            remedy="Call engine.prefill again.",
+        )
+    if handle.epoch != epoch:
+        raise UserError(
+            "this cache is gone: a host that held part of it died",
+            given=handle.id,
+            allowed="caches prefilled since the hosts were restarted",
+            remedy="Call engine.prefill again.",
+        )
+
+
+def check_rank(rank: int, hosts: int) -> None:
+    """Refuse a host that there is not; raises UserError."""
+    if not 0 <= rank < hosts:
+        raise UserError(
+            "no such host to gather on",
+            given=rank,
+            allowed=f"0 to {hosts - 1}",
+            remedy="Choose one of the engine's hosts.",
+        )
+
+
+def check_question(handle: KVHandle) -> None:
+    """Refuse to answer where nothing is asked; raises UserError."""
+    if handle.prompt.question is None:
+        raise UserError(
+            "this cache has no question yet",
+            given="a cache from prefill(query=None)",
+            allowed="a cache with a question",
+            remedy="Ask one: handle.fork(query=...).",
+        )
+
+
+def check_head(decoder: Decoder, draft: DraftSpec | None) -> None:
+    """Refuse a decoder that drafts with a head where there is none; raises UserError."""
+    if decoder.needs_head and draft is None:
+        raise UserError(
+            f"decoder '{decoder.name}' needs a draft head",
+            given="an engine without one",
+            allowed="an engine launched with one",
+            remedy="Launch it with Engine.launch(..., draft='smollm2-135m'), or with the head of your model.",
+        )
+
+
+def nothing_pending() -> UserError:
+    """Return the error of asking for logits that have been used, or that no question has made yet."""
+    return UserError(
+        "no logits are pending on this cache",
+        given="a cache without a question, or one that has generated already",
+        allowed="a cache straight after prefill or fork with a question",
+        remedy="Call handle.fork(query=...) first.",
+    )
