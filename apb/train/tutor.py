@@ -1,0 +1,183 @@
+"""Training of a draft head on kept answers: batches, losses, the optimizer, and checkpoints that go on exactly.
+
+Shapes: B sequences, S tokens, E hidden size, N tokens with a loss, V rows of the LM head in the loss.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apb.draft.eagle import EagleHead
+from apb.train.features import Sample
+from apb.train.unroll import Divergence, unroll
+from burst.errors import UserError
+
+_CLIP = 1.0  # largest gradient norm
+_POOL = 16  # batches whose samples are sorted by length among themselves, so that little is padding
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a head is trained: SmoothL1 on features and KL on the ``vocab`` most frequent ids with ``negatives`` drawn
+    from the others, AdamW with linear warm-up and cosine decay; the last part of the steps is unrolled on the head's
+    own features.
+
+    Source: EAGLE (arXiv 2401.15077) section 4 for the two losses and the noise, EAGLE-3 (arXiv 2503.01840) for
+    unrolling and its weights; positions after LongSpec (arXiv 2502.17421).
+    """
+
+    epochs: int = 8
+    batch: int = 2048  # tokens of a step
+    lr: float = 2e-3
+    weight_decay: float = 0.05
+    feature_weight: float = 1.0
+    noise: float = 0.2  # width of the uniform noise on features, in their standard deviations
+    vocab: int = 6144
+    negatives: int = 1024
+    unrolled: float = 0.4  # share of the steps
+    depth: int = 3  # steps of an unrolled pass
+    decay: float = 0.8  # weight of each further one
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "batch", "lr", "vocab", "depth"):
+            value = getattr(self, key)
+            if not (value > 0 and math.isfinite(value)):
+                raise UserError(
+                    f"{key} is out of range", given=f"{key}={value}", allowed="more than 0", remedy=f"Change {key}."
+                )
+        if not 0.0 <= self.unrolled <= 1.0:
+            raise UserError(
+                "unrolled is out of range",
+                given=f"unrolled={self.unrolled}",
+                allowed="a share of the steps, 0 to 1",
+                remedy="Change unrolled.",
+            )
+
+
+class Tutor:
+    """Trains ``head`` on samples; the same recipe, samples and order give the same weights, resumed or not."""
+
+    def __init__(self, recipe: Recipe, head: EagleHead, samples: Sequence[Sample], ranked_V: Tensor) -> None:
+        self._recipe, self._head, self._samples, self._ranked_V = recipe, head, samples, ranked_V
+        self._batches = [b for epoch in range(recipe.epochs) for b in self._epoch(epoch)]
+        self._scale = float(torch.cat([s.features_SE[s.prompt :] for s in samples[:64]]).float().std())
+        self._rows_VE = head.target.head_WE.to(torch.bfloat16)
+        self._optimizer = torch.optim.AdamW(
+            head.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
+        )
+        self.step = 0
+
+    def run(self, checkpoint: Path, every: int, on_step: Callable[[int, int, float], None]) -> None:
+        """Train to the end, from the checkpoint if there is one; ``on_step(done, total, loss)``."""
+        if checkpoint.exists():
+            state = torch.load(checkpoint, weights_only=True)
+            self._head.load_state_dict(state["head"])
+            self._optimizer.load_state_dict(state["optimizer"])
+            self.step = state["step"]
+        while self.step < len(self._batches):
+            loss = self._train(self._batches[self.step])
+            self.step += 1
+            on_step(self.step, len(self._batches), loss)
+            if self.step % every == 0 or self.step == len(self._batches):
+                self._save(checkpoint)
+
+    def _save(self, checkpoint: Path) -> None:
+        unfinished = checkpoint.with_suffix(".part")
+        state = {"head": self._head.state_dict(), "optimizer": self._optimizer.state_dict(), "step": self.step}
+        torch.save(state, unfinished)
+        os.replace(unfinished, checkpoint)
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        """Return an epoch's batches of about ``batch`` tokens, samples of like length together."""
+        rng = torch.Generator().manual_seed(self._recipe.seed * 1009 + epoch)
+        order = torch.randperm(len(self._samples), generator=rng).tolist()
+        mean = sum(len(s.ids_S) for s in self._samples) / len(self._samples)
+        size = max(1, round(self._recipe.batch / mean))
+        batches = []
+        for pool in _cut(order, size * _POOL):
+            pool.sort(key=lambda i: len(self._samples[i].ids_S))
+            batches += _cut(pool, size)
+        return [batches[i] for i in torch.randperm(len(batches), generator=rng).tolist()]
+
+    def _train(self, batch: Sequence[int]) -> float:
+        recipe, total = self._recipe, len(self._batches)
+        warmup = max(1, total // 25)
+        rate = min((self.step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * self.step / total)))
+        for group in self._optimizer.param_groups:
+            group["lr"] = recipe.lr * rate
+        rng = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
+        depth = recipe.depth if self.step >= total * (1 - recipe.unrolled) else 1
+        loss = self._loss([self._samples[i] for i in batch], depth, rng)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._head.parameters(), _CLIP)
+        self._optimizer.step()
+        return loss.item()
+
+    def _loss(self, samples: Sequence[Sample], depth: int, rng: torch.Generator) -> Tensor:
+        recipe, device = self._recipe, self._head.target.device
+        longest = max(len(s.ids_S) for s in samples)
+        shape = (len(samples), longest)
+        ids_BS = torch.zeros(shape, dtype=torch.int64)
+        features_BSE = torch.zeros((*shape, samples[0].features_SE.shape[1]))
+        answer_BS = torch.zeros(shape, dtype=torch.bool)  # rows whose guess is a token of the answer
+        for row, s in enumerate(samples):
+            ids_BS[row, : len(s.ids_S) - 1] = s.ids_S[1:]
+            features_BSE[row, : len(s.ids_S)] = s.features_SE
+            answer_BS[row, s.prompt - 1 : len(s.ids_S) - 1] = True
+        noise_BSE = (torch.rand(features_BSE.shape, generator=rng) - 0.5) * (recipe.noise * self._scale)
+        rows_VE = self._rows_VE[self._subset(rng)]
+        positions_S = self._positions(longest, rng).to(device)
+        ids_BS, features_BSE, answer_BS = ids_BS.to(device), features_BSE.to(device), answer_BS.to(device)
+        hidden_BSE = (features_BSE + noise_BSE.to(device))[:, :-1]
+        total, weights = features_BSE.new_zeros(()), 0.0
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            outs = unroll(self._head, hidden_BSE, ids_BS[:, :-1], positions_S[:-1], depth)
+            for step, out_BSE in enumerate(outs):
+                kept_BS = answer_BS[:, :-1].clone()
+                for _ in range(step):  # the chain began in the answer
+                    kept_BS[:, 1:] &= kept_BS[:, :-1].clone()
+                    kept_BS[:, 0] = False
+                out_NE, true_NE = out_BSE[kept_BS].float(), features_BSE[:, 1:][kept_BS]
+                weight = recipe.decay**step
+                near = F.smooth_l1_loss(out_NE, true_NE)
+                total = total + weight * (recipe.feature_weight * near + self._divergence(out_NE, true_NE, rows_VE))
+                weights += weight
+        return total / weights
+
+    def _divergence(self, out_NE: Tensor, true_NE: Tensor, rows_VE: Tensor) -> Tensor:
+        loss_N: Tensor = Divergence.apply(out_NE, true_NE, rows_VE, self._head.target.logit_scale)
+        return loss_N.mean()
+
+    def _subset(self, rng: torch.Generator) -> Tensor:
+        """Return the ids in this step's loss: the most frequent, and some of the others."""
+        ranked_V, vocab = self._ranked_V, min(self._recipe.vocab, len(self._ranked_V))
+        others = len(ranked_V) - vocab
+        if not others:
+            return ranked_V
+        drawn = torch.randint(others, (self._recipe.negatives,), generator=rng).unique()
+        return torch.cat([ranked_V[:vocab], ranked_V[vocab:][drawn]])
+
+    def _positions(self, tokens: int, rng: torch.Generator) -> Tensor:
+        """Return positions as in a long context: the first ones in their places, the others moved on, half the time.
+
+        Moves are uniform in their logarithm, up to the target's last position.
+        """
+        positions_S = torch.arange(tokens)
+        room = self._head.target.shape.max_positions - tokens
+        if room > 1 and float(torch.rand((), generator=rng)) < 0.5:
+            positions_S[self._head.sinks :] += int(room ** float(torch.rand((), generator=rng)))
+        return positions_S
+
+
+def _cut(items: Sequence[int], size: int) -> list[list[int]]:
+    return [list(items[i : i + size]) for i in range(0, len(items), size)]
