@@ -87,7 +87,7 @@ def load_adapter(spec: HostSpec) -> Adapter:
 
     Raises UserError for what cannot be loaded or honoured.
     """
-    from apb.models.loading import load_config, load_model
+    from apb.models.loading import generation_stop_ids, load_config, load_model
     from apb.models.placement import torch_dtype
     from apb.models.shape import model_shape
 
@@ -99,7 +99,7 @@ def load_adapter(spec: HostSpec) -> Adapter:
             parameter.detach().sum()  # mapped files are read now, while loading, not within the first prefill
     adapter = Adapter(model, model_shape(config, torch_dtype(spec.dtype)))
     if spec.draft is not None:
-        adapter.draft_head = spec.draft.load(adapter.draft_target())
+        adapter.draft = spec.draft.load(adapter.draft_target(), generation_stop_ids(path))
     return adapter
 
 
@@ -135,8 +135,8 @@ class Host:
             like = torch.empty(0, dtype=self.adapter.dtype, device=self.adapter.device)
             old = self._caches[source]
             new = self._caches[handle] = gather(old, rank, self.transport, self.adapter.shape, like)
-            if self.adapter.draft_head is not None:
-                new.draft = move(self.adapter.draft_head, old.draft, old.owner, rank, self.transport)
+            if self.adapter.draft is not None:
+                new.draft = move(self.adapter.draft, old.draft, old.owner, rank, self.transport)
 
         return self._measured(run)
 
@@ -209,10 +209,11 @@ class Host:
             length=plan.lengths.context,
         )
         if plan.draft is not None:
-            head = self.adapter.draft_head
-            assert head is not None and features_SF is not None
+            draft = self.adapter.draft
+            assert draft is not None and features_SF is not None
             wanted = [plan.draft.spans(h.spans, plan.lengths.context) for h in plan.host_plans]
-            cache.draft = hand_over(head, wanted, features_SF, request.next_ids, cache.owner, self.transport)
+            ids = request.next_ids, request.block_ids
+            cache.draft = hand_over(draft, wanted, features_SF, *ids, cache.owner, self.transport)
         if request.query_ids:
             self._forward(cache, request.query_ids)
         self._caches[request.handle] = cache
@@ -231,8 +232,8 @@ class Host:
             at = torch.tensor(positions(plan.draft.spans(host.spans, plan.lengths.context)), device=device)
             # The anchor's copies of these positions stand before the block's own tokens, which ascend.
             rows_S = host.anchor_len + torch.searchsorted(positions_S[host.anchor_len :], at)
-            assert self.adapter.draft_head is not None
-            taps = self.adapter.draft_head.taps
+            assert self.adapter.draft is not None
+            taps = self.adapter.draft.head.taps
         if not isinstance(attention, LocalAttention):
             with self.adapter.capturing(taps, rows_S) as features:
                 self.adapter.run(ids_S, positions_S, attention, plan.chunk_tokens)

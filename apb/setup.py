@@ -63,7 +63,7 @@ class Setup:
         Raises UserError for anything unknown or contradictory.
         """
         from apb.models.honoured import check_config
-        from apb.models.loading import load_config, load_tokenizer
+        from apb.models.loading import generation_stop_ids, load_config, load_tokenizer
         from apb.models.placement import resolve_device, resolve_dtype, torch_dtype
         from apb.models.resolve import resolve
         from apb.models.shape import model_shape
@@ -83,7 +83,7 @@ class Setup:
         spec = DraftSpec(draft) if isinstance(draft, str) else draft
         return cls(
             spec=HostSpec(str(path), dtype, device, threads=threads, timeout_s=timeout_s, draft=spec),
-            handoff=None if spec is None else spec.handoff(shape),
+            handoff=None if spec is None else spec.handoff(shape, generation_stop_ids(path)),
             shape=shape,
             tokenizer=load_tokenizer(path),
             strategy=chosen,

@@ -18,6 +18,7 @@ from apb.decode.lookup import Lookup
 from apb.decode.speculate import speculate
 from apb.decode.tree import Tree, root_only
 from apb.draft.base import DraftHead, LayerShape
+from apb.draft.draft import Draft
 from apb.draft.eagle import EagleHead
 from apb.draft.handoff import Handoff
 from apb.draft.spec import DraftSpec
@@ -47,7 +48,7 @@ def model(dtype: torch.dtype = torch.float64) -> Adapter:
     adapter = tiny.adapt(
         tiny.llama_config(vocab_size=VOCAB, max_position_embeddings=400), dtype
     )  # fp64: random fp32 logits are nearly tied too often
-    adapter.draft_head = draft_head(adapter)
+    adapter.draft = Draft(draft_head(adapter))
     return adapter
 
 

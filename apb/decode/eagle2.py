@@ -79,6 +79,7 @@ class Eagle2:
         drafter = None
         if decoding.decides:
             assert decoding.cache.draft is not None
+            decoding.cache.draft.adapt()
             matcher = Matcher(decoding.request.history, LOOKUP_MATCH) if self.lookup else None
             drafter = _Drafter(self, decoding.cache.draft, matcher)
         return speculate(decoding, drafter, self.tokens)

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from apb.draft.base import DraftHead
+from apb.draft.draft import Draft
+from apb.draft.vocab import bitmap
 from apb.kv.cache import LayerKV, Tail
 from burst.kernels.reference import attend
 
@@ -26,9 +27,15 @@ class DraftCache:
     The pair of the context's last token is never there: its next token is the question's, which forks replace.
     """
 
-    def __init__(self, head: DraftHead, rows: LayerKV, positions: Sequence[int], context_rows: int) -> None:
-        """``rows`` at ``positions``; the first ``context_rows`` of them are the context's, which forks keep."""
-        self.head, self.context_rows = head, context_rows
+    def __init__(
+        self, draft: Draft, rows: LayerKV, positions: Sequence[int], context_rows: int, bits: Tensor | None
+    ) -> None:
+        """``rows`` at ``positions``; the first ``context_rows`` of them are the context's, which forks keep.
+
+        ``bits``: which ids the context has, (ceil(W / 8),) uint8, for vocabularies that adapt.
+        """
+        self.draft, self.head, self.context_rows, self.bits = draft, draft.head, context_rows, bits
+        self._later: set[int] = set()  # ids since the context
         self._rows = Tail(1)
         self._positions = list(positions)
         self._pending_BSE: Tensor | None = None  # the last token's hidden state while its next one is not decided
@@ -43,7 +50,7 @@ class DraftCache:
     def copy(self) -> DraftCache:
         """Return an independent copy."""
         out = copy.copy(self)
-        out._rows, out._positions = self._rows.copy(), list(self._positions)
+        out._rows, out._positions, out._later = self._rows.copy(), list(self._positions), set(self._later)
         return out
 
     def restart(self) -> None:
@@ -51,6 +58,17 @@ class DraftCache:
         self._rows.truncate(self.context_rows)
         del self._positions[self.context_rows :]
         self._pending_BSE = None
+        self._later.clear()
+
+    def adapt(self) -> None:
+        """Draft from the ids of prompt and answers so far, and the most frequent ones; where the vocabulary adapts."""
+        if self.bits is not None:
+            self.head = self.draft.adapted(self.seen())
+
+    def seen(self) -> Tensor:
+        """Return which ids prompt and answers so far have, as ``bits``."""
+        assert self.bits is not None
+        return self.bits | bitmap(sorted(self._later), self.head.target.shape.vocab).to(self.bits.device)
 
     def rows(self) -> LayerKV | None:
         """Return all rows, (1, K, T, D) each; None when there is none."""
@@ -58,6 +76,7 @@ class DraftCache:
 
     def observe(self, features_SF: Tensor, token_ids: Sequence[int], start: int) -> None:
         """Add the pairs of decided tokens, whose features the target's forward pass gave; the first is at ``start``."""
+        self._later.update(token_ids)
         hidden_BSE = self.head.fuse(features_SF[None])
         ids, first = list(token_ids), start
         if self._pending_BSE is None:

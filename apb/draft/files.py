@@ -55,6 +55,12 @@ def find(name: str) -> Path:
     )
 
 
+def ranks(head: Path) -> Path | None:
+    """Return the ranked ids that stand beside a shipped head; None where there are none."""
+    file = head.with_suffix(".freq.safetensors")
+    return file if head.parent == _SHIPPED and file.is_file() else None
+
+
 def load(name: str | Path, target: Target) -> DraftHead:
     """Return a head ready to draft for ``target``, on its device and in its type, over its whole vocabulary.
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from apb.draft.base import DraftHead, LayerShape, Target
-from apb.draft.files import configuration, find, load, shipped
+from torch import Tensor
+
+from apb.draft.base import LayerShape, Target
+from apb.draft.draft import Draft
+from apb.draft.files import configuration, find, load, ranks, shipped
 from apb.draft.handoff import Handoff
+from apb.draft.vocab import check
+from apb.draft.vocab import load as load_ranks
 from apb.plan import ModelShape
 from burst.errors import UserError
 
@@ -30,14 +37,16 @@ class DraftSpec:
     """A draft head by name or path, what it sees, and what it drafts from.
 
     ``window``: tokens before the last one that it sees beside its sinks; None: the whole context; auto: the head's own.
-    ``vocab``: how many of the most frequent ids it drafts from; None is all. ``adaptive``: ids of the prompt take the
-    places of the least frequent ones. Raises UserError out of range.
+    ``vocab``: how many of the most frequent ids it drafts from; None: all; auto: a quarter, where ranks are known.
+    ``frequency``: a file of ranked ids; None: those shipped with the head. ``adaptive``: where only some ids are
+    drafted from, ids of the prompt take the places of the least frequent ones. Raises UserError out of range.
     """
 
     head: str
+    vocab: int | Literal["auto"] | None = "auto"
+    frequency: str | None = None
+    adaptive: bool = True
     window: int | Literal["auto"] | None = "auto"
-    vocab: int | None = None
-    adaptive: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("window", self.window), ("vocab", self.vocab)):
@@ -45,12 +54,12 @@ class DraftSpec:
                 raise UserError(
                     f"decode.{name} is out of range",
                     given=value,
-                    allowed="a whole number, 1 or more, or null",
+                    allowed="a whole number, 1 or more, auto, or null",
                     remedy=f"Change decode.{name}.",
                 )
 
-    def handoff(self, shape: ModelShape) -> Handoff:
-        """Return what hosts hand over to the one that drafts; raises UserError for a head that cannot be read."""
+    def handoff(self, shape: ModelShape, stop_ids: Sequence[int]) -> Handoff:
+        """Return what hosts hand over to the one that drafts; raises UserError for files that cannot be used."""
         config = configuration(find(self.head))
         try:
             layer = LayerShape.of(config)
@@ -61,18 +70,55 @@ class DraftSpec:
                 allowed="a head with Llama's configuration keys",
                 remedy="Copy it again, or choose another head.",
             ) from error
+        some = self._ids(shape.vocab, stop_ids) is not None
         return Handoff(
             window=config["draft_window"] if self.window == "auto" else self.window,
             sinks=config["draft_sinks"],
             kv_heads=layer.num_key_value_heads,
             head_dim=layer.head_dim,
             element_size=shape.element_size,
-            bitmap_bytes=-(-shape.vocab // 8) if self.adaptive else 0,
+            bitmap_bytes=-(-shape.vocab // 8) if self.adaptive and some else 0,
         )
 
-    def load(self, target: Target) -> DraftHead:
+    def load(self, target: Target, stop_ids: tuple[int, ...]) -> Draft:
         """Return the head, ready to draft for ``target``; raises UserError for one that does not fit."""
         head = load(self.head, target)
         if self.window != "auto":
             head.window = self.window
-        return head
+        ids_V = self._ids(target.shape.vocab, stop_ids)
+        if ids_V is None:
+            return Draft(head)
+        return Draft(
+            head.with_vocab(ids_V), self._ranked(target.shape.vocab, stop_ids) if self.adaptive else None, stop_ids
+        )
+
+    def _ids(self, vocab: int, stop_ids: Sequence[int]) -> Tensor | None:
+        """Return the ids to draft from (V,); None for all."""
+        if self.vocab is None or (self.vocab == "auto" and self._file() is None):
+            return None
+        ranked_W = self._ranked(vocab, stop_ids)
+        size = vocab // 4 if self.vocab == "auto" else self.vocab
+        if size > len(ranked_W):
+            raise UserError(
+                "there are fewer ranked ids than should be drafted from",
+                given=f"decode.vocab={size}",
+                allowed=f"up to {len(ranked_W)}, or null for all ids",
+                remedy="Lower decode.vocab, or rank more ids (apb train frequency).",
+            )
+        return check(ranked_W[:size], vocab, stop_ids, f"cut to {size} ids")
+
+    def _ranked(self, vocab: int, stop_ids: Sequence[int]) -> Tensor:
+        file = self._file()
+        if file is None:
+            raise UserError(
+                "no frequencies are known for this draft head",
+                given=f"decode.vocab={self.vocab}",
+                allowed="decode.vocab=null, or a file of ranked ids in decode.frequency",
+                remedy="Make one: apb train frequency model=...",
+            )
+        return load_ranks(file, vocab, stop_ids)
+
+    def _file(self) -> Path | None:
+        if self.frequency is not None:
+            return Path(self.frequency).expanduser()
+        return ranks(find(self.head))

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from apb.compress.base import Projections
-from apb.draft.base import DraftHead, Target
+from apb.draft.base import Target
+from apb.draft.draft import Draft
 from apb.models.chunked import Finished, InChunks, chunkable
 from apb.models.honoured import PlainCall, check_config, check_keywords, check_model
 from apb.plan import ModelShape
@@ -120,7 +121,7 @@ class Adapter:
     def __init__(self, model: PreTrainedModel, shape: ModelShape) -> None:
         check_config(model.config)
         self.shape = shape
-        self.draft_head: DraftHead | None = None  # virtual hosts share it, as they share the model
+        self.draft: Draft | None = None  # virtual hosts share it, as they share the model
         self._model = model
         self._base = model.base_model
         model.set_attn_implementation(IMPLEMENTATION)
