@@ -144,6 +144,8 @@ def _count(number: int, what: str) -> str:
 
 _KINDS = {
     "agree": "agreement on the plan",
+    "draft": "the draft head's own keys and values",
+    "gather": "the cache, gathered on one host",
     "partials": "partial attention of question and answer",
     "passing": "compressed blocks",
     "token": "decided tokens",
@@ -159,6 +161,10 @@ _ROWS: list[tuple[str, Any]] = [
     (
         "decoding, tokens/s",
         lambda m: "-" if m["decode_tokens_per_s"] is None else f"{m['decode_tokens_per_s']:.1f}",
+    ),
+    (
+        "tokens a verification, bonus included",
+        lambda m: "-" if m["accepted_length"] is None else f"{m['accepted_length']:.2f}",
     ),
     ("compute of the busiest host", lambda m: seconds(max(m["host_work_s"]))),
     ("compute of all hosts", lambda m: seconds(sum(m["host_work_s"]))),
