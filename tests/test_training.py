@@ -18,10 +18,11 @@ from apb.heads import load
 from apb.models.adapter import Adapter
 from apb.strategies import strategy
 from apb.train.fit import Recipe, fit
+from apb.train.folder import digest
 from apb.train.labels import Layout, observe
 from apb.train.prompts import FAMILIES, Prompts, Sample
 from apb.train.recall import Recall
-from apb.train.retaining import Job, digest, finished, train
+from apb.train.retaining import Job, finished, train
 from apb.train.shards import margin, top_count
 from burst.errors import UserError
 from burst.kernels import kernel

@@ -81,6 +81,10 @@ class Questions:
         text = re.sub(r"{(\w+)}", lambda slot: _word(rng, slot[1], held_out), template)
         return Question(kind, text.removesuffix(_OPEN).strip(), open=text.endswith(_OPEN))
 
+    def free(self) -> list[Question]:
+        """Return questions written by hand, of no template; they are never trained on."""
+        return [Question("free", text, open=False) for text in _SECTIONS["free"]]
+
     def _passage(self, rng: random.Random, held_out: bool) -> str:
         text = self._texts[held_out]
         size = rng.randrange(*_PASSAGE)

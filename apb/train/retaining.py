@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +13,12 @@ from apb.heads import Head, RetainingHeads, load, save
 from apb.models.adapter import Adapter
 from apb.train import shards
 from apb.train.fit import Method, Recipe, fit
+from apb.train.folder import OnProgress, claim, within
 from apb.train.prompts import Prompts
 from apb.train.recall import measure
-from burst.errors import UserError
 from burst.kernels import Kernel
 
-OnProgress = Callable[[str, int, int], None]  # phase, done, total
-_JOB, _SAMPLES, _LAYERS, _HEADS = "job.json", "samples", "layers", "heads.safetensors"
+_SAMPLES, _LAYERS, _HEADS = "samples", "layers", "heads.safetensors"
 
 
 @dataclass(frozen=True)
@@ -42,9 +38,9 @@ class Job:
 
     def __post_init__(self) -> None:
         for key in ("prompts", "held_out", "keep"):
-            _range(key, getattr(self, key), getattr(self, key) >= 1, "1 or more")
-        _range("shortest", self.shortest, 20 <= self.shortest <= self.longest, f"20 to longest={self.longest}")
-        _range("seed", self.seed, self.seed >= 0, "0 or more")
+            within(key, getattr(self, key), getattr(self, key) >= 1, "1 or more")
+        within("shortest", self.shortest, 20 <= self.shortest <= self.longest, f"20 to longest={self.longest}")
+        within("seed", self.seed, self.seed >= 0, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -53,11 +49,6 @@ class Trained:
 
     file: Path
     recall: dict[str, dict[str, float]]
-
-
-def digest(text: str) -> str:
-    """Return what a job says of its text."""
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def train(
@@ -76,7 +67,7 @@ def train(
     is another job's, or when prompts do not fit the model.
     """
     prompts = Prompts(tokenizer, text, (job.shortest, job.longest), adapter.shape.max_positions, job.seed)
-    _claim(folder, job)
+    claim(folder, asdict(job))
     files = _label(job, adapter, kernel, prompts, folder / _SAMPLES, on_progress)
     # Ridge is fitted beside the MLP: a network that is no better than a closed form is not worth its cost.
     methods: tuple[Method, ...] = ("ridge", "mlp") if job.recipe.method == "mlp" else ("ridge",)
@@ -94,7 +85,7 @@ def train(
     about = {
         "model": job.model,
         "method": job.recipe.method,
-        "job": json.dumps(dataclasses.asdict(job)),
+        "job": json.dumps(asdict(job)),
         "held_out_recall": json.dumps(recall),
     }
     heads = RetainingHeads(tuple(found[job.recipe.method]), window=1, keys="from_end", about=about)
@@ -108,29 +99,8 @@ def finished(folder: Path, job: Job) -> Trained | None:
     """Return what an earlier run of the same job left in the folder, if it ended."""
     if not (folder / _HEADS).is_file():
         return None
-    _claim(folder, job)
+    claim(folder, asdict(job))
     return Trained(folder / _HEADS, json.loads(load(folder / _HEADS).about["held_out_recall"]))
-
-
-def _claim(folder: Path, job: Job) -> None:
-    """Make the folder this job's, or refuse it as another's."""
-    mine = dataclasses.asdict(job)
-    file = folder / _JOB
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".part")
-        unfinished.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, file)
-        return
-    theirs = json.loads(file.read_text(encoding="utf-8"))
-    if theirs != mine:
-        differing = [key for key in mine if theirs.get(key) != mine[key]]
-        raise UserError(
-            f"the folder {folder} holds the training of another job",
-            given=", ".join(f"{key}={mine[key]}" for key in differing),
-            allowed=", ".join(f"{key}={theirs.get(key)}" for key in differing),
-            remedy="Choose another out=DIR, or the settings it was begun with.",
-        )
 
 
 def _label(
@@ -173,9 +143,4 @@ def _fit(
 
 def _check_room(token_ids: tuple[int, ...], positions: int) -> None:
     given = f"{len(token_ids)} tokens in one prompt"
-    _range("longest", given, len(token_ids) < positions, f"below {positions} positions")
-
-
-def _range(key: str, value: object, fine: bool, allowed: str) -> None:
-    if not fine:
-        raise UserError(f"{key} is out of range", given=f"{key}={value}", allowed=allowed, remedy=f"Change {key}.")
+    within("longest", given, len(token_ids) < positions, f"below {positions} positions")

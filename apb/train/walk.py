@@ -59,16 +59,21 @@ class _Answers:
             self.kv = (k_BKSD, v_BKSD)
             return F.scaled_dot_product_attention(q_BHSD, k_BKSD, v_BKSD, attn_mask=mask_SS, enable_gqa=True)
 
+        self.allowed_BV: Tensor | None = None
         self.out_BSE = head.step(hidden_BSE, after_BS, self.positions_S, attend)
 
 
 @torch.inference_mode()
-def walk(head: DraftHead, samples: Sequence[Sample], size: TreeSize, on_round: Callable[[int], None]) -> list[Walked]:
+def walk(
+    head: DraftHead, samples: Sequence[Sample], size: TreeSize, vocab_of: Callable[[Sample], Tensor] | None = None
+) -> list[Walked]:
     """Return what each answer took: every step drafts a tree at the last token and jumps by what it got right and one.
 
-    ``on_round(answers)`` tells how many answers are still under way.
+    ``vocab_of`` gives each answer a draft vocabulary of its own, of ids that the head's has.
     """
     answers = _Answers(head, samples)
+    if vocab_of is not None:
+        answers.allowed_BV = torch.stack([torch.isin(head.ids_V, vocab_of(s)) for s in samples])
     at_B = torch.tensor([s.prompt - 1 for s in samples])  # the pair whose output is the root's: its token is known
     end_B = torch.tensor([len(s.ids_S) - 1 for s in samples])  # the last token
     steps_B = torch.zeros(len(samples), dtype=torch.int64)
@@ -76,7 +81,6 @@ def walk(head: DraftHead, samples: Sequence[Sample], size: TreeSize, on_round: C
         rows = (at_B + 1 < end_B).nonzero()[:, 0]
         if not len(rows):
             break
-        on_round(len(rows))
         right_B = _draft(answers, rows, at_B[rows], size)
         steps_B[rows] += 1
         at_B[rows] = torch.minimum(at_B[rows] + 1 + right_B, end_B[rows] - 1)
@@ -99,8 +103,10 @@ def _draft(answers: _Answers, rows_B: Tensor, at_B: Tensor, size: TreeSize) -> T
     pool: dict[str, list[Tensor]] = {"score": [], "token": [], "parent": []}
     count = 0
     for level in range(size.depth):
-        log_BCV = head.logits(hidden_BCE).float().log_softmax(-1)
-        best_BCk, index_BCk = log_BCV.topk(k)
+        logits_BCV = head.logits(hidden_BCE).float()
+        if answers.allowed_BV is not None:
+            logits_BCV = logits_BCV.masked_fill(~answers.allowed_BV[rows_B, None], -torch.inf)
+        best_BCk, index_BCk = logits_BCV.log_softmax(-1).topk(k)
         child_score_BM = (score_BC[..., None] + best_BCk).flatten(1)
         child_token_BM = head.ids_V[index_BCk].flatten(1)
         parent_BM = node_BC.repeat_interleave(k, dim=1)

@@ -1,0 +1,202 @@
+"""Training of an EAGLE head: ask the frozen model, learn from its answers, measure the walk; every stage is resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from apb.draft import save, vocab
+from apb.draft.eagle import EagleHead
+from apb.models.adapter import Adapter
+from apb.train import features
+from apb.train.features import Sample
+from apb.train.folder import OnProgress, claim, within
+from apb.train.interview import Interview
+from apb.train.questions import KINDS, Questions
+from apb.train.tutor import Recipe, Tutor
+from apb.train.walk import TreeSize, accepted_length, walk
+
+_SAMPLES, _HELD_OUT, _CHECKPOINT = "samples", "held_out", "checkpoint.pt"
+HEAD, RANKED, ANSWERS = "head.safetensors", "head.freq.safetensors", "answers.safetensors"
+_AT_ONCE = 128  # prompts that are answered at once, and kept in one file; half as many with a passage of text
+_TURNS = ("general", "code", "math", "general", "code", "math", "general", "code", "general", "code")
+_TEXT_TURN = 12  # one file in so many is about passages of the text
+_WARM, _WARM_TURN = 0.7, 3  # one answer in three is sampled at this temperature, the others are greedy
+_EVERY = 200  # steps between checkpoints
+_GAP = 40  # training answers on which the gap to held-out ones is measured
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained from what. ``prompts`` and ``held_out`` (of each kind) are counts, ``longest`` is an answer's
+    length in tokens; the text's hash stands for the text."""
+
+    model: str
+    text_sha256: str
+    prompts: int = 6000
+    held_out: int = 40
+    longest: int = 160
+    window: int = 512
+    sinks: int = 4
+    seed: int = 0
+    dtype: str = "bfloat16"  # of the frozen model
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def __post_init__(self) -> None:
+        for key in ("prompts", "held_out"):
+            within(key, getattr(self, key), getattr(self, key) >= 1, "1 or more")
+        within("longest", self.longest, self.longest >= 8, "8 or more")
+        within("window", self.window, self.window >= 8, "8 or more")
+        within("sinks", self.sinks, self.sinks >= 0, "0 or more")
+        within("seed", self.seed, self.seed >= 0, "0 or more")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The head's file, its frequency list beside it, the answers' ids, and accepted lengths by prompts."""
+
+    file: Path
+    ranked: Path
+    answers: Path
+    accepted: dict[str, Any]
+
+
+def train(
+    job: Job,
+    adapter: Adapter,
+    tokenizer: Any,
+    stop_ids: Sequence[int],
+    text: str,
+    folder: Path,
+    on_progress: OnProgress,
+) -> Trained:
+    """Train a head for the model behind ``adapter`` in ``folder`` and return the final files there.
+
+    What is found in the folder is not done again: answers, and training up to its last checkpoint; a run that was
+    killed ends with the weights of one that was not. Raises UserError when the folder is another job's.
+    """
+    claim(folder, asdict(job))
+    interview = Interview(adapter, tokenizer, stop_ids, job.longest)
+    questions = Questions(text, job.seed)
+    files = _ask(job, interview, questions, folder / _SAMPLES, on_progress)
+    held_out = _held_out(job, interview, questions, folder / _HELD_OUT, on_progress)
+    samples = [s for file in files for s in features.read(file) if len(s.ids_S) > s.prompt + 1]
+    ids = [answer_S for file in files for answer_S in features.read_ids(file)]
+    counts_W = vocab.count(ids, adapter.shape.vocab)
+    ranked_W = vocab.rank(counts_W, stop_ids)
+    head = EagleHead.fresh(adapter.draft_target(), window=job.window, sinks=job.sinks, seed=job.seed)
+    Tutor(job.recipe, head, samples, ranked_W).run(
+        folder / _CHECKPOINT, _EVERY, lambda done, total, loss: on_progress("Training the head", done, total)
+    )
+    accepted = _measured(head, ranked_W, held_out, samples[:_GAP], stop_ids, on_progress)
+    about = {"model": job.model, "job": json.dumps(asdict(job)), "accepted_length": json.dumps(accepted)}
+    save_ids(folder / ANSWERS, ids)
+    vocab.save(folder / RANKED, ranked_W)
+    save(folder / HEAD, head, about)
+    for name in (_SAMPLES, _HELD_OUT):
+        shutil.rmtree(folder / name)
+    (folder / _CHECKPOINT).unlink()
+    return Trained(folder / HEAD, folder / RANKED, folder / ANSWERS, accepted)
+
+
+def finished(folder: Path, job: Job) -> Trained | None:
+    """Return what an earlier run of the same job left in the folder, if it ended."""
+    if not (folder / HEAD).is_file():
+        return None
+    claim(folder, asdict(job))
+    with safe_open(folder / HEAD, framework="pt") as opened:
+        accepted = json.loads(opened.metadata()["accepted_length"])
+    return Trained(folder / HEAD, folder / RANKED, folder / ANSWERS, accepted)
+
+
+def save_ids(file: Path, ids: Sequence[Tensor]) -> None:
+    """Write answers' token ids, one tensor an answer, for ``apb train frequency``; whole or not at all."""
+    unfinished = file.with_suffix(".part")
+    save_file({f"{number:06d}": ids_S.contiguous() for number, ids_S in enumerate(ids)}, unfinished)
+    os.replace(unfinished, file)
+
+
+def _ask(job: Job, interview: Interview, questions: Questions, folder: Path, on_progress: OnProgress) -> list[Path]:
+    """Write what is missing of the answers and return all their files, in order."""
+    folder.mkdir(exist_ok=True)
+    plan = list(_plan(job.prompts))
+    files = [folder / f"{number:05d}.safetensors" for number in range(len(plan))]
+    for number, (file, (kinds, first)) in enumerate(zip(files, plan, strict=True)):
+        if not file.exists():
+            on_progress("Asking the model", number, len(plan))
+            asked = [questions.question(first + i, kind) for i, kind in enumerate(kinds)]
+            interview.write(file, asked, [_WARM if i % _WARM_TURN == 2 else 0.0 for i in range(len(asked))], number)
+    on_progress("Asking the model", len(plan), len(plan))
+    return files
+
+
+def _plan(prompts: int) -> list[tuple[list[str], int]]:
+    """Return for each file its questions' kinds and the number of the first."""
+    plan: list[tuple[list[str], int]] = []
+    left = prompts
+    while left:
+        text = len(plan) % _TEXT_TURN == _TEXT_TURN - 1
+        size = min(left, _AT_ONCE // 2 if text else _AT_ONCE)
+        plan.append((["text" if text else _TURNS[i % len(_TURNS)] for i in range(size)], len(plan) * _AT_ONCE))
+        left -= size
+    return plan
+
+
+def _held_out(
+    job: Job, interview: Interview, questions: Questions, folder: Path, on_progress: OnProgress
+) -> dict[str, list[Sample]]:
+    """Return held-out answers by kind, greedy ones and, under ``KIND at 0.7``, sampled ones."""
+    folder.mkdir(exist_ok=True)
+    asked = {kind: [questions.question(i, kind, held_out=True) for i in range(job.held_out)] for kind in KINDS}
+    asked["free"] = questions.free()[: job.held_out]
+    sets = {(f"{kind} at {t}" if t else kind): (asked[kind], t) for t in (0.0, _WARM) for kind in asked}
+    out = {}
+    for done, (name, (chosen, temperature)) in enumerate(sets.items()):
+        on_progress("Asking held-out questions", done, len(sets))
+        file = folder / f"{name}.safetensors"
+        if not file.exists():
+            interview.write(file, chosen, [temperature] * len(chosen), job.seed)
+        out[name] = features.read(file)
+    on_progress("Asking held-out questions", len(sets), len(sets))
+    return out
+
+
+def _measured(
+    head: EagleHead,
+    ranked_W: Tensor,
+    held_out: Mapping[str, Sequence[Sample]],
+    seen: Sequence[Sample],
+    stop_ids: Sequence[int],
+    on_progress: OnProgress,
+) -> dict[str, Any]:
+    """Return accepted lengths by set of prompts, and what the draft vocabulary costs by kind."""
+    size = TreeSize()
+    quarter_V = ranked_W[: len(ranked_W) // 4]
+    sets = {**held_out, "training": seen}
+    out: dict[str, Any] = {"tree": asdict(size), "vocab": len(quarter_V), "circular": {}}
+    small = head.with_vocab(quarter_V)
+
+    def adapted(sample: Sample) -> Tensor:
+        bits = vocab.bitmap(sample.ids_S[: sample.prompt], len(ranked_W))
+        return vocab.adapt(ranked_W, bits, len(quarter_V), len(ranked_W), stop_ids)
+
+    runs = [("static", name, small) for name in sets]
+    runs += [(vocabulary, kind, head) for vocabulary in ("full", "adaptive") for kind in KINDS]
+    for done, (vocabulary, name, drafting) in enumerate(runs):
+        on_progress("Measuring the walk", done, len(runs))
+        fair = [s for s in sets[name] if not s.circular and len(s.ids_S) > s.prompt + 1]
+        out["circular"][name] = len(sets[name]) - len(fair)
+        walked = walk(drafting, fair, size, adapted if vocabulary == "adaptive" else None)
+        out.setdefault(vocabulary, {})[name] = round(accepted_length(walked), 4)
+    on_progress("Measuring the walk", len(runs), len(runs))
+    out["mean"] = round(sum(out["static"][kind] for kind in KINDS) / len(KINDS), 4)
+    return out
