@@ -55,6 +55,7 @@ class Basics:
     """What every verb that prefills has."""
 
     model: str
+    config: Mapping[str, Any] | None  # of a model with random weights
     strategy: Strategy
     compress: Compressor | None
     cluster: ClusterSettings
@@ -104,7 +105,6 @@ def settle(config: Mapping[str, Any]) -> Settings:
 
 def basics(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the configuration with the values of Basics made and checked; raises UserError."""
-    compress = config.get("compress")
     cluster = typed(ClusterSettings, config["cluster"], "cluster.")
     for key, count in (("hosts", cluster.hosts), ("threads", cluster.threads)):
         in_range(f"cluster.{key}", count, count is None or count >= 1, "1 or more")
@@ -112,10 +112,18 @@ def basics(config: Mapping[str, Any]) -> dict[str, Any]:
     in_range("timeout_s", timeout, math.isfinite(timeout) and timeout > 0, "more than 0 seconds")
     return dict(config) | {
         "model": config["model"]["name"],
+        "config": config["model"].get("config"),
         "strategy": _built(strategy, config["strategy"], "strategy"),
-        "compress": _built(compressor, compress, "compress") if compress else None,
+        "compress": chosen_compressor(config),
         "cluster": cluster,
     }
+
+
+def chosen_compressor(config: Mapping[str, Any]) -> Compressor | None:
+    """Return the compressor that the configuration names, None for the strategy's own; raises UserError."""
+    given = config.get("compress")
+    made: Compressor | None = _built(compressor, given, "compress") if given else None
+    return made
 
 
 def typed(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
