@@ -13,7 +13,9 @@ from launch.display import Display
 BENCHES = {
     "attention": "bench.attention.show",
     "emulate": "bench.emulate.cli",
+    "kernels": "bench.kernels.cli",
     "ruler": "bench.ruler.cli",
+    "simulate": "bench.simulate.cli",
 }
 
 

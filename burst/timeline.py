@@ -92,8 +92,9 @@ class Interval:
 def replay(programs: Sequence[Iterable[Event]], topology: Topology, overlap: Overlap = "ordered") -> Timeline:
     """Run the programs on a clock and return when everything happened.
 
-    A message starts when both ends have posted it and their ports are free: each rank sends and receives one message at
-    a time per link class, at full bandwidth in both directions; it arrives ``latency`` after its last byte has left.
+    A message leaves once both ends have posted it. Each rank sends one message at a time per link class and receives
+    one at a time, at full bandwidth in both directions; a sender does not wait for a receiver's port. A message arrives
+    ``latency`` after the receiver has had its last byte.
     Raises AssertionError when the programs wait for each other for ever.
     """
     assert len(programs) == topology.world, (len(programs), topology.world)
@@ -253,18 +254,18 @@ class _Clock:
             kind = "intra" if self.topology.nodes[src] == self.topology.nodes[dst] else "inter"
             link, out, into = self.topology.link(src, dst), (src, kind, "out"), (dst, kind, "in")
             seconds = send.size / link.bandwidth
-            done = max(ready, self.free_at[out], self.free_at[into]) + seconds
+            done = self.free_at[out] = max(ready, self.free_at[out]) + seconds
+            taken = self.free_at[into] = max(done, self.free_at[into] + seconds)
             for port in (out, into):
-                self.free_at[port] = done
                 self.busy[port] += seconds
-            arrived = done + link.latency
+            arrived = taken + link.latency
         onward = recv.post.forward_to
         if onward is not None:
             recv.post.open -= 1  # counted again by the message itself
             self._post(dst, onward, _End(recv.post, recv.size, arrived), sends=True)
-        for post in (send.post, recv.post):
+        for post, over in ((send.post, done), (recv.post, arrived)):
             post.open -= 1
-            post.end = max(post.end, arrived)
+            post.end = max(post.end, over)
             if not post.open and self.asleep.get(post.rank) is post:
                 del self.asleep[post.rank]
                 self._waited(post)

@@ -20,7 +20,16 @@ from omegaconf.errors import OmegaConfBaseException
 from burst.errors import UserError, choose
 
 # Free text and paths: Hydra's grammar would stumble over spaces, commas, '=' and letters beyond ASCII.
-RAW = ("model", "out", "cluster.address", "compress.heads", "decode.stop", "bench.data")
+RAW = (
+    "model",
+    "out",
+    "cluster.address",
+    "compress.heads",
+    "decode.stop",
+    "bench.data",
+    "bench.rates",
+    "strategy.rates",
+)
 _OPTIONAL_GROUPS = ("bench", "compress")  # null in every root file
 
 

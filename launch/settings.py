@@ -153,18 +153,21 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if origin is float and number:
         return float(value)
-    if origin is tuple and isinstance(value, list) and all(isinstance(v, str) for v in value):
-        return tuple(value)
+    if origin is tuple:
+        (each, _) = typing.get_args(arm)
+        if isinstance(value, list) and all(isinstance(v, each) and not isinstance(v, bool) for v in value):
+            return tuple(value)
     if origin is int and isinstance(value, int) and number:
         return value
     if origin in (str, bool) and isinstance(value, origin):
         return value
-    allowed = _WORDS[origin] + (" or null" if len(arms) > 1 else "")
+    words = "a list of whole numbers" if arm == tuple[int, ...] else _WORDS[origin]
+    allowed = words + (" or null" if len(arms) > 1 else "")
     raise UserError(
         f"{key} must be {allowed}",
         given=f"{key}={value}",
         allowed=allowed,
-        remedy=f"Change {key}." if origin is not tuple else f"Write {key}=['a','b'], with quotes.",
+        remedy=f"Change {key}." if arm != tuple[str, ...] else f"Write {key}=['a','b'], with quotes.",
     )
 
 

@@ -10,22 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from apb.costs.network import Network
 from apb.host import load_adapter
-from apb.setup import Setup
 from bench import report
 from bench.emulate.gantt import draw
 from bench.emulate.measure import PARTS, Measured
 from bench.emulate.measure import run as run_rounds
 from bench.emulate.shares import Baseline, limits
 from bench.emulate.validate import pairs, show
+from bench.hardware import hardware
 from bench.kernels.measure import Device
 from bench.prompts import base_setup, lengths, random_prompt, setups
 from bench.rows import Rows, provenance
 from bench.timing import ratio
-from bench.verify.runner import cpu_name
 from burst.errors import UserError
 from launch.display import Display, seconds, size
 from launch.settings import chosen_compressor, in_range, typed
@@ -91,11 +88,6 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
     if asked.save:
         _keep(document)
     return document
-
-
-def hardware(setup: Setup) -> str:
-    """Name the device."""
-    return torch.cuda.get_device_name(setup.spec.device) if setup.spec.device != "cpu" else cpu_name()
 
 
 def _ratios(found: Sequence[Measured]) -> dict[str, dict[str, Any]]:
