@@ -75,6 +75,7 @@ class HostReport:
     bytes_by_link: dict[str, int]
     rss_bytes: int  # resident size of the process when the call began
     peak_rss_bytes: int  # and at its peak during the call
+    peak_device_bytes: int = 0  # the most that tensors took on the GPU during the call
     query_s: float = 0.0
     decoded: Decoded | None = None
 
@@ -249,6 +250,8 @@ class Host:
         t = self.transport
         kinds, links = t.ledger.by_kind(), t.ledger.by_link()
         reset_peak_rss()
+        if t.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(t.device)
         rss = rss_bytes()
         work, waited, wall = t.clock(), t.waited_s, time.perf_counter()
         with torch.inference_mode():
@@ -261,6 +264,7 @@ class Host:
             bytes_by_link=dict(Counter(t.ledger.by_link()) - Counter(links)),
             rss_bytes=rss,
             peak_rss_bytes=peak_rss_bytes(),
+            peak_device_bytes=torch.cuda.max_memory_allocated(t.device) if t.device.type == "cuda" else 0,
         )
 
     def _finished(self) -> None:

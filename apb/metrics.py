@@ -21,6 +21,7 @@ def measured(reports: Sequence[HostReport], elapsed_s: float) -> dict[str, Any]:
         "request_s": elapsed_s,
         "host_work_s": [r.work_s for r in reports],
         "peak_rss_bytes": max(r.peak_rss_bytes for r in reports),
+        "peak_device_bytes": max(r.peak_device_bytes for r in reports),
         "host_rss_growth_bytes": [r.peak_rss_bytes - r.rss_bytes for r in reports],
     }
 

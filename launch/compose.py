@@ -28,6 +28,9 @@ RAW = (
     "decode.stop",
     "bench.data",
     "bench.rates",
+    "bench.results",
+    "bench.readme",
+    "bench.figure",
     "strategy.rates",
 )
 _OPTIONAL_GROUPS = ("bench", "compress")  # null in every root file

@@ -148,8 +148,8 @@ def as_rates(name: str, calls: Sequence[Call], device: Device) -> Rates:
 
 def _show(rows: Sequence[Mapping[str, Any]], device: Device, name: str, display: Display) -> None:
     display.note(
-        f"{name}: {device.matrix_rate / 1e12:.3g} TFLOP/s in a large square product, {size(device.copy_rate)}/s copied, "
-        "read and written both counted.",
+        f"{name}: {device.matrix_rate / 1e12:.3g} TFLOP/s in a large square product, {size(device.copy_rate)}/s copied "
+        "(read and written both counted).",
         style="bold",
     )
     table = [

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -58,6 +58,16 @@ class Device:
         n = 2048 if self.device == "cpu" else 8192
         a, b = self.random(n, n), self.random(n, n)
         return 2 * n**3 / self.timed(lambda: a @ b)
+
+    @cache  # noqa: B019 - as long as the process: there is one device
+    def linear(self, tokens: int) -> float:
+        """``linear_rate``, measured once."""
+        return self.linear_rate(tokens)
+
+    @cache  # noqa: B019
+    def causal(self, tokens: int) -> float:
+        """FLOP/s of one causal call, measured once."""
+        return self.attention_rate(tokens, tokens, causal=True)
 
     @cached_property
     def kernel(self) -> Kernel:
