@@ -295,6 +295,8 @@ class Engine:
     def _stop_ids(self) -> tuple[int, ...]:
         from apb.models.loading import generation_stop_ids
 
+        if self.setup.spec.config is not None:  # random weights mean nothing by any token
+            return ()
         return generation_stop_ids(Path(self.model_path))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class HostSpec:
     threads: int = 1  # intra-op threads a host
     draft: DraftSpec | None = None
     timeout_s: float = 600.0  # every wait's deadline
+    config: Mapping[str, Any] | None = None  # random weights of this configuration; model_path is then only a name
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class PrefillRequest:
 
 @dataclass
 class HostReport:
-    """What one host says after a call."""
+    """What one host says after a call. ``query_s``: how much of ``wall_s`` was the question's own pass."""
 
     work_s: float  # its own compute, waiting for peers left out
     wall_s: float  # first layer to the end of the call
@@ -79,6 +80,8 @@ class HostReport:
     bytes_by_link: dict[str, int]
     rss_bytes: int  # resident size of the process when the call began
     peak_rss_bytes: int  # and at its peak during the call
+    peak_device_bytes: int = 0  # the most that tensors took on the GPU during the call
+    query_s: float = 0.0
     decoded: Decoded | None = None
 
 
@@ -87,10 +90,13 @@ def load_adapter(spec: HostSpec) -> Adapter:
 
     Raises UserError for what cannot be loaded or honoured.
     """
-    from apb.models.loading import generation_stop_ids, load_config, load_model
+    from apb.models.loading import generation_stop_ids, load_config, load_model, random_model
     from apb.models.placement import torch_dtype
     from apb.models.shape import model_shape
 
+    if spec.config is not None:
+        random = random_model(spec.config, dtype=spec.dtype, device=spec.device)
+        return Adapter(random, model_shape(random.config, torch_dtype(spec.dtype)))
     path = Path(spec.model_path)
     config = load_config(path)
     model = load_model(path, dtype=spec.dtype, device=spec.device)
@@ -117,12 +123,15 @@ class Host:
         self.on_event: OnEvent = lambda event: None
         self._caches: dict[str, HostCache] = {}
         self._tokenizer: Any = None
+        self._query_s = 0.0
 
     # -- calls ----------------------------------------------------------------------------------------------------
 
     def prefill(self, request: PrefillRequest) -> HostReport:
         """Run this host's block (and anchor) through the model, keep its KV, then run the query phase."""
-        return self._measured(lambda: self._prefill(request))
+        measured = self._measured(lambda: self._prefill(request))
+        measured.query_s = self._query_s
+        return measured
 
     def fork(self, source: str, handle: str, query_ids: tuple[int, ...] | None) -> HostReport:
         """Copy a cache: as it is, or cut to its context and asked another question."""
@@ -214,8 +223,13 @@ class Host:
             wanted = [plan.draft.spans(h.spans, plan.lengths.context) for h in plan.host_plans]
             ids = request.next_ids, request.block_ids
             cache.draft = hand_over(draft, wanted, features_SF, *ids, cache.owner, self.transport)
+        self._query_s = 0.0
         if request.query_ids:
+            self._finished()
+            began = time.perf_counter()
             self._forward(cache, request.query_ids)
+            self._finished()
+            self._query_s = time.perf_counter() - began
         self._caches[request.handle] = cache
 
     def _run(
@@ -281,12 +295,13 @@ class Host:
         t = self.transport
         kinds, links = t.ledger.by_kind(), t.ledger.by_link()
         reset_peak_rss()
+        if t.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(t.device)
         rss = rss_bytes()
         work, waited, wall = t.clock(), t.waited_s, time.perf_counter()
         with torch.inference_mode():
             call()
-        if t.device.type == "cuda":
-            torch.cuda.synchronize(t.device)  # what is still queued belongs to this call's time
+        self._finished()  # what is still queued belongs to this call's time
         return HostReport(
             work_s=t.clock() - work - (t.waited_s - waited),
             wall_s=time.perf_counter() - wall,
@@ -294,7 +309,13 @@ class Host:
             bytes_by_link=dict(Counter(t.ledger.by_link()) - Counter(links)),
             rss_bytes=rss,
             peak_rss_bytes=peak_rss_bytes(),
+            peak_device_bytes=torch.cuda.max_memory_allocated(t.device) if t.device.type == "cuda" else 0,
         )
+
+    def _finished(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.transport.device.type == "cuda":
+            torch.cuda.synchronize(self.transport.device)
 
     def _say(self, **event: Any) -> None:
         if self.transport.rank == 0:

@@ -19,9 +19,11 @@ def measured(reports: Sequence[HostReport], elapsed_s: float) -> dict[str, Any]:
     """Return what one call cost: sums and maxima over the hosts; ``elapsed_s`` is the caller's own time."""
     return _sent(reports) | {
         "prefill_s": max(r.wall_s for r in reports),
+        "query_s": max(r.query_s for r in reports),
         "request_s": elapsed_s,
         "host_work_s": [r.work_s for r in reports],
         "peak_rss_bytes": max(r.peak_rss_bytes for r in reports),
+        "peak_device_bytes": max(r.peak_device_bytes for r in reports),
         "host_rss_growth_bytes": [r.peak_rss_bytes - r.rss_bytes for r in reports],
     }
 

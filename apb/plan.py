@@ -6,6 +6,7 @@ ledger of the transports is the other side of the books.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 from collections import Counter
@@ -139,7 +140,7 @@ class PrefillPlan:
         """Hash of the plan, which all hosts compare before their first send."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[tuple[int, int], ...]:
         """Where the context lies: (host, tokens) of every block in position order."""
         held = sorted((start, stop, h.rank) for h in self.host_plans for start, stop in h.spans)
@@ -148,8 +149,10 @@ class PrefillPlan:
     @cached_property
     def numbers(self) -> tuple[tuple[int, ...], ...]:
         """The numbers of the blocks that each host holds, ascending."""
-        owners = [rank for rank, _ in self.blocks]
-        return tuple(tuple(n for n, owner in enumerate(owners) if owner == rank) for rank in range(self.hosts))
+        held: list[list[int]] = [[] for _ in range(self.hosts)]
+        for number, (rank, _) in enumerate(self.blocks):
+            held[rank].append(number)
+        return tuple(tuple(numbers) for numbers in held)
 
     @cached_property
     def shared_anchor(self) -> GatherAnchor | None:
@@ -167,6 +170,15 @@ class PrefillPlan:
         owner = self.blocks[number][0]
         return tuple(r for r, held in enumerate(self.numbers) if r != owner and held[-1] > number)
 
+    def _receiving(self, number: int, owner: int) -> int:
+        """How many ``receivers`` there are."""
+        later = self.hosts - bisect.bisect_right(self._last_numbers, number)
+        return later - (self.numbers[owner][-1] > number)
+
+    @cached_property
+    def _last_numbers(self) -> list[int]:
+        return sorted(held[-1] for held in self.numbers)
+
     def passing_rows(self, rank: int) -> int:
         """Passing rows that host ``rank``'s last block attends to; those of its other blocks are among them."""
         return 0 if self.route == "none" else sum(self.kept_rows[: self.numbers[rank][-1]])
@@ -178,7 +190,7 @@ class PrefillPlan:
         elif self.route == "allgather":
             rows = self.kept_rows[rank] * (self.hosts - 1)
         elif self.route == "direct":
-            rows = sum(self.kept_rows[number] * len(self.receivers(number)) for number in self.numbers[rank])
+            rows = sum(self.kept_rows[number] * self._receiving(number, rank) for number in self.numbers[rank])
         else:
             rows = 0
         return rows * self.shape.kv_row_bytes * self.shape.layers

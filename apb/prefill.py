@@ -182,6 +182,10 @@ class PrefillAttention:
 
     def _select(self, step: Select, here: _Layer) -> Tensor:
         """Return the kept rows, K and V in one tensor (2, B, K, R, D), so that they travel as one message."""
+        with self._transport.during("selection"):
+            return self._selected(step, here)
+
+    def _selected(self, step: Select, here: _Layer) -> Tensor:
         assert self._compressor is not None
         layer, block, rows, question_q = here.number, here.blocks[step.block], here.rows[step.block], None
         if self._compressor.needs_question:

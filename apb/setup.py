@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class Setup:
         cls,
         model: str = "smollm2-135m",
         *,
+        config: Mapping[str, Any] | None = None,
         hosts: int | None = None,
         strategy: str | Strategy = "apb",
         compress: str | Compressor | None = None,
@@ -56,6 +57,7 @@ class Setup:
     ) -> Setup:
         """Resolve names; may fetch the model's files (``on_progress(phase, done, total)``).
 
+        ``config``: random weights of this configuration, without a tokenizer; ``model`` is then only a name.
         ``hosts``: None is the strategy's own default, else 4. ``threads``: intra-op threads a host. ``dtype`` auto is
         the checkpoint's own on a GPU and float32 on a CPU. ``chunk_tokens``: tokens that a host runs through a layer
         at once, less memory for a little more work; None is all of its own. ``draft``: the head that decode=eagle2
@@ -63,7 +65,7 @@ class Setup:
         Raises UserError for anything unknown or contradictory.
         """
         from apb.models.honoured import check_config
-        from apb.models.loading import generation_stop_ids, load_config, load_tokenizer
+        from apb.models.loading import generation_stop_ids, load_config, load_tokenizer, make_config
         from apb.models.placement import resolve_device, resolve_dtype, torch_dtype
         from apb.models.resolve import resolve
         from apb.models.shape import model_shape
@@ -72,20 +74,29 @@ class Setup:
         chosen = _strategy(strategy)
         scorer = _compressor(chosen, compress)
         count = hosts if hosts is not None else chosen.default_hosts or DEFAULT_HOSTS
-        path = resolve(model, on_progress=on_progress, cache_dir=cache_dir)
-        config = load_config(path)
-        check_config(config)
+        path = None if config is not None else resolve(model, on_progress=on_progress, cache_dir=cache_dir)
+        found = make_config(config or {}) if path is None else load_config(path)
+        check_config(found)
         device = resolve_device(device)
-        dtype = resolve_dtype(dtype, device, config)
-        shape = model_shape(config, torch_dtype(dtype))
+        dtype = resolve_dtype(dtype, device, found)
+        shape = model_shape(found, torch_dtype(dtype))
         if scorer is not None:
             scorer.check(shape)
         spec = DraftSpec(draft) if isinstance(draft, str) else draft
+        if spec is not None and path is None:
+            raise UserError(
+                "random weights have no draft head",
+                given=f"draft={spec.head} with a configuration",
+                allowed="a draft head with a model's own weights",
+                remedy="Leave draft out, or name a model.",
+            )
         return cls(
-            spec=HostSpec(str(path), dtype, device, threads=threads, timeout_s=timeout_s, draft=spec),
-            handoff=None if spec is None else spec.handoff(shape, generation_stop_ids(path)),
+            spec=HostSpec(
+                str(path or model), dtype, device, threads=threads, timeout_s=timeout_s, draft=spec, config=config
+            ),
+            handoff=None if spec is None or path is None else spec.handoff(shape, generation_stop_ids(path)),
             shape=shape,
-            tokenizer=load_tokenizer(path),
+            tokenizer=None if path is None else load_tokenizer(path),
             strategy=chosen,
             compressor=scorer,
             hosts=count,
@@ -100,6 +111,13 @@ class Setup:
 
     def prompt(self, context: Text, query: Text | None, *, chat: bool = True) -> Prompt:
         """Tokenise a prompt; raises UserError when a part is empty or the template cannot be split."""
+        if self.tokenizer is None:
+            raise UserError(
+                "random weights read no text",
+                given=self.spec.model_path,
+                allowed="a Prompt of token ids, or a model with a tokenizer",
+                remedy="Choose another model, or 'apb bench emulate' and its like for times and bytes.",
+            )
         return make_prompt(self.tokenizer, context, query, chat=chat)
 
     def check_ids(self, ids: Sequence[int]) -> None:

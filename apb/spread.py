@@ -5,15 +5,14 @@ Everything follows from a few words and the model's shape, so only the words tra
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from apb.counts import Counts, counts
 from apb.plan import ModelShape
 from burst.layouts import Layout, layout
-from burst.predict import workspace_bytes
-from burst.schedules import AttentionShape, Compute, Schedule, schedule
+from burst.schedules import AttentionShape, Schedule, head_groups, schedule
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Spread:
 
     def spans(self, rank: int) -> tuple[tuple[int, int], ...]:
         """Positions [start, stop) that a host holds, ascending."""
-        held = _tokens(self.layout, self.context, self.hosts).spans[rank]
+        held = self.tokens().spans[rank]
         assert all(span.step == 1 for span in held), self.layout
         return tuple((span.start, span.stop) for span in held)
 
@@ -39,31 +38,30 @@ class Spread:
         that the schedule cannot take.
         """
         where = tuple(nodes) if nodes is not None else (0,) * self.hosts
-        tokens = _tokens(self.layout, self.context, self.hosts)
-        return schedule(self.schedule, tokens, attention_shape(shape), nodes=where, ulysses=self.ulysses)
+        return schedule(self.schedule, self.tokens(), attention_shape(shape), nodes=where, ulysses=self.ulysses)
 
     def sent(self, rank: int, shape: ModelShape) -> dict[str, int]:
         """Bytes that a host sends in one layer, by kind; hosts on one machine."""
-        sent = Counter[str]()
-        for (role, _), count in self.program(shape).bytes_sent(rank, attention_shape(shape)).items():
-            sent[role] += count
-        return dict(sent)
+        return self._counts(shape).sent[rank]
 
     def head_pairs(self, rank: int, shape: ModelShape) -> int:
         """Query-key pairs that a host computes in one layer, each head by itself."""
-        made = self.program(shape)
-        heads = made.heads_of(rank)
-        computed = (step for step in made.programs[rank] if isinstance(step, Compute))
-        pairs = sum(p.pairs for step in computed for p in made.pieces(step.q_block, step.kv_block))
-        return pairs * (shape.q_heads if heads is None else heads.q_count)
+        return self._counts(shape).head_pairs[rank]
 
     def workspace(self, rank: int, shape: ModelShape) -> int:
         """Bytes of a host's buffers in one layer, and of its heads of the group's tokens."""
-        made, like = self.program(shape), attention_shape(shape)
-        heads = made.heads_of(rank)
-        rows = made.blocks.counts[made.block_of(rank)]
-        dealt = 0 if heads is None else rows * (like.row_bytes("qkv", heads) + like.row_bytes("out", heads))
-        return workspace_bytes(made, rank, like) + dealt
+        return self._counts(shape).workspace[rank]
+
+    def members(self) -> int:
+        """Hosts that share their tokens by heads; raises UserError where they do not divide the hosts."""
+        return head_groups(self.schedule, (0,) * self.hosts, self.ulysses)
+
+    def tokens(self) -> Layout:
+        """Return who holds which positions."""
+        return _tokens(self.layout, self.context, self.hosts)
+
+    def _counts(self, shape: ModelShape) -> Counts:
+        return counts(self.schedule, self.tokens(), attention_shape(shape), self.members())
 
 
 def attention_shape(shape: ModelShape) -> AttentionShape:

@@ -10,7 +10,15 @@ from burst.errors import UserError
 from launch.arguments import Arguments
 from launch.display import Display
 
-BENCHES = {"attention": "bench.attention.show", "ruler": "bench.ruler.cli"}
+BENCHES = {
+    "attention": "bench.attention.show",
+    "emulate": "bench.emulate.cli",
+    "kernels": "bench.kernels.cli",
+    "report": "bench.readme.cli",
+    "ruler": "bench.ruler.cli",
+    "simulate": "bench.simulate.cli",
+    "throughput": "bench.throughput.cli",
+}
 
 
 def main(arguments: Arguments, config: Mapping[str, Any], display: Display) -> dict[str, Any]:
@@ -23,5 +31,8 @@ def main(arguments: Arguments, config: Mapping[str, Any], display: Display) -> d
             allowed=", ".join(BENCHES),
             remedy="Write 'apb bench ruler', for example.",
         )
+    flags = ["-m"] if arguments.multirun else []
+    command = " ".join(["apb", "bench", *arguments.words[1:], *flags, *arguments.overrides])
+    config = {**config, "command": command}
     document: dict[str, Any] = importlib.import_module(BENCHES[chosen["name"]]).run(config, display)
     return document

@@ -35,7 +35,12 @@ def document(result: dict[str, Any]) -> None:
 
 def save(name: str, result: dict[str, Any]) -> Path:
     """Keep a result as ``bench/results/DATE-name.json`` and return the path."""
-    path = Path(__file__).parent / "results" / f"{time.strftime('%Y-%m-%d')}-{name}.json"
+    path = dated(f"{name}.json")
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
     return path
+
+
+def dated(name: str) -> Path:
+    """Return the path of ``bench/results/DATE-name``."""
+    return Path(__file__).parent / "results" / f"{time.strftime('%Y-%m-%d')}-{name}"

@@ -29,6 +29,11 @@ RAW = (
     "decode.head",
     "decode.frequency",
     "bench.data",
+    "bench.rates",
+    "bench.results",
+    "bench.readme",
+    "bench.figure",
+    "strategy.rates",
 )
 _OPTIONAL_GROUPS = ("bench", "compress")  # null in every root file
 

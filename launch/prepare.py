@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
+from apb.models.files import read_json
+from apb.models.resolve import resolve
 from apb.plan import PrefillPlan
 from apb.setup import Setup, fitting_chunk, needed_bytes
 from launch.display import Display, size
@@ -33,6 +37,7 @@ def make_setup(settings: Basics, display: Display) -> Setup:
     with display.progress(_amount) as on_progress:
         setup = Setup.make(
             settings.model,
+            config=_random_weights(settings),
             hosts=settings.cluster.hosts or _started_by_torchrun(settings),
             strategy=settings.strategy,
             compress=settings.compress,
@@ -100,6 +105,15 @@ def sharing(settings: Settings, device: str, hosts: int) -> int:
     if settings.cluster.name == "virtual":
         return hosts
     return 1 if elsewhere(settings) or device.startswith("cuda") else _local_hosts(hosts)
+
+
+def _random_weights(settings: Basics) -> Mapping[str, Any] | None:
+    """Return the configuration of a model with random weights: conf/model's own, or that of FOLDER in FOLDER-shape."""
+    name, found, _ = settings.model.rpartition("-shape")
+    if settings.config is not None or not found:
+        return settings.config
+    folder = resolve(name)
+    return read_json(folder / "config.json")
 
 
 def _room(setup: Setup, settings: Settings) -> Room:

@@ -60,6 +60,7 @@ class Basics:
     """What every verb that prefills has."""
 
     model: str
+    config: Mapping[str, Any] | None  # of a model with random weights
     strategy: Strategy
     compress: Compressor | None
     cluster: ClusterSettings
@@ -118,7 +119,6 @@ def _decode(values: Mapping[str, Any], model: str) -> DecodeSettings:
 
 def basics(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the configuration with the values of Basics made and checked; raises UserError."""
-    compress = config.get("compress")
     cluster = typed(ClusterSettings, config["cluster"], "cluster.")
     for key, count in (("hosts", cluster.hosts), ("threads", cluster.threads)):
         in_range(f"cluster.{key}", count, count is None or count >= 1, "1 or more")
@@ -126,10 +126,18 @@ def basics(config: Mapping[str, Any]) -> dict[str, Any]:
     in_range("timeout_s", timeout, math.isfinite(timeout) and timeout > 0, "more than 0 seconds")
     return dict(config) | {
         "model": config["model"]["name"],
+        "config": config["model"].get("config"),
         "strategy": _built(strategy, config["strategy"], "strategy"),
-        "compress": _built(compressor, compress, "compress") if compress else None,
+        "compress": chosen_compressor(config),
         "cluster": cluster,
     }
+
+
+def chosen_compressor(config: Mapping[str, Any]) -> Compressor | None:
+    """Return the compressor that the configuration names, None for the strategy's own; raises UserError."""
+    given = config.get("compress")
+    made: Compressor | None = _built(compressor, given, "compress") if given else None
+    return made
 
 
 def typed(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
@@ -150,8 +158,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     arms = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if value is None and type(None) in arms:
         return None
-    words = [word for a in arms if typing.get_origin(a) is typing.Literal for word in typing.get_args(a)]
-    if len(arms) > 1 and value in words:
+    literals = [word for a in arms if typing.get_origin(a) is typing.Literal for word in typing.get_args(a)]
+    if len(arms) > 1 and value in literals:
         return value
     (arm, *_) = (a for a in arms if a is not type(None))
     origin = typing.get_origin(arm) or arm
@@ -162,19 +170,22 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if origin is float and number:
         return float(value)
-    if origin is tuple and isinstance(value, list) and all(isinstance(v, str) for v in value):
-        return tuple(value)
+    if origin is tuple:
+        (each, _) = typing.get_args(arm)
+        if isinstance(value, list) and all(isinstance(v, each) and not isinstance(v, bool) for v in value):
+            return tuple(value)
     if origin is int and isinstance(value, int) and number:
         return value
     if origin in (str, bool) and isinstance(value, origin):
         return value
-    others = [*words, *(["null"] if type(None) in arms else [])]
-    allowed = " or ".join([_WORDS[origin], *others])
+    others = [*literals, *(["null"] if type(None) in arms else [])]
+    words = "a list of whole numbers" if arm == tuple[int, ...] else _WORDS[origin]
+    allowed = " or ".join([words, *others])
     raise UserError(
         f"{key} must be {allowed}",
         given=f"{key}={value}",
         allowed=allowed,
-        remedy=f"Change {key}." if origin is not tuple else f"Write {key}=['a','b'], with quotes.",
+        remedy=f"Change {key}." if arm != tuple[str, ...] else f"Write {key}=['a','b'], with quotes.",
     )
 
 

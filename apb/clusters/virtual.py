@@ -8,19 +8,25 @@ from typing import Any
 import torch
 
 from apb.host import Host, HostSpec, OnEvent, load_adapter
+from apb.models.adapter import Adapter
 from burst.transport import VirtualWorld
 
 
 class VirtualCluster:
-    """``hosts`` virtual hosts; exact in what they compute and send, their compute timed one by one."""
+    """``hosts`` virtual hosts; exact in what they compute and send, their compute timed one by one.
+
+    ``adapter``: a model that is loaded already; ``nodes[r]``: the machine that host r is booked on (None: one machine).
+    """
 
     name = "virtual"
 
-    def __init__(self, spec: HostSpec, hosts: int) -> None:
+    def __init__(
+        self, spec: HostSpec, hosts: int, adapter: Adapter | None = None, nodes: Sequence[int] | None = None
+    ) -> None:
         self.hosts, self.epoch = hosts, 0
         self._threads_before = torch.get_num_threads()
-        adapter = load_adapter(spec)
-        self._world = VirtualWorld(hosts, device=adapter.device)
+        adapter = adapter or load_adapter(spec)
+        self._world = VirtualWorld(hosts, nodes=nodes, device=adapter.device)
         self._hosts = [Host(spec, t, adapter) for t in self._world.transports]
 
     def call(self, method: str, per_host: Sequence[tuple[Any, ...]], on_event: OnEvent | None = None) -> list[Any]:

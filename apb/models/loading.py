@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,39 @@ def load_model(path: Path, *, dtype: str, device: str) -> PreTrainedModel:
     model.requires_grad_(False)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def make_config(values: Mapping[str, Any]) -> PretrainedConfig:
+    """Return the configuration with these values, as in a config.json; raises UserError when it is of no known kind."""
+    with quiet():
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.for_model(**values)
+        except Exception as error:  # as in load_config
+            raise UserError(
+                f"the model configuration cannot be used: {_first_line(error)}",
+                given=f"model_type {values.get('model_type')}",
+                allowed="the values of a config.json of a decoder that the installed transformers knows",
+                remedy="Change model.config.",
+            ) from error
+
+
+def random_model(values: Mapping[str, Any], *, dtype: str, device: str) -> PreTrainedModel:
+    """Return a model of this configuration with random weights, the same ones every time, made on the device.
+
+    For times and bytes only: what depends on what is attended to means nothing.
+    """
+    config = make_config(values)
+    with quiet(), torch.random.fork_rng(devices=[device] if device != "cpu" else []):
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        with torch.device(device):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype))
+    model.eval()
+    model.requires_grad_(False)
+    return model
 
 
 def generation_stop_ids(source: Path | PreTrainedModel) -> tuple[int, ...]:

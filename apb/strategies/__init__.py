@@ -17,6 +17,7 @@ STRATEGIES = {
     "allgather": "apb.strategies.allgather:AllGather",
     "ulysses": "apb.strategies.ulysses:Ulysses",
     "usp": "apb.strategies.usp:USP",
+    "auto": "apb.strategies.auto:Auto",
 }
 
 

@@ -5,8 +5,6 @@ Shapes: H query heads, K kv heads, N tokens, D head dim.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -104,18 +102,6 @@ def rms_error(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
     for x, y in zip(got, want, strict=True):
         errors.append(((x.double() - y).square().mean() / y.square().mean()).sqrt().item())
     return max(errors)
-
-
-def seconds(work: Callable[[], object], device: str) -> float:
-    """Time a call: processor time on a CPU, which may be shared; elapsed time on a GPU."""
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = clock()
-    work()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return clock() - start
 
 
 def _out_of_range(key: str, given: int, allowed: str) -> UserError:

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.attention.case import AttentionSettings, seconds
+from bench.attention.case import AttentionSettings
+from bench.timing import seconds
 from burst.attend import attention
 from burst.transport.process_group import ProcessGroupTransport
 

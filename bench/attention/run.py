@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from bench.attention.case import AttentionSettings, dense, rms_error, seconds
+from bench.attention.case import AttentionSettings, dense, rms_error
 from bench.attention.ours import Ours, candidates
 from bench.attention.peers import PEERS, measure, not_run
+from bench.timing import seconds
 from burst.planner import Candidate
 
 Row = dict[str, Any]

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from burst.errors import UserError
+from bench.drawing import new_figure
 
 Line = dict[str, Any]  # of summary.table
 
@@ -19,21 +19,13 @@ def draw(lines: Sequence[Line], folder: Path) -> list[str]:
 
     Raises UserError without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure  # no pyplot: nothing global, no display needed
-    except ImportError as error:
-        raise UserError(
-            "plots need matplotlib",
-            given="no matplotlib",
-            allowed="pip install 'apb-prefill[plots]'",
-            remedy="Install it and run again: the samples are kept.",
-        ) from error
+    new_figure()  # refuses at once where nothing can be drawn
     written = []
     lines = [line for line in lines if line["less_full"] is not None]
     for tokens, seeds in sorted({(line["tokens"], line["seeds"]) for line in lines}):
         here = [line for line in lines if (line["tokens"], line["seeds"]) == (tokens, seeds)]
         for name, paint in (("heatmap", _heat_map), ("frontier", _frontier)):
-            figure = Figure(layout="constrained")
+            figure = new_figure()
             paint(figure, here)
             figure.suptitle(f"{tokens} tokens, {seeds} seeds", fontsize=10)
             file = f"{name}-{tokens}-{seeds}.png"

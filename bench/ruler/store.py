@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from bench.rows import Rows
 
 FILE = "samples.jsonl"
 
@@ -21,11 +22,10 @@ class Store:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self._rows: dict[str, dict[str, Any]] = {}
+        self._rows = Rows(None if folder is None else folder / FILE)
         self._full: dict[str, Tensor] = {}
         if folder is not None:
             (folder / "full").mkdir(parents=True, exist_ok=True)
-            self._read(folder / FILE)
 
     def __contains__(self, key: str) -> bool:
         return key in self._rows
@@ -33,15 +33,12 @@ class Store:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """All rows, oldest first; of a sample that was measured again with decoding, the later one."""
-        latest = {(row["model"], row["dtype"], row["variant"], row["index"]): row for row in self._rows.values()}
+        latest = {(row["model"], row["dtype"], row["variant"], row["index"]): row for row in self._rows}
         return list(latest.values())
 
     def add(self, key: str, row: dict[str, Any]) -> None:
         """Keep a row; it is on disk when this returns."""
-        self._rows[key] = {"key": key, **row}
-        if self.folder is not None:
-            with (self.folder / FILE).open("a", encoding="utf-8") as out:
-                out.write(json.dumps(self._rows[key]) + "\n")
+        self._rows.add(key, row)
 
     def put_full(self, key: str, first_FV: Tensor) -> None:
         """Keep full attention's distributions over a sample's first answer tokens."""
@@ -60,14 +57,3 @@ class Store:
     def _file(self, key: str) -> Path:
         assert self.folder is not None
         return self.folder / "full" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
-
-    def _read(self, file: Path) -> None:
-        if not file.exists():
-            return
-        text = file.read_text(encoding="utf-8")
-        whole, _, broken = text.rpartition("\n")
-        for line in whole.splitlines():
-            row = json.loads(line)
-            self._rows[row["key"]] = row
-        if broken:  # the run was killed while it wrote this line
-            file.write_text(f"{whole}\n" if whole else "", encoding="utf-8")

@@ -53,7 +53,7 @@ def conditions() -> dict[str, Any]:
     """Return what a number depends on: machine, versions, commit."""
     return {
         "machine": platform.machine(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "versions": versions(),
         "commit": commit(),
@@ -61,7 +61,8 @@ def conditions() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Name this machine's processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -42,6 +42,8 @@ __all__ = [
     "Step",
     "Wait",
     "cheapest_travel",
+    "head_groups",
+    "head_split",
     "schedule",
 ]
 
@@ -77,7 +79,7 @@ def schedule(
     choose("schedule", name, NAMES)
     machines = tuple(nodes) if nodes is not None else (0,) * layout.world
     _check(layout, shape, machines, window, keys)
-    members = _members(name, layout.world, machines, ulysses)
+    members = head_groups(name, machines, ulysses)
     if members > 1 and keys is not None:
         raise UserError(
             f"'{name}' deals queries and keys out together",
@@ -171,8 +173,12 @@ def _grid(name: str, world: int, nodes: tuple[int, ...]) -> Grid:
     return Grid(1, world) if size in (1, world) else Grid(world // size, size)
 
 
-def _members(name: str, world: int, nodes: tuple[int, ...], ulysses: int | None) -> int:
-    """Return how many ranks share their tokens by heads."""
+def head_groups(name: str, nodes: tuple[int, ...], ulysses: int | None) -> int:
+    """Return how many ranks share their tokens by heads; 1 but in ``usp`` and ``ulysses``.
+
+    Raises UserError where they do not divide the ranks.
+    """
+    world = len(nodes)
     if name == "ulysses":
         return world
     if name != "usp":

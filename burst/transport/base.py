@@ -6,6 +6,7 @@ import hashlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from burst.errors import HostFailure
 from burst.ledger import Ledger
+from burst.trace import Recorder
 
 Observer = Callable[[str, str, int], None]  # (event "post" | "arrive" | "wait" | "compute", step, peer)
 
@@ -32,6 +34,16 @@ class Handle(ABC):
         """Block until done, at the latest until the transport's deadline; raises HostFailure."""
 
 
+class _Followed(Handle):
+    """A handle whose wait is recorded."""
+
+    def __init__(self, handle: Handle, recorder: Recorder) -> None:
+        self._handle, self._recorder, self._name = handle, recorder, recorder.last
+
+    def wait(self) -> None:
+        self._recorder.wait(self._handle, self._name)
+
+
 class Gathered(NamedTuple):
     """An all-gather under way: ``wait`` gives the tensors of all ranks, in rank order."""
 
@@ -49,7 +61,8 @@ class Transport(ABC):
 
     Shapes are known to both ends beforehand (the plan says them); empty tensors are never sent. ``nodes[r]`` is the
     machine that rank r runs on and decides the link class in the ledger. ``waited_s`` adds up, on ``clock``, the
-    seconds spent waiting for peers, so that elapsed time less waited time is the rank's own work.
+    seconds spent waiting for peers, so that elapsed time less waited time is the rank's own work. ``recorder``, where
+    set, sees every call and the work in between.
     """
 
     def __init__(
@@ -73,6 +86,7 @@ class Transport(ABC):
         self.ledger = Ledger()
         self.waited_s = 0.0
         self.clock: Callable[[], float] = time.perf_counter
+        self.recorder: Recorder | None = None
         self.agreed: set[str] = set()  # what ``agree_once`` has found equal on all ranks
 
     # -- the primitive ------------------------------------------------------------------------------------------
@@ -98,7 +112,7 @@ class Transport(ABC):
         ends must name the same channel.
         """
         out, into = self._checked(sends, recvs, step)
-        return self._exchange(out, into, kind, step, channel)
+        return self._followed(lambda: self._exchange(out, into, kind, step, channel), out, into, None, step)
 
     def open(self, channels: Sequence[str]) -> None:  # noqa: B027 - most transports need nothing
         """Prepare channels on all ranks together, in this order; a backend without channels has nothing to do."""
@@ -106,6 +120,10 @@ class Transport(ABC):
     def mark(self, step: str, peer: int) -> None:
         """Tell the observer that the caller's own work on ``peer``'s data begins (event ``compute``)."""
         self._observe("compute", step, peer)
+
+    def during(self, part: str) -> AbstractContextManager[None]:
+        """Count the caller's work inside as ``part`` where it is recorded."""
+        return nullcontext() if self.recorder is None else self.recorder.during(part)
 
     def relay(
         self,
@@ -125,7 +143,14 @@ class Transport(ABC):
         assert src is not None or not buffers
         recvs = [Message(src, b) for b in buffers] if src is not None else []
         out, into = self._checked(sends, recvs, step)
-        return self._relay(out, into, kind, step, dst)
+        return self._followed(lambda: self._relay(out, into, kind, step, dst), out, into, dst, step)
+
+    def _followed(
+        self, call: Callable[[], Handle], sends: list[Message], recvs: list[Message], to: int | None, step: str
+    ) -> Handle:
+        if self.recorder is None:
+            return call()
+        return _Followed(self.recorder.follow(call, sends, recvs, to, step), self.recorder)
 
     def _checked(
         self, sends: Sequence[Message], recvs: Sequence[Message], step: str

@@ -1,0 +1,95 @@
+"""One layer of star, apb and spava as steps of all hosts at once: what the plan's steps say, with seconds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+
+from apb.costs.lockstep import Await, Exchange, Hosts, Move, Relay, Seconds, Step, Work, shift
+from apb.costs.rates import Rates, read
+from apb.plan import PrefillPlan
+from apb.steps import Attend, AttendAll, GatherAnchor, Pass, Select, WaitAnchor, WaitPassing
+
+Meeting = tuple[str, int]  # what hosts do together, and for which of their blocks
+
+
+def attention(plan: PrefillPlan, rates: Rates) -> list[Step]:
+    """Return what a layer does after its projections."""
+    order = _meetings(plan)
+    turn = {meeting: at + 1 for at, meeting in enumerate(order)}
+    work = [defaultdict[str, Seconds](lambda: np.zeros(plan.hosts)) for _ in range(len(order) + 1)]
+    for host in plan.host_plans:
+        at, seen = 0, set[tuple[str, int]]()
+        for step in host.steps:
+            match step:
+                case Attend():
+                    begun = (step.queries, step.block) in seen
+                    seen.add((step.queries, step.block))
+                    for name, seconds in _attend(step, plan, host.rank, rates, begun).items():
+                        work[at][name][host.rank] += seconds
+                case Select():
+                    start, stop = host.spans[step.block]
+                    work[at]["selection"][host.rank] += (stop - start) * plan.shape.kv_heads / rates.select
+                case AttendAll():
+                    raise AssertionError("an exact plan")
+                case _:
+                    at = turn[_meeting(step)]
+    steps: list[Step] = [Work(dict(work[0]))]
+    for at, meeting in enumerate(order):
+        steps += [_together(meeting, plan), Work(dict(work[at + 1]))]
+    return steps
+
+
+def _meeting(step: GatherAnchor | WaitAnchor | Pass | WaitPassing) -> Meeting:
+    return type(step).__name__, getattr(step, "block", 0)
+
+
+def _meetings(plan: PrefillPlan) -> list[Meeting]:
+    """What hosts do together, in the order of the host that does most of it."""
+    own = (
+        [_meeting(s) for s in host.steps if isinstance(s, GatherAnchor | WaitAnchor | Pass | WaitPassing)]
+        for host in plan.host_plans
+    )
+    return max(own, key=len)
+
+
+def _together(meeting: Meeting, plan: PrefillPlan) -> Step:
+    what, block = meeting
+    if what.startswith("Wait"):
+        return Await(f"{what.removeprefix('Wait')} {block}")
+    row = plan.shape.kv_row_bytes
+    if what == "GatherAnchor":
+        layers, others = plan.shape.layers, plan.hosts - 1
+        share = np.array([plan.anchor_bytes(r) // layers // others for r in range(plan.hosts)], dtype=float)
+        return Exchange(f"Anchor {block}", _all(plan.hosts, share))
+    kept = np.array([plan.kept_rows[held[block]] if len(held) > block else 0 for held in plan.numbers])
+    name = f"Passing {block}"
+    if plan.route == "ring":
+        return Relay(name, (kept * row).astype(float))
+    if plan.route == "allgather":
+        return Exchange(name, _all(plan.hosts, (kept * row).astype(float)))
+    number = np.array([held[block] if len(held) > block else len(plan.blocks) for held in plan.numbers])
+    last = np.array([held[-1] for held in plan.numbers])
+
+    def size(source: Hosts, target: Hosts) -> Seconds:
+        sent: Seconds = kept[source] * row * (last[target] > number[source]).astype(float)
+        return sent
+
+    return Exchange(name, tuple(shift(plan.hosts, k, size) for k in range(1, plan.hosts)))
+
+
+def _all(hosts: int, sizes: Seconds) -> tuple[Move, ...]:
+    """Everything to everyone, by distance: libraries rotate so."""
+    return tuple(shift(hosts, k, lambda source, _: sizes[source]) for k in range(1, hosts))
+
+
+def _attend(step: Attend, plan: PrefillPlan, rank: int, rates: Rates, begun: bool) -> dict[str, float]:
+    """Return the seconds of one kernel call, and of merging it with what these queries have ``begun``."""
+    s, host = plan.shape, plan.host_plans[rank]
+    start, stop = host.spans[step.block]
+    tokens = host.anchor_len if step.queries == "anchor" else stop - start
+    keys = tokens if step.causal else step.pairs / tokens
+    rate = read(rates.causal if step.causal else rates.full, keys)
+    merged = 3 * 4 * tokens * s.q_heads * s.head_dim / rates.memory if begun else 0.0
+    return {"attention": 4 * s.head_dim * s.q_heads * step.pairs / rate + rates.call_s, "other": merged}

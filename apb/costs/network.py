@@ -1,0 +1,46 @@
+"""How hosts are joined: link classes with bandwidth and latency, and who shares a machine."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from burst.errors import UserError
+from burst.topology import Link, Machine, Topology
+
+
+@dataclass(frozen=True)
+class Network:
+    """Hosts side by side on machines of ``hosts_per_node``; each host has a port of its own for each link class.
+
+    Bandwidths in GB (10^9 bytes) a second, one way; latencies in microseconds. Raises UserError for what is no speed.
+    """
+
+    name: str
+    hosts_per_node: int
+    intra_gb_per_s: float
+    intra_us: float
+    inter_gb_per_s: float
+    inter_us: float
+
+    def __post_init__(self) -> None:
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            least = 0.0 if field.name.endswith("_us") else 1e-9
+            if not (math.isfinite(value) and value >= least):
+                raise UserError(
+                    f"network.{field.name} is out of range",
+                    given=value,
+                    allowed="0 or more" if not least else "more than 0",
+                    remedy=f"Change network.{field.name}.",
+                )
+
+    def nodes(self, hosts: int) -> tuple[int, ...]:
+        """Return the machine of every host."""
+        return tuple(host // self.hosts_per_node for host in range(hosts))
+
+    def topology(self, hosts: int) -> Topology:
+        """Return the hosts' links for ``burst.timeline``; the speeds of kernels, which it does not use, are 1."""
+        intra = Link(self.intra_gb_per_s * 1e9, self.intra_us / 1e6)
+        inter = Link(self.inter_gb_per_s * 1e9, self.inter_us / 1e6)
+        return Topology(self.nodes(hosts), Machine(intra, inter, flops=1.0, memory=1.0, call=0.0))

@@ -1,0 +1,73 @@
+"""The strategy that would be fastest, by what its plan costs; that very plan then runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import ClassVar
+
+from apb.compress.base import Compressor
+from apb.costs import Cost, Network, Rates, assumed, cost, load
+from apb.plan import ModelShape, PrefillPlan, PromptLengths
+from apb.strategies import STRATEGIES, strategy
+from apb.strategies.base import Strategy
+from burst.errors import UserError
+
+SIMPLEST = ("full", "ring", "burst", "allgather", "usp", "ulysses", "star", "apb", "spava")
+TIE = 1.01  # costs closer than this are one: the simpler strategy is taken
+
+
+@dataclass(frozen=True)
+class Auto(Strategy):
+    """Plans every strategy that can run on these hosts and returns the plan that costs least without overlap.
+
+    Parameters: ``exact``: leave out the approximate ones; ``rates``: a file that ``apb bench kernels`` wrote, else what
+    is assumed for ``machine`` (cpu or cuda); the network as in ``apb.costs.Network``.
+    """
+
+    name: ClassVar[str] = "auto"
+    takes_compressor: ClassVar[bool] = True
+
+    exact: bool = False
+    rates: str | None = None
+    machine: str = "cuda"
+    hosts_per_node: int = 8
+    intra_gb_per_s: float = 400.0
+    intra_us: float = 5.0
+    inter_gb_per_s: float = 50.0
+    inter_us: float = 15.0
+
+    def plan(
+        self, lengths: PromptLengths, hosts: int, shape: ModelShape, compressor: Compressor | None = None
+    ) -> PrefillPlan:
+        """Return the cheapest plan, which says its own strategy; raises UserError where none can run."""
+        found = self.costs(lengths, hosts, shape, compressor)
+        least = min(each.worst_s for _, each in found)
+        close = [plan for plan, each in found if each.worst_s <= least * TIE]
+        return min(close, key=lambda plan: SIMPLEST.index(plan.strategy))
+
+    def costs(
+        self, lengths: PromptLengths, hosts: int, shape: ModelShape, compressor: Compressor | None = None
+    ) -> list[tuple[PrefillPlan, Cost]]:
+        """Return every plan that can run on these hosts with its cost; raises UserError where none can."""
+        rates: Rates = assumed(self.machine) if self.rates is None else load(Path(self.rates))
+        found, refusal = [], None
+        network = Network("given", *(getattr(self, field.name) for field in fields(Network)[1:]))
+        for name in STRATEGIES:
+            if name == self.name:
+                continue
+            each = strategy(name)
+            asks = compressor is not None and compressor.needs_question and lengths.question == 0
+            if each.takes_compressor and asks:
+                continue  # refused where such a compressor is chosen for itself
+            try:
+                plan = each.plan(lengths, hosts, shape, compressor if each.takes_compressor else None)
+            except UserError as error:
+                refusal = error
+                continue
+            if plan.exact or not self.exact:
+                found.append((plan, cost(plan, rates, network)))
+        if not found:
+            assert refusal is not None
+            raise refusal
+        return found

@@ -1,0 +1,176 @@
+"""``apb bench emulate``: settings made into setups, tables, rows and pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apb.costs.network import Network
+from apb.host import load_adapter
+from bench import report
+from bench.emulate.gantt import draw
+from bench.emulate.measure import PARTS, Measured
+from bench.emulate.measure import run as run_rounds
+from bench.emulate.shares import Baseline, limits
+from bench.emulate.validate import pairs, show
+from bench.hardware import hardware
+from bench.kernels.measure import Device
+from bench.prompts import base_setup, lengths, random_prompt, setups
+from bench.rows import Rows, provenance
+from bench.timing import ratio
+from burst.errors import UserError
+from launch.display import Display, seconds, size
+from launch.settings import chosen_compressor, in_range, typed
+
+
+@dataclass(frozen=True)
+class EmulateSettings:
+    """conf/bench/emulate.yaml."""
+
+    strategies: tuple[str, ...]
+    hosts: int
+    tokens: int
+    query_tokens: int
+    warmup_tokens: int
+    repeats: int
+    threads: int
+    validate: bool
+    save: bool
+
+
+def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
+    """Measure, show and return the document; raises UserError for what cannot be measured."""
+    asked = typed(EmulateSettings, config["bench"], "bench.")
+    for key in ("hosts", "repeats", "threads", "warmup_tokens"):
+        in_range(f"bench.{key}", getattr(asked, key), getattr(asked, key) >= 1, "1 or more")
+    network = typed(Network, config["network"], "network.")
+    base = base_setup(config, display, asked.threads)
+    prompt, short = (
+        random_prompt(lengths(tokens, asked.query_tokens), base.shape.vocab)
+        for tokens in (asked.tokens, min(asked.warmup_tokens, asked.tokens))
+    )
+    names = [n for n in asked.strategies if n != "full"] if asked.validate else asked.strategies
+    everyone = setups(base, names, asked.hosts, chosen_compressor(config))
+    if asked.validate:
+        links, compared = pairs(everyone, prompt, short, asked.hosts, asked.repeats, display)
+        show(links, compared, display)
+        return {
+            "bench": "emulate",
+            "network": dataclasses.asdict(links),
+            "validation": compared,
+            **provenance(config, hardware(base)),
+        }
+    with display.waiting(f"Loading {config['model']['name']}"):
+        adapter = load_adapter(base.spec)
+    baseline = Baseline(Device(base.shape, base.spec.dtype, base.spec.device), prompt.lengths.context)
+    found = run_rounds(
+        everyone, prompt, short, adapter, network, asked.repeats, baseline.round, lambda what: display.note(what, "dim")
+    )
+    rows = [each.row() for each in found]
+    ratios = _ratios(found)
+    document = {
+        "bench": "emulate",
+        "emulated": True,
+        "tokens": asked.tokens,
+        "rows": rows,
+        "ratios": ratios,
+        "baseline": baseline.document(found),
+        "limits": limits(found),
+        **provenance(config, hardware(base)),
+    }
+    _show(found, rows, document, network, display)
+    document["files"] = _write(found, config.get("out"), display)
+    if asked.save:
+        _keep(document)
+    return document
+
+
+def _ratios(found: Sequence[Measured]) -> dict[str, dict[str, Any]]:
+    """How many times faster each strategy is than each other one, by round, pessimistic ends throughout."""
+    return {
+        f"{each.name} over {other.name}": ratio(other.worst_s, each.worst_s)
+        for each in found
+        for other in found
+        if each is not other
+    }
+
+
+def _show(
+    found: Sequence[Measured],
+    rows: Sequence[Mapping[str, Any]],
+    document: Mapping[str, Any],
+    network: Network,
+    display: Display,
+) -> None:
+    plan = found[0].plan
+    spec = found[0].setup.spec
+    baseline = document["baseline"]
+    display.note(
+        f"EMULATED: hosts run one at a time on {document['hardware']}, {spec.dtype}, {spec.threads} thread(s); network "
+        f"{network.name}: {network.intra_gb_per_s:g} GB/s and {network.intra_us:g} us inside, "
+        f"{network.inter_gb_per_s:g} GB/s and {network.inter_us:g} us between machines of {network.hosts_per_node}.",
+        style="bold",
+    )
+    display.note(baseline["told"])
+    times, spent = [], []
+    for each, row in zip(found, rows, strict=True):
+        host, hosts = row["slowest_host"], row["hosts"]
+        over = document["ratios"].get(f"{each.name} over full")
+        name = f"{each.name}, {hosts} host{'s' if hosts > 1 else ''}"
+        times.append([name, seconds(row["seconds"]["median"]), seconds(row["best_s"]["median"])])
+        if over is not None:
+            limit = document["limits"][each.name]
+            low, high = over["iqr"]
+            times[-1] += [f"{over['median']:.2f}x", f"{low:.2f} to {high:.2f}"]
+            times[-1] += [f"{limit['equal_rates']:.2f}x", f"{limit['measured_rates']:.2f}x"]
+        spent.append([name, *(f"{host[part]:.3f}" for part in PARTS), seconds(row["exposed_s"]["median"])])
+        spent[-1] += [
+            f"{max(row['idle_s']) / row['ordered_s']['median']:.0%}",
+            size(sum(row["bytes_by_kind"].values())),
+        ]
+    title = f"{plan.lengths.context + plan.lengths.query:,} tokens to the first token's logits, emulated"
+    columns = ["", "no overlap", "all hidden", "over full", "interquartile", "limit", "at these rates"]
+    display.table(title, columns, times)
+    display.table(
+        "Where the slowest host's time goes, seconds", ["", *PARTS, "exposed", "most idle", "all send"], spent
+    )
+    display.note(
+        "no overlap, all hidden: the two ends; speed-ups compare pessimistic ends round by round, median and "
+        "interquartile range. limit: what FLOPs allow, at one rate for all and at full attention's own two rates. "
+        "exposed: what the network adds as the code orders it. most idle: of any host, share of the whole.",
+        style="dim",
+    )
+
+
+def _write(found: Sequence[Measured], out: str | None, display: Display) -> list[str]:
+    if not out:
+        return []
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    traces = {each.name: each.programs[each.middle] for each in found}
+    (folder / "traces.json").write_text(json.dumps(traces), encoding="utf-8")
+    try:
+        draw({each.name: each.times[each.middle].ordered for each in found}, folder / "gantt.png")
+    except UserError as error:  # the numbers are worth having without pictures
+        display.note(f"No chart: {error.message}; {error.allowed}.")
+        return ["traces.json"]
+    return ["traces.json", "gantt.png"]
+
+
+def _keep(document: Mapping[str, Any]) -> None:
+    """Add one line a strategy to the dated file that ``apb bench report`` reads."""
+    rows = Rows(report.dated("emulate.jsonl"))
+    shared = {k: v for k, v in document.items() if k not in ("rows", "ratios", "limits", "files")}
+    at = time.strftime("%H:%M:%S")
+    for row in document["rows"]:
+        name = row["strategy"]
+        over = document["ratios"].get(f"{name} over full")
+        mine = {k: v for k, v in document["ratios"].items() if k.startswith(f"{name} over ")}
+        limit = document["limits"].get(name)
+        key = f"{document['configuration']['model']['name']}/{document['tokens']}/{name}/{row['hosts']}/{at}"
+        rows.add(key, {**shared, **row, "over_full": over, "ratios": mine, "limit": limit})

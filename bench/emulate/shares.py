@@ -1,0 +1,77 @@
+"""How good the baseline is, and what arithmetic allows: what stands beside every ratio."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bench.emulate.measure import Measured
+from bench.kernels.measure import Device
+from bench.timing import spread
+
+
+class Baseline:
+    """The device's own rates at the baseline's shapes, measured once a round."""
+
+    def __init__(self, device: Device, tokens: int) -> None:
+        self._device, self._tokens = device, tokens
+        self._linear: list[float] = []
+        self._causal: list[float] = []
+
+    def round(self, number: int) -> None:
+        """Measure; a round below 0 does not count."""
+        linear = self._device.linear_rate(self._tokens)
+        causal = self._device.attention_rate(self._tokens, self._tokens, causal=True)
+        if number >= 0:
+            self._linear.append(linear)
+            self._causal.append(causal)
+
+    def document(self, found: Sequence[Measured]) -> dict[str, Any]:
+        """Return the rates, and each strategy's shares of them: linear layers, and attention calls."""
+        linear, causal = spread(self._linear), spread(self._causal)
+        shares = {}
+        for each in found:
+            rates = each.row()["rates"]
+            shares[each.name] = {
+                "linear": rates["linear"] / linear["median"],
+                "attention": rates["attention"] / causal["median"],
+            }
+        told = (
+            f"Device: {linear['median'] / 1e12:.3g} TFLOP/s in this model's projections at {self._tokens:,} tokens, "
+            f"{self._device.matrix_rate / 1e12:.3g} in a large square product, {causal['median'] / 1e12:.3g} in one "
+            "causal attention call of the whole context. "
+        )
+        if "full" in shares:
+            own = shares["full"]
+            told += f"Baseline full: {own['linear']:.0%} of the first and {own['attention']:.0%} of the last."
+        return {
+            "projections_flops_per_s": linear,
+            "causal_flops_per_s": causal,
+            "matrix_flops_per_s": self._device.matrix_rate,
+            "copy_bytes_per_s": self._device.copy_rate,
+            "shares": shares,
+            "told": told,
+        }
+
+
+def limits(found: Sequence[Measured]) -> dict[str, dict[str, float]]:
+    """Return how many times faster than full attention each strategy can be by FLOPs alone.
+
+    ``equal_rates``: one rate for everything; ``measured_rates``: full attention's own two rates.
+    """
+    full = next((each for each in found if each.name == "full"), None)
+    if full is None:
+        return {}
+    rates = full.row()["rates"]
+
+    def busiest(each: Measured, linear_rate: float, attention_rate: float) -> float:
+        s, m = each.plan.shape, each.plan.lengths.query
+        times = []
+        for rank, host in enumerate(each.plan.host_plans):
+            linear = 2 * s.linear_params * (host.tokens_run + m)
+            attention = each.plan.prefill_flops(rank) + each.plan.query_flops(rank) - linear
+            times.append(linear / linear_rate + attention / attention_rate)
+        return max(times)
+
+    by = {"equal_rates": (1.0, 1.0), "measured_rates": (rates["linear"], rates["attention"])}
+    return {each.name: {name: busiest(full, *r) / busiest(each, *r) for name, r in by.items()} for each in found}

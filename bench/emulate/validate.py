@@ -1,0 +1,100 @@
+"""What the emulator predicts beside what real processes take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from apb.costs.network import Network
+from apb.engine import Engine
+from apb.host import load_adapter
+from apb.models.adapter import Adapter
+from apb.prompt import Prompt
+from apb.setup import Setup
+from bench.emulate.measure import record
+from bench.emulate.real import PinnedCluster
+from bench.timing import ratio, spread
+from burst.timeline import interval
+from launch.display import Display, seconds
+
+
+def measured_network(cluster: PinnedCluster) -> Network:
+    """Return this machine's links between two processes."""
+    bandwidth, latency = cluster.call("link", [()] * cluster.hosts)[0]
+    return Network("gloo on one machine", 1, bandwidth / 1e9, latency * 1e6, bandwidth / 1e9, latency * 1e6)
+
+
+def pairs(
+    setups: Sequence[Setup], prompt: Prompt, short: Prompt, hosts: int, repeats: int, display: Display
+) -> tuple[Network, list[dict[str, Any]]]:
+    """Predict and measure each setup in turn, ``repeats`` times; returns the links and a row a strategy.
+
+    The prediction is the makespan as ordered, of hosts that ran one after another on one core.
+    """
+    spec = replace(setups[0].spec, device="cpu")
+    with display.waiting(f"Starting {hosts} gloo processes, each on a core"):
+        cluster = PinnedCluster(spec, hosts)
+    try:
+        adapter = load_adapter(spec)
+        network = measured_network(cluster)
+        found: dict[str, dict[str, list[float]]] = {s.strategy.name: {"predicted": [], "real": []} for s in setups}
+        for number in range(-1, repeats):
+            for setup in setups:
+                name = setup.strategy.name
+                display.note(f"Pair {number + 1} of {repeats}: {name}" if number >= 0 else f"Warm-up: {name}", "dim")
+                asked = prompt if number >= 0 else short
+                predicted = _predicted(setup, asked, adapter, network)
+                real = _real(setup, asked, cluster)
+                if number >= 0:
+                    found[name]["predicted"].append(predicted)
+                    found[name]["real"].append(real)
+    finally:
+        cluster.close()
+    rows = []
+    for name, times in found.items():
+        both = ratio(times["predicted"], times["real"])
+        rows.append(
+            {
+                "strategy": name,
+                "predicted_s": spread(times["predicted"]),
+                "real_s": spread(times["real"]),
+                "predicted_over_real": both,
+                "within": abs(both["median"] - 1),
+            }
+        )
+    return network, rows
+
+
+def show(network: Network, rows: Sequence[Mapping[str, Any]], display: Display) -> None:
+    """Write the table."""
+    display.note(
+        f"Links between two processes here: {network.inter_gb_per_s:.2f} GB/s, {network.inter_us:.0f} us", style="bold"
+    )
+    lines = [
+        [
+            row["strategy"],
+            seconds(row["predicted_s"]["median"]),
+            seconds(row["real_s"]["median"]),
+            "{:.3f}".format(row["predicted_over_real"]["median"]),
+            "{:.3f} to {:.3f}".format(*row["predicted_over_real"]["iqr"]),
+        ]
+        for row in rows
+    ]
+    title = "Predicted (emulated, as ordered) and real seconds to the first token's logits, pair by pair"
+    display.table(title, ["", "predicted", "real", "ratio", "interquartile"], lines)
+
+
+def _predicted(setup: Setup, prompt: Prompt, adapter: Adapter, network: Network) -> float:
+    programs, _ = record(setup, prompt, adapter, network)
+    return interval(programs, network.topology(setup.hosts)).ordered.total_s
+
+
+def _real(setup: Setup, prompt: Prompt, cluster: PinnedCluster) -> float:
+    engine = Engine(setup, cluster)
+    handle = engine.prefill(prompt)
+    found: float = handle.metrics["prefill_s"]
+    engine.release(handle)
+    time.sleep(0.05)  # the processes' last messages are told before the next prediction begins
+    return found
