@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 TOKEN_BYTES = 8  # one int64 per decided token, broadcast to every host
 AGREE_BYTES = 32  # one SHA-256 per agreement, to every peer
+ROWS_BYTES = 8  # one int64 per block and layer where hosts tell how many rows they pass on
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,16 @@ class PrefillPlan:
         """How the anchor is shared; None when every host that sees one runs all of it."""
         return next((step for step in self.host_plans[-1].steps if isinstance(step, GatherAnchor)), None)
 
+    @cached_property
+    def coverage(self) -> float | None:
+        """Share of the scores that is enough to pass on; None: always ``kept_rows``.
+
+        Otherwise these rows, and the bytes and FLOPs that follow from them, are upper bounds, and hosts tell each other
+        in every layer how many there are.
+        """
+        selects = (step for host in self.host_plans for step in host.steps if isinstance(step, Select))
+        return next((step.coverage for step in selects), None)
+
     def question_rows(self, rank: int) -> tuple[int, int]:
         """Rows [start, stop) of the embedded question among the anchor tokens that host ``rank`` runs."""
         host, asked = self.host_plans[rank], self.anchor_skip + self.question_len
@@ -195,7 +206,8 @@ class PrefillPlan:
         """Bytes host ``rank`` sends while the context is prefilled, by kind, all layers."""
         if self.spread is not None:
             return {kind: count * self.shape.layers for kind, count in self.spread.sent(rank, self.shape).items()}
-        return {"anchor": self.anchor_bytes(rank), "passing": self.passing_bytes(rank)}
+        told = ROWS_BYTES * len(self.numbers[rank]) * (self.hosts - 1) * self.shape.layers if self.coverage else 0
+        return {"anchor": self.anchor_bytes(rank), "rows": told, "passing": self.passing_bytes(rank)}
 
     def partial_bytes(self, tokens: int) -> int:
         """Bytes each host sends to merge the attention of ``tokens`` query or decoded tokens, all layers."""
@@ -294,6 +306,7 @@ class PrefillPlan:
             "anchor_len": self.anchor_len,
             "passing_len": max(self.kept_rows),
             "passing": self.route,
+            "passing_coverage": self.coverage,
             "bytes_by_kind": self.bytes_by_kind(self.lengths.query),
             "prefill_flops": [self.prefill_flops(r) for r in range(self.hosts)],
             "per_host": list(self.rows(new_tokens)),

@@ -16,9 +16,10 @@ import torch
 from apb.compress import compressor
 from apb.setup import Setup
 from apb.strategies import strategy
+from apb.strategies.budget import critical_flops, sent_bytes
 from bench.ruler import TASKS, sample
 from bench.ruler.base import Ask, mix
-from bench.ruler.budget import critical_flops, fit, passing_bytes
+from bench.ruler.budget import fit
 from bench.ruler.measure import divergence
 from bench.ruler.official import read
 from bench.ruler.plots import draw
@@ -189,11 +190,9 @@ def test_lengths_are_fitted_to_flops_and_bytes() -> None:
         one_more = dataclasses.replace(one_more, anchor_len=2 * one_more.passing_len)
     assert critical_flops(plan(fitted)) <= budget < critical_flops(plan(one_more))
 
-    sent = passing_bytes(plan(apb.strategy)) // 2
+    sent = sent_bytes(plan(apb.strategy)) // 2
     halved: Any = fit(apb, lengths, sent=sent)
-    assert (
-        passing_bytes(plan(halved)) <= sent < passing_bytes(plan(strategy("apb", passing_len=halved.passing_len + 1)))
-    )
+    assert sent_bytes(plan(halved)) <= sent < sent_bytes(plan(strategy("apb", passing_len=halved.passing_len + 1)))
     both: Any = fit(apb, lengths, sent=0, flops=budget)
     assert both.passing_len == 0 and critical_flops(plan(both)) <= budget
     assert both.anchor_len > 187 // 4

@@ -18,7 +18,8 @@ from apb.plan import ModelShape, PrefillPlan, PromptLengths
 from apb.steps import Attend, GatherAnchor, Select
 from apb.strategies import Strategy, strategy
 from apb.strategies.anchored import even_shares
-from bench.ruler.budget import critical_flops, fit
+from apb.strategies.budget import critical_flops
+from bench.ruler.budget import fit
 from burst.errors import UserError
 from burst.transport import Transport, VirtualWorld
 from burst.transport.process_group import ProcessGroupTransport

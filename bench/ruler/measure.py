@@ -10,7 +10,6 @@ from apb.engine import Engine
 from apb.kv.handle import KVHandle
 from apb.prompt import Prompt
 from bench.ruler.base import Ask, Sample
-from bench.ruler.budget import passing_bytes
 from bench.ruler.prompts import question, target
 from bench.ruler.scoring import accuracy
 
@@ -27,6 +26,7 @@ def measure(
     answer's tokens.
     """
     handle = engine.prefill(prompt)
+    sent = handle.metrics["bytes_by_kind"]
     if engine.setup.hosts > 1:
         gathered = handle.gather(0)
         handle.release()
@@ -40,8 +40,8 @@ def measure(
         "answer_tokens": len(ids),
         "kl": None if full_FV is None else divergence(full_FV, score.first),
         "prefill_flops": [plan.prefill_flops(r) for r in range(plan.hosts)],
-        "passing_bytes": passing_bytes(plan),
-        "sent_bytes": sum(plan.bytes_by_kind(plan.lengths.query).values()),
+        "passing_bytes": sum(sent.get(kind, 0) for kind in plan.prefill_bytes(0)),
+        "sent_bytes": sum(sent.values()),
         "anchor_len": plan.anchor_len,
         "passing_len": max(plan.kept_rows),
     }

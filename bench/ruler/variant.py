@@ -9,7 +9,8 @@ from apb.compress import Compressor
 from apb.plan import PromptLengths
 from apb.setup import Setup
 from apb.strategies import STRATEGIES, Strategy
-from bench.ruler.budget import critical_flops, fit
+from apb.strategies.budget import critical_flops
+from bench.ruler.budget import fit
 from burst.errors import UserError, choose
 
 FULL, FULL_FIRST = "full", "full, question first"
