@@ -19,11 +19,11 @@ from apb.decode.autoregressive import Decoded, DecodeRequest, forward, generate
 from apb.decode.score import Score, score
 from apb.decode.text import TextStream
 from apb.exact import ExactAttention
-from apb.kv.cache import HostCache, Tail
+from apb.kv.cache import CacheAttention, HostCache, Tail
 from apb.kv.gather import gather
 from apb.models.adapter import Adapter
 from apb.plan import PrefillPlan
-from apb.prefill import PrefillAttention
+from apb.prefill import PrefillAttention, WithQuestion
 from apb.process import peak_rss_bytes, reset_peak_rss, rss_bytes
 from burst.kernels import kernel
 from burst.transport import Transport
@@ -187,12 +187,6 @@ class Host:
         ids_S = torch.tensor(request.anchor_ids + request.block_ids, device=device)
         beside = (host.anchor_start, host.anchor_start + host.anchor_len)
         positions_S = torch.cat([torch.arange(a, b) for a, b in (beside, *host.spans)]).to(device)
-        if isinstance(attention, LocalAttention):
-            assert plan.chunk_tokens is not None
-            for start, stop in spans(host.block_len, plan.chunk_tokens):
-                self.adapter.run(ids_S[start:stop], positions_S[start:stop], attention)
-        else:
-            self.adapter.run(ids_S, positions_S, attention, plan.chunk_tokens)
         cache = HostCache(
             context=attention.kept,
             members=tuple(range(plan.hosts)),
@@ -200,9 +194,38 @@ class Host:
             tail=Tail(plan.shape.layers),
             length=plan.lengths.context,
         )
-        if request.query_ids:
+        fused = plan.fused and plan.chunk_tokens is None and bool(request.query_ids)
+        if fused:
+            assert isinstance(attention, PrefillAttention)
+            self._fused(attention, cache, ids_S, positions_S, request.query_ids)
+        elif isinstance(attention, LocalAttention):
+            assert plan.chunk_tokens is not None
+            for start, stop in spans(host.block_len, plan.chunk_tokens):
+                self.adapter.run(ids_S[start:stop], positions_S[start:stop], attention)
+        else:
+            self.adapter.run(ids_S, positions_S, attention, plan.chunk_tokens)
+        if request.query_ids and not fused:
             self._forward(cache, request.query_ids)
         self._caches[request.handle] = cache
+
+    def _fused(
+        self,
+        prefill: PrefillAttention,
+        cache: HostCache,
+        ids_S: Tensor,
+        positions_S: Tensor,
+        query_ids: tuple[int, ...],
+    ) -> None:
+        """Run blocks and question in one pass; the owner keeps the last token's logits."""
+        start, device = cache.length, ids_S.device
+        cache.length += len(query_ids)
+        attention = WithQuestion(prefill, CacheAttention(cache, self.transport, self.kernel), len(ids_S))
+        ids = torch.cat([ids_S, torch.tensor(query_ids, device=device)])
+        positions = torch.cat([positions_S, torch.arange(start, cache.length, device=device)])
+        if self.transport.rank == cache.owner:
+            cache.logits = self.adapter.logits(ids, positions, attention)
+        else:
+            self.adapter.run(ids, positions, attention)
 
     def _prefill_attention(self, request: PrefillRequest) -> PrefillAttention | ExactAttention | LocalAttention:
         """Return what executes the plan's steps on this host."""

@@ -126,6 +126,7 @@ class PrefillPlan:
     exact: bool
     host_plans: tuple[HostPlan, ...]
     spread: Spread | None = None  # how exact attention reaches over all hosts
+    fused: bool = False  # whether the question runs in the blocks' own pass; in chunks it has a pass of its own
     chunk_tokens: int | None = None  # tokens that a host runs through a layer at once; None: all of its own
 
     @property
@@ -249,7 +250,8 @@ class PrefillPlan:
         s, host = self.shape, self.host_plans[rank]
         kept = host.block_len + (self.lengths.query + new_tokens if rank == self.hosts - 1 else 0)
         together = host.tokens_run if self.chunk_tokens is None else min(self.chunk_tokens, host.tokens_run)
-        tokens = max(together, self.lengths.query)
+        fused = self.fused and self.chunk_tokens is None
+        tokens = together + self.lengths.query if fused else max(together, self.lengths.query)
         # Per token: residual, norm and output of the hidden size; then either the MLP's gate, up and product, or
         # attention's q, k, v before and after RoPE with two fp32 partial outputs.
         attention = (3 * s.q_heads + 4 * s.kv_heads) * s.head_dim * s.element_size + 2 * s.q_heads * s.head_dim * 4

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from apb.chunks import attend_over
 from apb.compress.base import Candidates, Compressor, Projections, rows_to_cover, top_rows
-from apb.kv.cache import LayerKV
+from apb.kv.cache import CacheAttention, LayerKV
 from apb.plan import PrefillPlan
 from apb.steps import Attend, GatherAnchor, Pass, Region, Select, Step, TellRows, WaitAnchor, WaitPassing
 from burst.kernels import Kernel
@@ -265,6 +265,37 @@ class PrefillAttention:
             kind="passing",
             step=name,
         )
+
+
+class WithQuestion:
+    """Stands in for a model's attention where the question runs in its host's own pass, behind anchor and blocks.
+
+    In every layer the question's rows attend to what that layer's prefill has just kept, on all hosts, as in a pass of
+    their own: the same result, with the weights read once. Source: Spava (arXiv 2601.21444), section 3.
+    """
+
+    def __init__(self, prefill: PrefillAttention, question: CacheAttention, tokens: int) -> None:
+        """``tokens``: rows of anchor and blocks; those behind them are the question's."""
+        self.needs_projections = prefill.needs_projections
+        self._prefill, self._question, self._tokens = prefill, question, tokens
+
+    def __call__(
+        self,
+        layer: int,
+        q_BHSD: Tensor,
+        k_BKSD: Tensor,
+        v_BKSD: Tensor,
+        scale: float,
+        projections: Projections | None,
+    ) -> Tensor:
+        """Return the attention output (B, S, H, D) of all rows."""
+        n = self._tokens
+        if projections is not None:
+            raw = (projections.q_BSE, projections.k_BSE, projections.v_BSE)
+            projections = Projections(*(x[:, :n] for x in raw))
+        (q, asked_q), (k, asked_k), (v, asked_v) = ((x[:, :, :n], x[:, :, n:]) for x in (q_BHSD, k_BKSD, v_BKSD))
+        out_BSHD = self._prefill(layer, q, k, v, scale, projections)
+        return torch.cat([out_BSHD, self._question(layer, asked_q, asked_k, asked_v, scale, None)], dim=1)
 
 
 def _due(steps: Sequence[Step]) -> dict[int, list[list[Attend]]]:

@@ -92,6 +92,7 @@ def anchored_plan(
     route: Route,
     kept_rows: tuple[int, ...],
     coverage: float | None = None,
+    fused: bool = False,
 ) -> PrefillPlan:
     """Put the hosts' steps together. ``spans``: the blocks in position order; ``held``: their numbers by host.
 
@@ -125,6 +126,7 @@ def anchored_plan(
         kept_rows=kept_rows,
         exact=hosts == 1,
         host_plans=tuple(plans),
+        fused=fused,
     )
 
 

@@ -24,8 +24,8 @@ class Spava(Strategy):
     Parameters: ``anchor_len`` l_a in tokens, the question included; ``passing_len`` l_p, rows each host passes on, half
     of them from each of its blocks; ``lengths``: their defaults are ``apb``'s (n/4H and n/8H), or n/64 both, as
     ``published``; ``cost`` and ``passing_coverage`` as in ``apb``. Rows go straight to the hosts that hold a later
-    block: those of one block while the other is attended to. With fewer than 2H tokens, the last hosts' second blocks
-    go first.
+    block: those of one block while the other is attended to. The question runs in the blocks' own pass. With fewer
+    than 2H tokens, the last hosts' second blocks go first.
 
     Source: arXiv 2601.21444; the shared anchor, direct sends and uneven lengths are ours.
     """
@@ -77,6 +77,7 @@ class Spava(Strategy):
                 route="direct" if passing and hosts > 1 else "none",
                 kept_rows=rows,
                 coverage=coverage,
+                fused=True,
             )
 
         return adaptive(plan, tuple(kept), self.passing_coverage)
