@@ -401,6 +401,28 @@ def test_an_exact_strategy_is_full_attention(model: str, capsys: pytest.CaptureF
     assert abs(ring["less_full"]) < 1e-5 and abs(ring["kl"]) < 1e-6 and ring["passing_bytes"] > 0
 
 
+def test_a_question_asked_afterwards_is_unknown_to_the_prefill(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("ruler", f"model={model}", "cluster.hosts=2", "bench.tokens=600", "bench.samples=1", f"out={tmp_path}")
+    words = (*words, "bench.tasks=[vt_1hop]", "bench.decode=false", "bench.plain=true")
+    code, found, err = command(capsys, *words, "strategy=ring")
+    assert code == 0, err
+    (ring,) = (x for x in found["table"] if x["variant"] == "ring, 2 hosts, question not known")
+    assert abs(ring["less_full"]) < 1e-5 and abs(ring["kl"]) < 1e-6
+    code, found, err = command(capsys, *words, "strategy=apb", "compress=norm")
+    assert code == 0, err
+    names = {f"apb + {c}, 2 hosts, question not known" for c in ("random", "norm")}
+    assert names < {x["variant"] for x in found["table"]}
+    rows = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
+    apb = next(r for r in rows if r["variant"] in names)
+    assert apb["kl"] > 0
+    _, found, _ = command(capsys, *words, "strategy=apb", "compress=query")
+    assert "needs a question" in found["error"]["message"]
+    _, found, _ = command(capsys, *words, "bench.question_first=true")
+    assert "bench.plain" in found["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from apb.engine import Engine
 from apb.kv.handle import KVHandle
-from apb.prompt import Prompt
+from apb.prompt import Prompt, Question
 from bench.ruler.base import Ask, Sample
 from bench.ruler.prompts import question, target
 from bench.ruler.scoring import accuracy
@@ -23,7 +23,7 @@ def measure(
 
     ``full_FV``: those of full attention, None where the distance from it is not asked for. The cache is gathered on
     one host, which gives the same tokens for less work. Logarithms are natural; log-probabilities are means over the
-    answer's tokens.
+    answer's tokens. A prompt without a question is asked the sample's afterwards.
     """
     handle = engine.prefill(prompt)
     sent = handle.metrics["bytes_by_kind"]
@@ -33,6 +33,8 @@ def measure(
     else:
         gathered = handle
     plan = engine.setup.plan(prompt)
+    if prompt.question is None:
+        gathered = _asked(gathered, question(engine.setup.tokenizer, sample.ask, chat=sample.chat))
     ids = target(engine.setup.tokenizer, sample.ask)
     score = gathered.score(ids, first=min(FIRST, len(ids)))
     row: dict[str, Any] = {
@@ -57,6 +59,13 @@ def measure(
         row |= {f"second_{name}": value for name, value in found.items()}
         second.release()
     return row, score.first
+
+
+def _asked(handle: KVHandle, question: Question) -> KVHandle:
+    """Ask a cache its question; the cache goes."""
+    asked = handle.fork(question)
+    handle.release()
+    return asked
 
 
 def divergence(full_FV: Tensor, other_FV: Tensor) -> float:
