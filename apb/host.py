@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apb.chunks import LocalAttention, spans
+from apb.chunks import LocalAttention
 from apb.compress.base import Compressor
 from apb.decode.base import Decoded, DecodeRequest, Decoding, forward
 from apb.decode.placement import Links, measure
 from apb.decode.score import Score, score
 from apb.decode.text import TextStream
-from apb.draft.handoff import hand_over, move, positions
+from apb.draft.handoff import hand_over, move
 from apb.draft.spec import DraftSpec
 from apb.exact import ExactAttention
-from apb.kv.cache import HostCache, Tail
+from apb.kv.cache import CacheAttention, HostCache, Tail
 from apb.kv.gather import gather
 from apb.models.adapter import Adapter
+from apb.passes import BlockAttention, Passes
 from apb.plan import PrefillPlan
 from apb.prefill import PrefillAttention
 from apb.process import peak_rss_bytes, reset_peak_rss, rss_bytes
@@ -209,7 +210,6 @@ class Host:
         # The shape is that of the model loaded here, which knows nothing of the plan's.
         self.transport.agree(f"{request.agreement} {self.adapter.shape}", step="agree on the plan")
         attention = self._prefill_attention(request)
-        features_SF = self._run(request, attention)
         cache = HostCache(
             context=attention.kept,
             members=tuple(range(plan.hosts)),
@@ -217,14 +217,25 @@ class Host:
             tail=Tail(plan.shape.layers),
             length=plan.lengths.context,
         )
+        passes = Passes(self.adapter, plan, self.transport.rank, request.anchor_ids, request.block_ids)
+        fused = plan.fused and plan.chunk_tokens is None and bool(request.query_ids)
+        asked_QF = None
+        if fused:
+            assert isinstance(attention, PrefillAttention)
+            question = CacheAttention(cache, self.transport, self.kernel)
+            features_SF, asked_QF = passes.with_question(attention, question, cache, request.query_ids)
+        else:
+            features_SF = passes.blocks(attention)
         if plan.draft is not None:
             draft = self.adapter.draft
             assert draft is not None and features_SF is not None
             wanted = [plan.draft.spans(h.spans, plan.lengths.context) for h in plan.host_plans]
             ids = request.next_ids, request.block_ids
             cache.draft = hand_over(draft, wanted, features_SF, *ids, cache.owner, self.transport)
-        self._query_s = 0.0
-        if request.query_ids:
+        if cache.draft is not None and asked_QF is not None:
+            cache.draft.observe(asked_QF, request.query_ids, cache.context_len)
+        self._query_s = 0.0  # a fused question is part of the blocks' pass
+        if request.query_ids and not fused:
             self._finished()
             began = time.perf_counter()
             self._forward(cache, request.query_ids)
@@ -232,36 +243,7 @@ class Host:
             self._query_s = time.perf_counter() - began
         self._caches[request.handle] = cache
 
-    def _run(
-        self, request: PrefillRequest, attention: PrefillAttention | ExactAttention | LocalAttention
-    ) -> Tensor | None:
-        """Run anchor and blocks through the model; return the features (S, F) that the draft head takes over."""
-        plan = request.plan
-        host, device = plan.host_plans[self.transport.rank], self.adapter.device
-        ids_S = torch.tensor(request.anchor_ids + request.block_ids, device=device)
-        beside = (host.anchor_start, host.anchor_start + host.anchor_len)
-        positions_S = torch.cat([torch.arange(a, b) for a, b in (beside, *host.spans)]).to(device)
-        rows_S, taps = torch.empty(0, dtype=torch.int64, device=device), None
-        if plan.draft is not None:
-            at = torch.tensor(positions(plan.draft.spans(host.spans, plan.lengths.context)), device=device)
-            # The anchor's copies of these positions stand before the block's own tokens, which ascend.
-            rows_S = host.anchor_len + torch.searchsorted(positions_S[host.anchor_len :], at)
-            assert self.adapter.draft is not None
-            taps = self.adapter.draft.head.taps
-        if not isinstance(attention, LocalAttention):
-            with self.adapter.capturing(taps, rows_S) as features:
-                self.adapter.run(ids_S, positions_S, attention, plan.chunk_tokens)
-            return features.value_SF if taps is not None else None
-        assert plan.chunk_tokens is not None
-        parts = []
-        for start, stop in spans(host.block_len, plan.chunk_tokens):
-            inside = rows_S[(rows_S >= start) & (rows_S < stop)] - start
-            with self.adapter.capturing(taps, inside) as features:
-                self.adapter.run(ids_S[start:stop], positions_S[start:stop], attention)
-            parts += [features.value_SF] if taps is not None else []
-        return torch.cat(parts) if parts else None
-
-    def _prefill_attention(self, request: PrefillRequest) -> PrefillAttention | ExactAttention | LocalAttention:
+    def _prefill_attention(self, request: PrefillRequest) -> BlockAttention:
         """Return what executes the plan's steps on this host."""
         plan = request.plan
 

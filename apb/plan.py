@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 TOKEN_BYTES = 8  # one int64 per decided token, broadcast to every host
 AGREE_BYTES = 32  # one SHA-256 per agreement, to every peer
+ROWS_BYTES = 8  # one int64 per block and layer where hosts tell how many rows they pass on
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ class PrefillPlan:
     exact: bool
     host_plans: tuple[HostPlan, ...]
     spread: Spread | None = None  # how exact attention reaches over all hosts
+    fused: bool = False  # whether the question runs in the blocks' own pass; in chunks it has a pass of its own
     chunk_tokens: int | None = None  # tokens that a host runs through a layer at once; None: all of its own
     draft: Handoff | None = None  # what a draft head takes over; None without one
 
@@ -158,6 +160,16 @@ class PrefillPlan:
     def shared_anchor(self) -> GatherAnchor | None:
         """How the anchor is shared; None when every host that sees one runs all of it."""
         return next((step for step in self.host_plans[-1].steps if isinstance(step, GatherAnchor)), None)
+
+    @cached_property
+    def coverage(self) -> float | None:
+        """Share of the scores that is enough to pass on; None: always ``kept_rows``.
+
+        Otherwise these rows, and the bytes and FLOPs that follow from them, are upper bounds, and hosts tell each other
+        in every layer how many there are.
+        """
+        selects = (step for host in self.host_plans for step in host.steps if isinstance(step, Select))
+        return next((step.coverage for step in selects), None)
 
     def question_rows(self, rank: int) -> tuple[int, int]:
         """Rows [start, stop) of the embedded question among the anchor tokens that host ``rank`` runs."""
@@ -210,7 +222,8 @@ class PrefillPlan:
         if self.spread is not None:
             kinds = {kind: count * self.shape.layers for kind, count in self.spread.sent(rank, self.shape).items()}
         else:
-            kinds = {"anchor": self.anchor_bytes(rank), "passing": self.passing_bytes(rank)}
+            told = ROWS_BYTES * len(self.numbers[rank]) * (self.hosts - 1) * self.shape.layers if self.coverage else 0
+            kinds = {"anchor": self.anchor_bytes(rank), "rows": told, "passing": self.passing_bytes(rank)}
         if self.draft is not None and rank != self.hosts - 1:
             kinds["draft"] = self.draft.sent(self.host_plans[rank].spans, self.lengths.context)
         return kinds
@@ -255,7 +268,8 @@ class PrefillPlan:
         s, host = self.shape, self.host_plans[rank]
         kept = host.block_len + (self.lengths.query + new_tokens if rank == self.hosts - 1 else 0)
         together = host.tokens_run if self.chunk_tokens is None else min(self.chunk_tokens, host.tokens_run)
-        tokens = max(together, self.lengths.query)
+        fused = self.fused and self.chunk_tokens is None
+        tokens = together + self.lengths.query if fused else max(together, self.lengths.query)
         # Per token: residual, norm and output of the hidden size; then either the MLP's gate, up and product, or
         # attention's q, k, v before and after RoPE with two fp32 partial outputs.
         attention = (3 * s.q_heads + 4 * s.kv_heads) * s.head_dim * s.element_size + 2 * s.q_heads * s.head_dim * 4
@@ -312,6 +326,7 @@ class PrefillPlan:
             "anchor_len": self.anchor_len,
             "passing_len": max(self.kept_rows),
             "passing": self.route,
+            "passing_coverage": self.coverage,
             "bytes_by_kind": self.bytes_by_kind(self.lengths.query),
             "prefill_flops": [self.prefill_flops(r) for r in range(self.hosts)],
             "per_host": list(self.rows(new_tokens)),

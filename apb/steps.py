@@ -17,11 +17,18 @@ Route = Literal["ring", "allgather", "direct", "none"]
 
 @dataclass(frozen=True)
 class Select:
-    """Keep ``rows`` of the block's keys and values per kv head, none from the first ``skip`` block tokens."""
+    """Keep ``rows`` of the block's keys and values per kv head, none from the first ``skip`` block tokens; with
+    ``coverage`` fewer in layers where fewer cover that share of the scores."""
 
     rows: int
     skip: int
     block: int = 0
+    coverage: float | None = None
+
+
+@dataclass(frozen=True)
+class TellRows:
+    """Give every host the number of rows that each block passes on in this layer, and wait for it."""
 
 
 @dataclass(frozen=True)
@@ -73,4 +80,4 @@ class AttendAll:
     head_pairs: int
 
 
-Step = Select | Pass | WaitPassing | GatherAnchor | WaitAnchor | Attend | AttendAll
+Step = Select | TellRows | Pass | WaitPassing | GatherAnchor | WaitAnchor | Attend | AttendAll

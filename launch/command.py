@@ -86,7 +86,10 @@ def _once(
     try:
         config = compose(name, overrides)
         out = config.get("out")
-        with kept(str(Path(out) / part) if out else None, config, display) as result:
+        folder = str(Path(out) / part) if out else None
+        if out and not VERBS[name].gathers:
+            config["out"] = folder
+        with kept(folder, config, display) as result:
             code = DONE
             try:
                 document = run(arguments, config, display)

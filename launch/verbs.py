@@ -29,12 +29,13 @@ class Verb:
     document: bool = False  # whether it takes -d
     query: bool = False  # whether it takes -q
     sweeps: bool = True  # whether it takes -m
+    gathers: bool = False  # whether all runs of a sweep work in one folder out=DIR, beside those of their own
 
 
 VERBS = {
     "ask": Verb("ask a question about a long document", "launch.ask:run", document=True, query=True),
     "serve": Verb("answer OpenAI-style requests over HTTP", "launch.server:run", sweeps=False),
-    "bench": Verb("measure fidelity or throughput", "bench.cli:main", name="NAME"),
+    "bench": Verb("measure fidelity or throughput", "bench.cli:main", name="NAME", gathers=True),
     "plan": Verb(
         "show blocks, bytes, FLOPs and memory before anything is loaded", "launch.plan:run", document=True, query=True
     ),

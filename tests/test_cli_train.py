@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from apb.compress import Candidates
+from apb.compress.retaining import Retaining
 from tests.tiny import saved_llama
 
 pytest_plugins = ("tests.command",)
@@ -45,6 +48,51 @@ def test_train_and_use(apb: Any, ask: Any, roomy: str, text: Path, tmp_path: Pat
     asked = ask("strategy=apb", "cluster.hosts=3", "compress=retaining", f"compress.heads={found['file']}").document
     assert asked["plan"]["compressor"] == "retaining" and asked["token_ids"]
     apb(*words, "seed=1").refused("another job", "seed=1")
+
+
+def test_the_runs_of_a_sweep_train_in_folders_of_their_own(apb: Any, roomy: str, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ("train", "retaining_heads", "-m", "-d", str(text), f"model={roomy}", f"out={out}", *SMALL)
+    ran = apb(*words, "method=ridge", "seed=0,1")
+    assert ran.code == 0, ran.err
+    files = [Path(run["file"]) for run in ran.document["runs"]]
+    assert files == [out / "0" / "heads.safetensors", out / "1" / "heads.safetensors"]
+    assert files[0].read_bytes() != files[1].read_bytes()
+    assert "Labelling" not in apb(*words, "method=ridge", "seed=0,1").err  # the same sweep finds what is there
+
+
+def test_a_published_file_of_full_width_is_used(
+    apb: Any, roomy: str, document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gen = torch.Generator().manual_seed(0)
+    state = {"model.norm.weight": torch.ones(64)}  # published checkpoints hold other keys, too
+    for i in range(3):
+        at = f"model.layers.{i}.self_attn"
+        state[f"{at}.fc1.weight"] = torch.randn(1024, 128, generator=gen).bfloat16()
+        state[f"{at}.fc2.weight"] = torch.randn(2, 1024, generator=gen).bfloat16()
+    file = tmp_path / "heads, published.bin"
+    torch.save(state, file)
+    words = ("-d", str(document), "-q", "Who?", f"model={roomy}", "cluster=virtual", "cluster.hosts=3")
+    words = ("ask", *words, "strategy=apb", "decode.max_new_tokens=12", "dtype=float32")
+    asked = apb(*words, "compress=retaining", f"compress.heads={file}").document
+    assert asked["plan"]["compressor"] == "retaining"
+    scored: list[torch.Tensor] = []
+
+    def score(self: Retaining, block: Candidates) -> torch.Tensor:
+        """What the published code computes: raw q, k and v side by side, no bias, a max-pool of 5."""
+        assert block.projections is not None
+        x = torch.cat([block.projections.q_BSE, block.projections.k_BSE, block.projections.v_BSE], dim=-1)
+        at = f"model.layers.{block.layer}.self_attn"
+        fc1, fc2 = (state[f"{at}.{part}.weight"].float() for part in ("fc1", "fc2"))
+        hidden = x @ fc1.T
+        raw = (hidden * hidden.sigmoid() @ fc2.T).transpose(1, 2)
+        scored.append(torch.nn.functional.max_pool1d(raw, 5, 1, 2))
+        return scored[-1]
+
+    monkeypatch.setattr(Retaining, "score", score)
+    by_hand = apb(*words, "compress=retaining", f"compress.heads={file}").document
+    assert by_hand["token_ids"] == asked["token_ids"] and scored
+    assert apb(*words, "compress=random").document["token_ids"] != asked["token_ids"]
 
 
 def test_what_training_refuses(apb: Any, ask: Any, model: Path, document: Path, text: Path, tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ import torch
 from apb.compress import compressor
 from apb.setup import Setup
 from apb.strategies import strategy
+from apb.strategies.budget import critical_flops, sent_bytes
 from bench.ruler import TASKS, sample
 from bench.ruler.base import Ask, mix
-from bench.ruler.budget import critical_flops, fit, passing_bytes
+from bench.ruler.budget import fit
 from bench.ruler.measure import divergence
 from bench.ruler.official import read
 from bench.ruler.plots import draw
@@ -77,7 +78,7 @@ def test_chains_are_assigned_in_order() -> None:
         for name, given in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", WORDS.decode(made.document)):
             value[name] = value.get(given, given)  # a copy before its source would leave a name here
         assert len(value) == chains * (hops + 1) and all(v.isdigit() for v in value.values())
-        held = re.findall(r"\d+|[A-Z]{5}", made.ask.question)[-1]
+        held = re.findall(r"\d+|[A-Z]{3,}", made.ask.question)[-1]
         want = {n for n, v in value.items() if v == held} if task == "vt" else {value[held]}
         assert set(made.ask.answers) == want
 
@@ -189,11 +190,9 @@ def test_lengths_are_fitted_to_flops_and_bytes() -> None:
         one_more = dataclasses.replace(one_more, anchor_len=2 * one_more.passing_len)
     assert critical_flops(plan(fitted)) <= budget < critical_flops(plan(one_more))
 
-    sent = passing_bytes(plan(apb.strategy)) // 2
+    sent = sent_bytes(plan(apb.strategy)) // 2
     halved: Any = fit(apb, lengths, sent=sent)
-    assert (
-        passing_bytes(plan(halved)) <= sent < passing_bytes(plan(strategy("apb", passing_len=halved.passing_len + 1)))
-    )
+    assert sent_bytes(plan(halved)) <= sent < sent_bytes(plan(strategy("apb", passing_len=halved.passing_len + 1)))
     both: Any = fit(apb, lengths, sent=0, flops=budget)
     assert both.passing_len == 0 and critical_flops(plan(both)) <= budget
     assert both.anchor_len > 187 // 4
@@ -400,6 +399,28 @@ def test_an_exact_strategy_is_full_attention(model: str, capsys: pytest.CaptureF
     assert code == 0, err
     (ring,) = (x for x in found["table"] if x["variant"] == "ring, 2 hosts")
     assert abs(ring["less_full"]) < 1e-5 and abs(ring["kl"]) < 1e-6 and ring["passing_bytes"] > 0
+
+
+def test_a_question_asked_afterwards_is_unknown_to_the_prefill(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("ruler", f"model={model}", "cluster.hosts=2", "bench.tokens=600", "bench.samples=1", f"out={tmp_path}")
+    words = (*words, "bench.tasks=[vt_1hop]", "bench.decode=false", "bench.plain=true")
+    code, found, err = command(capsys, *words, "strategy=ring")
+    assert code == 0, err
+    (ring,) = (x for x in found["table"] if x["variant"] == "ring, 2 hosts, question not known")
+    assert abs(ring["less_full"]) < 1e-5 and abs(ring["kl"]) < 1e-6
+    code, found, err = command(capsys, *words, "strategy=apb", "compress=norm")
+    assert code == 0, err
+    names = {f"apb + {c}, 2 hosts, question not known" for c in ("random", "norm")}
+    assert names < {x["variant"] for x in found["table"]}
+    rows = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
+    apb = next(r for r in rows if r["variant"] in names)
+    assert apb["kl"] > 0
+    _, found, _ = command(capsys, *words, "strategy=apb", "compress=query")
+    assert "needs a question" in found["error"]["message"]
+    _, found, _ = command(capsys, *words, "bench.question_first=true")
+    assert "bench.plain" in found["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,11 +19,15 @@ from apb.plan import ModelShape, PrefillPlan, PromptLengths
 from apb.steps import Attend, GatherAnchor, Select
 from apb.strategies import Strategy, strategy
 from apb.strategies.anchored import even_shares
-from bench.ruler.budget import critical_flops, fit
+from apb.strategies.budget import critical_flops
+from apb.strategies.spava import Spava
+from bench.ruler.budget import fit
 from burst.errors import UserError
 from burst.transport import Transport, VirtualWorld
 from burst.transport.process_group import ProcessGroupTransport
+from tests import tiny
 from tests.pool import Rank, shared_pool
+from tests.test_compressors import pair
 from tests.test_passing import CONTEXT, LAYERS, Event, requests, virtual_events
 from tests.test_plans import LENGTHS, SHAPE
 from tests.test_strategies import check
@@ -162,6 +167,45 @@ def test_a_shared_anchor_gives_what_recomputed_ones_give() -> None:
             torch.testing.assert_close(a.k_BKTD, b.k_BKTD, atol=1e-9, rtol=0)
             torch.testing.assert_close(a.v_BKTD, b.v_BKTD, atol=1e-9, rtol=0)
     assert found[0][2] == found[1][2]
+
+
+@pytest.mark.parametrize("select", ["query", "retaining"])
+@pytest.mark.parametrize("hosts", [1, 2, 5])
+def test_a_question_in_the_blocks_own_pass_gives_what_its_own_pass_gives(
+    hosts: int, select: str, tmp_path: Path
+) -> None:
+    adapter, prompt, found = tiny_llama(torch.float64), make_prompt(499), []
+    scorer = pair("retaining:ours" if select == "retaining" else "query", tmp_path, tiny.rotation(adapter))[0]
+    assert prompt.question is not None
+    m = len(prompt.question.query_ids)
+    for fused in (True, False):
+        engine = tiny_engine(adapter, Unfused() if not fused else strategy("spava"), hosts, scorer)
+        runs, keep = collector()
+        count = adapter._base.register_forward_hook(keep, with_kwargs=True)
+        handle = engine.prefill(prompt)
+        count.remove()
+        tokens = [host.tokens_run for host in engine.setup.plan(prompt).host_plans]
+        assert sorted(runs) == sorted([t + m for t in tokens] if fused else [*tokens, *[m] * hosts])
+        assert handle.metrics["bytes_by_kind"] == engine.setup.plan(prompt).bytes_by_kind(m)
+        again = engine.logits(handle.fork(query=prompt.question))
+        found.append((engine.logits(handle), again, engine.generate(handle, max_new_tokens=8).token_ids))
+    assert found[0][2] == found[1][2]
+    for one, other in ((found[0][0], found[1][0]), (found[0][0], found[0][1])):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=0)
+
+
+def collector() -> tuple[list[int], Any]:
+    """A list, and a hook that puts the number of tokens of every forward pass there."""
+    runs: list[int] = []
+    return runs, lambda module, args, given, out: runs.append(given["input_ids"].shape[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Unfused(Spava):
+    """spava with a pass of its own for the question."""
+
+    def plan(self, *args: Any, **options: Any) -> PrefillPlan:
+        return dataclasses.replace(super().plan(*args, **options), fused=False)
 
 
 def test_a_cache_of_two_blocks_a_host_knows_where_tokens_are() -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,6 +247,42 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(tmp_pat
     found = finished(tmp_path / "killed", job())
     assert found is not None and found.recall == done.recall
     assert done.recall == whole.recall
+    for a, b in zip(load(whole.file).layers, load(done.file).layers, strict=True):
+        for name in ("fc1_WE", "bias_W", "fc2_KW"):
+            torch.testing.assert_close(getattr(a, name), getattr(b, name), atol=1e-6, rtol=0)
+
+
+def killed_by(count: int) -> Callable[[str, int, int], None]:
+    left = iter(range(count))
+
+    def on_progress(phase: str, done: int, total: int) -> None:
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return on_progress
+
+
+def killing(folder: Path, counts: tuple[int, ...]) -> None:
+    """Train in processes that are killed after so many steps, one after another; runs in a process of its own."""
+    for count in counts:
+        child = os.fork()
+        if not child:
+            run(folder, job(), killed_by(count))
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, f"it ended within {count} steps"
+
+
+def test_a_process_that_gets_sigkill_again_and_again_ends_with_the_same_weights(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", job())
+    call = f"killing(Path({str(tmp_path / 'killed')!r}), (3, 3, 12, 14))"
+    code = f"from pathlib import Path; from tests.test_training import killing; {call}"
+    # Forked only where no thread has run yet.
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    left = {p.name for p in (tmp_path / "killed").rglob("*.safetensors")}
+    assert left and "heads.safetensors" not in left
+    done = run(tmp_path / "killed", job())
+    assert done.recall == whole.recall
+    assert [p.name for p in (tmp_path / "killed").rglob("*.part")] == []
     for a, b in zip(load(whole.file).layers, load(done.file).layers, strict=True):
         for name in ("fc1_WE", "bias_W", "fc2_KW"):
             torch.testing.assert_close(getattr(a, name), getattr(b, name), atol=1e-6, rtol=0)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from apb.compress.base import Candidates, Compressor
+from apb.compress.base import Candidates, Compressor, Measure
 from apb.compress.pool import check_window, max_pool
 from burst.errors import choose
 
@@ -37,6 +37,11 @@ class Query(Compressor):
         check_window(self.window)
         choose("value of compress.reduce:", self.reduce, ("mean", "max"))
         choose("value of compress.logits:", self.logits, ("softmax", "raw"))
+
+    @property
+    def measures(self) -> Measure:
+        """Shares of attention, or logits where asked for raw ones."""
+        return "shares" if self.logits == "softmax" else "logits"
 
     def score(self, block: Candidates) -> Tensor:
         """Return scores (B, K, S), fp32."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from apb.compress.base import Candidates, Compressor
+from apb.compress.base import Candidates, Compressor, Measure
 from apb.compress.pool import check_window, max_pool
 from apb.heads import find, head_input, load, on_device
 from apb.plan import ModelShape
@@ -37,6 +37,11 @@ class Retaining(Compressor):
     def check(self, shape: ModelShape) -> None:
         """Raise UserError unless the heads are there and belong to such a model."""
         load(find(self.heads)).check(shape)
+
+    @property
+    def measures(self) -> Measure:
+        """Logits, as the heads were trained."""
+        return "logits"
 
     def score(self, block: Candidates) -> Tensor:
         """Return scores (B, K, S), fp32; the heads run in the model's type."""

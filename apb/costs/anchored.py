@@ -8,9 +8,10 @@ import numpy as np
 
 from apb.costs.lockstep import Await, Exchange, Hosts, Move, Relay, Seconds, Step, Work, shift
 from apb.costs.rates import Rates, read
-from apb.plan import PrefillPlan
-from apb.steps import Attend, AttendAll, GatherAnchor, Pass, Select, WaitAnchor, WaitPassing
+from apb.plan import ROWS_BYTES, PrefillPlan
+from apb.steps import Attend, AttendAll, GatherAnchor, Pass, Select, TellRows, WaitAnchor, WaitPassing
 
+Together = TellRows | GatherAnchor | WaitAnchor | Pass | WaitPassing
 Meeting = tuple[str, int]  # what hosts do together, and for which of their blocks
 
 
@@ -37,27 +38,34 @@ def attention(plan: PrefillPlan, rates: Rates) -> list[Step]:
                     at = turn[_meeting(step)]
     steps: list[Step] = [Work(dict(work[0]))]
     for at, meeting in enumerate(order):
-        steps += [_together(meeting, plan), Work(dict(work[at + 1]))]
+        steps += [*_together(meeting, plan), Work(dict(work[at + 1]))]
     return steps
 
 
-def _meeting(step: GatherAnchor | WaitAnchor | Pass | WaitPassing) -> Meeting:
+def _meeting(step: Together) -> Meeting:
     return type(step).__name__, getattr(step, "block", 0)
 
 
 def _meetings(plan: PrefillPlan) -> list[Meeting]:
     """What hosts do together, in the order of the host that does most of it."""
     own = (
-        [_meeting(s) for s in host.steps if isinstance(s, GatherAnchor | WaitAnchor | Pass | WaitPassing)]
+        [_meeting(s) for s in host.steps if isinstance(s, Together)]
         for host in plan.host_plans
     )
     return max(own, key=len)
 
 
-def _together(meeting: Meeting, plan: PrefillPlan) -> Step:
+def _together(meeting: Meeting, plan: PrefillPlan) -> list[Step]:
     what, block = meeting
     if what.startswith("Wait"):
-        return Await(f"{what.removeprefix('Wait')} {block}")
+        return [Await(f"{what.removeprefix('Wait')} {block}")]
+    if what == "TellRows":
+        told = np.array([ROWS_BYTES * len(held) for held in plan.numbers], dtype=float)
+        return [Exchange("Rows", _all(plan.hosts, told)), Await("Rows")]
+    return [_passed(what, block, plan)]
+
+
+def _passed(what: str, block: int, plan: PrefillPlan) -> Step:
     row = plan.shape.kv_row_bytes
     if what == "GatherAnchor":
         layers, others = plan.shape.layers, plan.hosts - 1

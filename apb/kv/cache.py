@@ -134,6 +134,11 @@ class CacheAttention:
         assert transport.rank in cache.members
         self._cache, self._transport, self._kernel, self._seen_SS = cache, transport, kernel, seen_SS
 
+    @property
+    def decides(self) -> bool:
+        """Whether this host is the owner."""
+        return self._transport.rank == self._cache.owner
+
     def __call__(
         self, layer: int, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, projections: object
     ) -> Tensor:
@@ -141,7 +146,7 @@ class CacheAttention:
         cache, own = self._cache, Accumulator()
         context = cache.context[layer]
         own.add(*self._kernel(q_BHSD, context.k_BKTD, context.v_BKTD, causal=False, scale=scale))
-        if self._transport.rank == cache.owner:
+        if self.decides:
             earlier = cache.tail.view(layer)
             if earlier is not None:
                 own.add(*self._kernel(q_BHSD, earlier.k_BKTD, earlier.v_BKTD, causal=False, scale=scale))

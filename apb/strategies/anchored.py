@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from apb.compress.base import Compressor
 from apb.plan import HostPlan, ModelShape, PrefillPlan, PromptLengths
-from apb.steps import Attend, GatherAnchor, Pass, Region, Route, Select, Step, WaitAnchor, WaitPassing
+from apb.steps import Attend, GatherAnchor, Pass, Region, Route, Select, Step, TellRows, WaitAnchor, WaitPassing
+from apb.strategies.budget import sent_bytes
 from burst.errors import UserError
 
 AnchorForm = Literal["shared", "recomputed"]  # computed once, spread over the hosts; or by every host that sees it
@@ -57,6 +60,26 @@ def passing_length(asked: int | None, default: int, smallest: int) -> int:
     return asked
 
 
+def check_coverage(coverage: float | None, compressor: Compressor | None) -> None:
+    """Raise UserError for a share of the scores that cannot be told."""
+    if coverage is None:
+        return
+    if not 0 < coverage < 1:
+        raise UserError(
+            "no such share of the scores",
+            given=f"strategy.passing_coverage={coverage}",
+            allowed="more than 0 and less than 1",
+            remedy="Choose 0.95, for example, or leave it out.",
+        )
+    if compressor is not None and compressor.measures is None:
+        raise UserError(
+            f"compressor '{compressor.name}' orders tokens, but does not say how much attention they get",
+            given=f"strategy.passing_coverage={coverage}",
+            allowed="compressors such as query, retaining, expected and snapkv",
+            remedy="Choose another compressor, or leave strategy.passing_coverage out.",
+        )
+
+
 def anchored_plan(
     *,
     strategy: str,
@@ -68,11 +91,19 @@ def anchored_plan(
     anchor: Anchor,
     route: Route,
     kept_rows: tuple[int, ...],
+    coverage: float | None = None,
+    fused: bool = False,
 ) -> PrefillPlan:
-    """Put the hosts' steps together. ``spans``: the blocks in position order; ``held``: their numbers by host."""
+    """Put the hosts' steps together. ``spans``: the blocks in position order; ``held``: their numbers by host.
+
+    ``coverage``: blocks pass on fewer rows than ``kept_rows`` in layers where fewer cover that share of the scores.
+    """
     hosts = len(held)
     shared = anchor.form == "shared" and hosts > 1
-    bare = [_host(rank, numbers, spans, anchor, (0, 0), shared, route, kept_rows) for rank, numbers in enumerate(held)]
+    bare = [
+        _host(rank, numbers, spans, anchor, (0, 0), shared, route, kept_rows, coverage)
+        for rank, numbers in enumerate(held)
+    ]
     plans = []
     work = [2 * shape.linear_params * h.tokens_run + _attention(shape, h.head_pairs(shape.q_heads)) for h in bare]
     per_token = 2 * shape.linear_params + _attention(shape, shape.q_heads * anchor.tokens // 2)
@@ -82,7 +113,7 @@ def anchored_plan(
             # Block 0 has no anchor; its host runs the head of it beside the block when its compressor asks.
             beside = anchor.skip + anchor.question if anchor.asks and kept_rows[0] else 0
             start, stop = 0, anchor.tokens if rank else beside
-        plans.append(_host(rank, held[rank], spans, anchor, (start, stop), shared, route, kept_rows))
+        plans.append(_host(rank, held[rank], spans, anchor, (start, stop), shared, route, kept_rows, coverage))
     return PrefillPlan(
         strategy=strategy,
         compressor=compressor,
@@ -95,7 +126,23 @@ def anchored_plan(
         kept_rows=kept_rows,
         exact=hosts == 1,
         host_plans=tuple(plans),
+        fused=fused,
     )
+
+
+def adaptive(
+    plan: Callable[[tuple[int, ...], float | None], PrefillPlan], rows: tuple[int, ...], coverage: float | None
+) -> PrefillPlan:
+    """Return the plan with ``rows`` a block, or with up to one less, as many as cover that share of the scores.
+
+    The row less pays for telling how many are passed on, so that never more bytes are sent than with fixed rows. Where
+    it does not, as with nothing to pass on, rows stay fixed.
+    """
+    fixed = plan(rows, None)
+    if coverage is None:
+        return fixed
+    fewer = plan(tuple(max(0, r - 1) for r in rows), coverage)
+    return fewer if any(fewer.kept_rows) and sent_bytes(fewer) <= sent_bytes(fixed) else fixed
 
 
 def even_shares(work: list[int], tokens: int, per_token: int) -> list[int]:
@@ -128,6 +175,7 @@ def _host(
     shared: bool,
     route: Route,
     kept_rows: tuple[int, ...],
+    coverage: float | None,
 ) -> HostPlan:
     """Return one host's part; ``run``: the anchor's tokens [start, stop) that it runs."""
     own = tuple(spans[number] for number in numbers)
@@ -136,9 +184,11 @@ def _host(
     for place, number in enumerate(numbers):
         if kept_rows[number]:
             skip = min(anchor.tokens, own[place][1]) if number == 0 else 0
-            choose.append(Select(kept_rows[number], skip, place))
-        if route != "none":
+            choose.append(Select(kept_rows[number], skip, place, coverage))
+        if route != "none" and coverage is None:
             choose.append(Pass(route, place))
+    if route != "none" and coverage is not None:  # one message tells the rows of all blocks
+        choose += [TellRows(), *(Pass(route, place) for place in range(len(numbers)))]
     # The anchor travels before the passing blocks and these while blocks are attended to, so waits stand late.
     within = [_attend("block", ("block",), stop - start, 0, place) for place, (start, stop) in enumerate(own)]
     share: list[Step] = []

@@ -8,8 +8,17 @@ from typing import ClassVar, Literal, get_args
 from apb.blocks import blocks
 from apb.compress.base import Compressor
 from apb.plan import ModelShape, PrefillPlan, PromptLengths
-from apb.strategies.anchored import Anchor, AnchorForm, anchor_length, anchored_plan, passing_length
+from apb.strategies.anchored import (
+    Anchor,
+    AnchorForm,
+    adaptive,
+    anchor_length,
+    anchored_plan,
+    check_coverage,
+    passing_length,
+)
 from apb.strategies.base import Strategy
+from apb.strategies.budget import at_cost
 from burst.errors import choose
 
 
@@ -20,7 +29,10 @@ class APB(Strategy):
     Parameters: ``anchor_len`` l_a in tokens, the question included (default: a quarter of a block, at least head and
     question); ``passing_len`` l_p, rows each host passes on (default: an eighth of a block); ``passing``: ``ring``
     forwards every hop while the block's causal attention runs, ``allgather`` is the published form; ``anchor``:
-    ``recomputed`` by every host, as published, or ``shared``: computed once, spread over the hosts, gathered per layer.
+    ``recomputed`` by every host, as published, or ``shared``: computed once, spread over the hosts, gathered per layer;
+    ``cost``: choose both lengths, two to one, so that the busiest host computes this share of full attention's prefill;
+    ``passing_coverage``: pass on fewer rows in layers where they cover this share of the scores. Neither ever sends
+    more bytes than the lengths without it.
 
     Source: arXiv 2502.12085, section 3; block split, uneven lengths, host 0's exclusion and the shared anchor are ours.
     """
@@ -32,13 +44,18 @@ class APB(Strategy):
     passing_len: int | None = None
     passing: Literal["ring", "allgather"] = "ring"
     anchor: AnchorForm = "recomputed"
+    cost: float | None = None
+    passing_coverage: float | None = None
 
     def plan(
         self, lengths: PromptLengths, hosts: int, shape: ModelShape, compressor: Compressor | None = None
     ) -> PrefillPlan:
-        """Return the plan; raises UserError for explicit lengths that do not fit."""
+        """Return the plan; raises UserError for explicit lengths that do not fit, and for a cost below the least."""
+        if self.cost is not None:
+            return at_cost(self, lengths, hosts, shape, compressor)
         choose("passing route", self.passing, ("ring", "allgather"))
         choose("value of strategy.anchor:", self.anchor, get_args(AnchorForm))
+        check_coverage(self.passing_coverage, compressor)
         spans = blocks(lengths.context, hosts)
         smallest, first = lengths.context // hosts, spans[0][1]
         question = lengths.question if hosts > 1 else 0
@@ -53,14 +70,19 @@ class APB(Strategy):
         if hosts == 1 or not last_sends:
             kept[-1] = 0
         asks = compressor is not None and compressor.needs_question and any(kept)
-        return anchored_plan(
-            strategy=self.name,
-            compressor=compressor.name if compressor is not None else None,
-            shape=shape,
-            lengths=lengths,
-            spans=spans,
-            held=[(rank,) for rank in range(hosts)],
-            anchor=Anchor(anchor, skip, question, self.anchor, asks),
-            route=self.passing if passing and hosts > 1 else "none",
-            kept_rows=tuple(kept),
-        )
+
+        def plan(rows: tuple[int, ...], coverage: float | None) -> PrefillPlan:
+            return anchored_plan(
+                strategy=self.name,
+                compressor=compressor.name if compressor is not None else None,
+                shape=shape,
+                lengths=lengths,
+                spans=spans,
+                held=[(rank,) for rank in range(hosts)],
+                anchor=Anchor(anchor, skip, question, self.anchor, asks),
+                route=self.passing if passing and hosts > 1 else "none",
+                kept_rows=rows,
+                coverage=coverage,
+            )
+
+        return adaptive(plan, tuple(kept), self.passing_coverage)

@@ -8,8 +8,9 @@ from typing import ClassVar, Literal, get_args
 from apb.blocks import blocks
 from apb.compress.base import Compressor
 from apb.plan import ModelShape, PrefillPlan, PromptLengths
-from apb.strategies.anchored import Anchor, anchor_length, anchored_plan, passing_length
+from apb.strategies.anchored import Anchor, adaptive, anchor_length, anchored_plan, check_coverage, passing_length
 from apb.strategies.base import Strategy
+from apb.strategies.budget import at_cost
 from burst.errors import choose
 
 Lengths = Literal["apb", "published"]
@@ -22,8 +23,9 @@ class Spava(Strategy):
 
     Parameters: ``anchor_len`` l_a in tokens, the question included; ``passing_len`` l_p, rows each host passes on, half
     of them from each of its blocks; ``lengths``: their defaults are ``apb``'s (n/4H and n/8H), or n/64 both, as
-    ``published``. Rows go straight to the hosts that hold a later block: those of one block while the other is attended
-    to. With fewer than 2H tokens, the last hosts' second blocks go first.
+    ``published``; ``cost`` and ``passing_coverage`` as in ``apb``. Rows go straight to the hosts that hold a later
+    block: those of one block while the other is attended to. The question runs in the blocks' own pass. With fewer
+    than 2H tokens, the last hosts' second blocks go first.
 
     Source: arXiv 2601.21444; the shared anchor, direct sends and uneven lengths are ours.
     """
@@ -34,11 +36,16 @@ class Spava(Strategy):
     anchor_len: int | None = None
     passing_len: int | None = None
     lengths: Lengths = "apb"
+    cost: float | None = None
+    passing_coverage: float | None = None
 
     def plan(
         self, lengths: PromptLengths, hosts: int, shape: ModelShape, compressor: Compressor | None = None
     ) -> PrefillPlan:
-        """Return the plan; raises UserError for explicit lengths that do not fit."""
+        """Return the plan; raises UserError for explicit lengths that do not fit, and for a cost below the least."""
+        if self.cost is not None:
+            return at_cost(self, lengths, hosts, shape, compressor)
+        check_coverage(self.passing_coverage, compressor)
         choose("value of strategy.lengths:", self.lengths, get_args(Lengths))
         n = lengths.context
         blocks(n, hosts)  # refuses what no strategy can take
@@ -57,14 +64,20 @@ class Spava(Strategy):
         kept[0] = max(0, min(half, first - anchor))  # every other block has these positions in the anchor, as in apb
         kept[-1] = 0  # nobody comes after it
         asks = compressor is not None and compressor.needs_question and any(kept)
-        return anchored_plan(
-            strategy=self.name,
-            compressor=compressor.name if compressor is not None else None,
-            shape=shape,
-            lengths=lengths,
-            spans=spans,
-            held=held,
-            anchor=Anchor(anchor, skip, question, "shared", asks),
-            route="direct" if passing and hosts > 1 else "none",
-            kept_rows=tuple(kept),
-        )
+
+        def plan(rows: tuple[int, ...], coverage: float | None) -> PrefillPlan:
+            return anchored_plan(
+                strategy=self.name,
+                compressor=compressor.name if compressor is not None else None,
+                shape=shape,
+                lengths=lengths,
+                spans=spans,
+                held=held,
+                anchor=Anchor(anchor, skip, question, "shared", asks),
+                route="direct" if passing and hosts > 1 else "none",
+                kept_rows=rows,
+                coverage=coverage,
+                fused=True,
+            )
+
+        return adaptive(plan, tuple(kept), self.passing_coverage)

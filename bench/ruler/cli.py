@@ -35,6 +35,7 @@ class RulerSettings:
     seeds: Literal["report", "choose"]
     decode: bool
     question_first: bool
+    plain: bool
     flops: str | float | None
     bytes: int | None
     data: str | None
@@ -46,13 +47,13 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
     common = typed(Basics, basics({**config, **{key: own[key] for key in ("dtype", "device", "timeout_s")}}), "")
     asked = _settle(own)
     setup = make_setup(common, display)
-    variant = Variant(common.model, setup, asked.question_first, asked.flops, asked.bytes)
+    variant = Variant(common.model, setup, asked.question_first, asked.plain, asked.flops, asked.bytes)
     others = [] if asked.seeds == CHOOSE else baselines(variant)  # to choose, the variants themselves are enough
     variants = list({v.label: v for v in (*others, variant)}.values())
     samples = _samples(setup, asked)
     for each in variants:  # what cannot be done is said before anything is loaded
         for one in samples.items[:: asked.samples]:
-            asked_for = prompt(setup.tokenizer, one, question_first=each.question_first)
+            asked_for = each.prompt(one)
             each.fitted(asked_for.lengths).plan(asked_for, one.ask.new_tokens)
     store = Store(Path(common.out) if common.out else None)
     with display.progress() as on_progress:
@@ -82,6 +83,7 @@ def _settle(values: Mapping[str, Any]) -> RulerSettings:
     in_range("bench.samples", settings.samples, settings.samples >= 1, "1 or more")
     in_range("bench.tokens", settings.tokens, settings.tokens >= 1, "1 or more")
     in_range("bench.bytes", settings.bytes, settings.bytes is None or settings.bytes >= 0, "0 or more")
+    in_range("bench.plain", settings.plain, not (settings.plain and settings.question_first), "not both of them")
     fine = flops is None or isinstance(flops, str) or (isinstance(flops, float | int) and 0 < flops <= 1)
     in_range("bench.flops", flops, fine, "null, a strategy's name, or a share of full attention up to 1")
     share = float(flops) if isinstance(flops, float | int) else flops

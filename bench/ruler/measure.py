@@ -8,9 +8,8 @@ from torch import Tensor
 
 from apb.engine import Engine
 from apb.kv.handle import KVHandle
-from apb.prompt import Prompt
+from apb.prompt import Prompt, Question
 from bench.ruler.base import Ask, Sample
-from bench.ruler.budget import passing_bytes
 from bench.ruler.prompts import question, target
 from bench.ruler.scoring import accuracy
 
@@ -24,15 +23,18 @@ def measure(
 
     ``full_FV``: those of full attention, None where the distance from it is not asked for. The cache is gathered on
     one host, which gives the same tokens for less work. Logarithms are natural; log-probabilities are means over the
-    answer's tokens.
+    answer's tokens. A prompt without a question is asked the sample's afterwards.
     """
     handle = engine.prefill(prompt)
+    sent = handle.metrics["bytes_by_kind"]
     if engine.setup.hosts > 1:
         gathered = handle.gather(0)
         handle.release()
     else:
         gathered = handle
     plan = engine.setup.plan(prompt)
+    if prompt.question is None:
+        gathered = _asked(gathered, question(engine.setup.tokenizer, sample.ask, chat=sample.chat))
     ids = target(engine.setup.tokenizer, sample.ask)
     score = gathered.score(ids, first=min(FIRST, len(ids)))
     row: dict[str, Any] = {
@@ -40,8 +42,8 @@ def measure(
         "answer_tokens": len(ids),
         "kl": None if full_FV is None else divergence(full_FV, score.first),
         "prefill_flops": [plan.prefill_flops(r) for r in range(plan.hosts)],
-        "passing_bytes": passing_bytes(plan),
-        "sent_bytes": sum(plan.bytes_by_kind(plan.lengths.query).values()),
+        "passing_bytes": sum(sent.get(kind, 0) for kind in plan.prefill_bytes(0)),
+        "sent_bytes": sum(sent.values()),
         "anchor_len": plan.anchor_len,
         "passing_len": max(plan.kept_rows),
     }
@@ -57,6 +59,13 @@ def measure(
         row |= {f"second_{name}": value for name, value in found.items()}
         second.release()
     return row, score.first
+
+
+def _asked(handle: KVHandle, question: Question) -> KVHandle:
+    """Ask a cache its question; the cache goes."""
+    asked = handle.fork(question)
+    handle.release()
+    return asked
 
 
 def divergence(full_FV: Tensor, other_FV: Tensor) -> float:

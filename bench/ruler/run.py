@@ -50,8 +50,7 @@ def run(
         on_sample(0, len(todo))
         for done, (variant, sample, key) in enumerate(todo, 1):
             start = time.perf_counter()
-            tokenizer = variant.setup.tokenizer
-            asked = prompt(tokenizer, sample, question_first=variant.question_first)
+            asked = variant.prompt(sample)
             engine = engine_of(variant.fitted(asked.lengths))
             reference = None
             if variant.label != FULL and samples.seeds != CHOOSE:

@@ -13,7 +13,8 @@ from bench.ruler.text import letters, noise
 
 @dataclass(frozen=True)
 class Tracking:
-    """``chains`` of ``hops`` copies each, scattered over noise; the second question is for the second chain.
+    """``chains`` of ``hops`` copies each, of variables with names of ``letters`` letters (RULER: 5), scattered over
+    noise; the second question is for the second chain.
 
     ``asked``: which variables hold a value, as RULER asks, or which value the chain's last variable holds.
     """
@@ -21,13 +22,14 @@ class Tracking:
     chains: int = 1
     hops: int = 4
     asked: Literal["names", "value"] = "names"
+    letters: int = 5
 
     def make(self, encode: Encode, room: Room, rng: random.Random) -> tuple[list[int], Ask, Ask | None]:
         """Return document, question and second question."""
         length = self.hops + 1
         names: set[str] = set()
         while len(names) < self.chains * length:
-            names.add(letters(rng, 5, upper=True))
+            names.add(letters(rng, self.letters, upper=True))
         ordered = sorted(names)
         rng.shuffle(ordered)
         values = rng.sample(range(10_000, 100_000), self.chains)

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 
 from apb.compress import Compressor
 from apb.plan import PromptLengths
+from apb.prompt import Prompt
 from apb.setup import Setup
 from apb.strategies import STRATEGIES, Strategy
-from bench.ruler.budget import critical_flops, fit
+from apb.strategies.budget import critical_flops
+from bench.ruler.base import Sample
+from bench.ruler.budget import fit
+from bench.ruler.prompts import prompt
 from burst.errors import UserError, choose
 
 FULL, FULL_FIRST = "full", "full, question first"
@@ -17,12 +21,13 @@ FULL, FULL_FIRST = "full", "full, question first"
 
 @dataclass(frozen=True)
 class Variant:
-    """``model`` is what rows call it. ``flops``: a strategy's name or a share of full attention; ``sent``: bytes; both
-    fit lengths to each prompt."""
+    """``model`` is what rows call it. ``plain``: the prefill does not know the question, which is asked afterwards.
+    ``flops``: a strategy's name or a share of full attention; ``sent``: bytes; both fit lengths to each prompt."""
 
     model: str
     setup: Setup
     question_first: bool = False
+    plain: bool = False
     flops: str | float | None = None
     sent: int | None = None
 
@@ -52,7 +57,14 @@ class Variant:
             parts.append(f", at {at} FLOPs")
         if self.sent is not None:
             parts.append(f", at {self.sent} bytes")
+        if self.plain:
+            parts.append(", question not known")
         return "".join(parts) + (", question first" if self.question_first else "")
+
+    def prompt(self, sample: Sample) -> Prompt:
+        """Return what is prefilled of a sample."""
+        made = prompt(self.setup.tokenizer, sample, question_first=self.question_first)
+        return dataclasses.replace(made, question=None) if self.plain else made
 
     @property
     def random(self) -> bool:
