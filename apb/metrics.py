@@ -68,6 +68,8 @@ def decoded(
         "ttft_s": ttft_s,
         "decode_tokens_per_s": (len(times_s) - 1) / spent if spent > 0 else None,
         "decoder": decoder,
+        "decode_bytes": _sent(reports)["bytes_sent"],
+        "decode_work_s": [r.work_s for r in reports],
         "accepted_length": drafting.accepted_length if drafting is not None else None,
         "drafting": asdict(drafting) if drafting is not None else None,
     }

@@ -12,6 +12,7 @@ from launch.display import Display
 
 BENCHES = {
     "attention": "bench.attention.show",
+    "decode": "bench.decode.cli",
     "emulate": "bench.emulate.cli",
     "kernels": "bench.kernels.cli",
     "report": "bench.readme.cli",

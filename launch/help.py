@@ -17,6 +17,7 @@ _EXAMPLES = {
         ("apb bench attention", "our schedules beside one dense call and public peers"),
         ("apb bench attention bench.tokens=32768 bench.ranks=8 bench.dtype=bfloat16", "another size"),
         ("apb bench ruler cluster.hosts=8 bench.tasks=[vt_1hop]", "one task, with its baselines"),
+        ("apb bench decode bench.contexts=[0,4000] decode.tree=auto", "decoders, trees and chains side by side"),
         ("apb bench ruler -m compress=query,norm out=DIR", "two compressors; stopped runs go on"),
     ],
     "ask": [

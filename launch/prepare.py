@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+from apb.draft.spec import DraftSpec
 from apb.models.files import read_json
 from apb.models.resolve import resolve
 from apb.plan import PrefillPlan
@@ -32,8 +33,8 @@ class Room:
     where: str
 
 
-def make_setup(settings: Basics, display: Display) -> Setup:
-    """Resolve the settings' names and fetch the model if need be; raises UserError."""
+def make_setup(settings: Basics, display: Display, draft: DraftSpec | None = None) -> Setup:
+    """Resolve the settings' names and fetch the model if need be; raises UserError. ``draft``: its draft head."""
     with display.progress(_amount) as on_progress:
         setup = Setup.make(
             settings.model,
@@ -44,7 +45,7 @@ def make_setup(settings: Basics, display: Display) -> Setup:
             dtype=settings.dtype,
             device=settings.device,
             timeout_s=settings.timeout_s,
-            draft=settings.decode.draft if isinstance(settings, Settings) else None,
+            draft=draft,
             cache_dir=Path(cache) if (cache := os.environ.get("APB_CACHE")) else None,
             on_progress=on_progress,
         )

@@ -88,7 +88,7 @@ class Settings(Basics):
 def settle(config: Mapping[str, Any]) -> Settings:
     """Return the typed settings; raises UserError for a value of the wrong type or out of its range."""
     values = basics(config)
-    values["decode"] = _decode(config["decode"], values["model"])
+    values["decode"] = decode_settings(config["decode"], values["model"])
     if "burst" in config:
         values["burst"] = typed(BurstSettings, config["burst"], "burst.")
     settings = typed(Settings, values, "")
@@ -105,7 +105,7 @@ def settle(config: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def _decode(values: Mapping[str, Any], model: str) -> DecodeSettings:
+def decode_settings(values: Mapping[str, Any], model: str) -> DecodeSettings:
     """Return the typed settings of conf/decode: what all decoders have, the decoder's own, and its draft head's."""
     shared = {f.name for f in dataclasses.fields(DecodeSettings)}
     heads = {f.name for f in dataclasses.fields(DraftSpec)}

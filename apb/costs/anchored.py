@@ -48,10 +48,7 @@ def _meeting(step: Together) -> Meeting:
 
 def _meetings(plan: PrefillPlan) -> list[Meeting]:
     """What hosts do together, in the order of the host that does most of it."""
-    own = (
-        [_meeting(s) for s in host.steps if isinstance(s, Together)]
-        for host in plan.host_plans
-    )
+    own = ([_meeting(s) for s in host.steps if isinstance(s, Together)] for host in plan.host_plans)
     return max(own, key=len)
 
 

@@ -1,0 +1,1 @@
+"""What a device's kernels reach, beside its measured limits."""

@@ -1,0 +1,1 @@
+"""README's tables and figure, made from dated results."""

@@ -1,0 +1,1 @@
+"""Plans and rates to times: no device needed."""
