@@ -44,11 +44,14 @@ class Sampling:
         if self.temperature == 0.0:
             return int(logits_V.argmax())
         probs_V = self.probabilities(logits_V)
-        u = np.random.Generator(np.random.Philox(key=self.seed, counter=[position, 0, 0, 0])).random()
         cumulative_V = probs_V.cumsum(0)
-        index = int(torch.searchsorted(cumulative_V, u * float(cumulative_V[-1]), right=True))
+        index = int(torch.searchsorted(cumulative_V, self.uniform(position) * float(cumulative_V[-1]), right=True))
         last = int(probs_V.nonzero()[-1])
         return min(index, last)  # rounding in the sum must not choose a token of probability zero
+
+    def uniform(self, position: int) -> float:
+        """Return the random number, 0 up to 1, that decides the token at ``position``."""
+        return float(np.random.Generator(np.random.Philox(key=self.seed, counter=[position, 0, 0, 0])).random())
 
     def probabilities(self, logits_V: Tensor) -> Tensor:
         """Return the sampling distribution (V,), fp64: temperature, then top-k, then top-p."""

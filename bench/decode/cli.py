@@ -134,7 +134,7 @@ def _line(rows: Sequence[dict[str, Any]], plain: Mapping[tuple[str, int, int], d
 
 
 def _show(lines: Sequence[dict[str, Any]], regions: Sequence[dict[str, Any]], chosen: str, display: Display) -> None:
-    columns = ["", "accepted", "rows", "LM-head rows", "draft", "own work", "sent", "tokens/s", "of plain", "same"]
+    columns = ["", "accepted", "rows", "LM-head rows", "draft", "work a token", "sent", "tokens/s", "of plain", "same"]
     for kind, context in dict.fromkeys((x["kind"], x["context"]) for x in lines):
         here = [x for x in lines if (x["kind"], x["context"]) == (kind, context)]
         rows = [
@@ -144,7 +144,7 @@ def _show(lines: Sequence[dict[str, Any]], regions: Sequence[dict[str, Any]], ch
                 f"{x['rows_per_step']:.1f}",
                 f"{x['head_rows_per_step']:,.0f}",
                 seconds(x["draft_per_step_s"]),
-                seconds(x["work_per_step_s"]),
+                seconds(x["work_per_step_s"] / x["accepted_length"]),
                 size(round(x["bytes_per_step"])),
                 f"{x['tokens_per_s']['median']:.1f}",
                 f"{x['speedup']['median']:.2f}x",
@@ -156,8 +156,8 @@ def _show(lines: Sequence[dict[str, Any]], regions: Sequence[dict[str, Any]], ch
         title = f"{kind}, {context:,} tokens before the question" + (f"; {left_out} loops left out" if left_out else "")
         display.table(title, columns, rows)
     display.note(
-        "accepted: tokens a step, bonus token counted. rows: tokens verified a step. draft, own work, sent: a step, on "
-        "the host that drafts; bytes of all hosts. same: answers equal to plain decoding's.",
+        "accepted: tokens a step, bonus token counted. rows: tokens verified a step. draft, sent: a step; bytes of all "
+        "hosts. work a token: the drafting host's own, waiting left out. same: answers equal to plain decoding's.",
         style="dim",
     )
     if regions:

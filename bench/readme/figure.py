@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def draw(emulated: Sequence[Row], simulated: Sequence[Row], file: Path) -> bool:
     for paint, over, held in ((_lines, "tokens", "hosts"), (_lines, "hosts", "tokens")):
         chosen = _series(simulated, over, held)
         if chosen:
-            panels.append(((lambda axes, rows, over=over, held=held: paint(axes, rows, over, held)), chosen))
+            panels.append((partial(paint, over=over, held=held), chosen))
     if not panels:
         return False
     figure = new_figure(4.2 * len(panels), 3.6)

@@ -20,13 +20,14 @@ CHECKS = {
     "work": "own work of 8 hosts beside full attention at 7,300 tokens, one thread",
     "spava": "the same of spava's hosts: at most 0.66 together and 0.09 on the slowest",
     "chunks": "a longer block needs no more activation memory when it runs in chunks: full, star, apb, spava, ring",
+    "speculation": "eagle2 and lookup give autoregressive decoding's tokens, greedy and sampled, over shards",
     "memory": "what a prefill adds to a gloo host process at 7,300 tokens, 8 hosts",
 }
 
 
 def main() -> int:
     """Run the checks asked for; exit 0 when all hold."""
-    listed = "\n".join(f"  {name:8} {what}" for name, what in CHECKS.items())
+    listed = "\n".join(f"  {name:11} {what}" for name, what in CHECKS.items())
     parser = argparse.ArgumentParser(
         prog="python -m bench.verify",
         description=__doc__,
@@ -35,6 +36,7 @@ def main() -> int:
     )
     parser.add_argument("checks", nargs="*", metavar="check", help="default: all")
     parser.add_argument("--model", default="smollm2-135m", help="name, folder or hub id")
+    parser.add_argument("--data", nargs="*", default=[], metavar="FILE", help="JSONL questions for speculation, too")
     parser.add_argument(
         "--out",
         type=Path,
@@ -50,7 +52,8 @@ def main() -> int:
     results = {}
     for name in given.checks or CHECKS:
         say(f"== {name}: {CHECKS[name]}")
-        results[name] = importlib.import_module(f"bench.verify.{name}").check(recorder, given.model)
+        options = {"data": tuple(given.data)} if name == "speculation" else {}
+        results[name] = importlib.import_module(f"bench.verify.{name}").check(recorder, given.model, **options)
         results[name]["commits"] = sorted({row["commit"] for row in recorder.rows(f"{name}/") if "commit" in row})
         say(f"== {name}: {'holds' if results[name]['ok'] else 'DOES NOT HOLD'}")
     summary = {"ok": all(r["ok"] for r in results.values()), "results": results, "conditions": conditions()}

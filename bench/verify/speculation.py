@@ -1,0 +1,84 @@
+"""Speculative decoding against plain decoding from the same cache: the same tokens, greedy and with the same seed."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from apb.decode.base import Decoder
+from apb.decode.eagle2 import Eagle2
+from apb.decode.lookup import Lookup
+from apb.decode.sampling import Sampling
+from apb.engine import Engine
+from apb.kv.handle import KVHandle
+from apb.setup import Setup
+from apb.train.questions import KINDS
+from bench.decode.questions import Asked, questions
+from bench.verify.runner import Recorder
+
+NEW_TOKENS = 48
+TIE = 1e-4  # of the top two logits, or of the random number to the edge of its token's interval
+TIES = 1 / 200  # prompts that a tie may befall
+HOSTS = (1, 3)
+DECODERS: dict[str, Decoder] = {"tree": Eagle2(), "chain": Eagle2(width=1, depth=5, tokens=6), "lookup": Lookup()}
+SAMPLING = {"greedy": Sampling(), "sampled": Sampling(temperature=0.7, top_p=0.95, seed=5)}
+
+
+def check(recorder: Recorder, model: str, data: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Answer generated questions, some behind long documents, and those of JSONL files, by every decoder."""
+    items = questions(KINDS, 16, (0,), None) + questions(KINDS, 2, (1_500,), None)
+    for file in data:
+        items += questions((), 200, (0,), file)
+    for hosts in HOSTS:
+        name = "full" if hosts == 1 else "apb"
+        setup = Setup.make(model, hosts=hosts, strategy=name, device="cpu", dtype="float32", draft=model)
+        asked = items if hosts == 1 else [item for item in items if item.context]
+        if all(f"speculation/{hosts}/{item.key}/{how}" in recorder.done for item in asked for how in SAMPLING):
+            continue
+        with Engine.launch(setup) as engine:
+            for item in asked:
+                for how in SAMPLING:
+                    recorder.sample(f"speculation/{hosts}/{item.key}/{how}", partial(_one, engine, item, how))
+    rows = list(recorder.rows("speculation/"))
+    ties = [row for row in rows if row["divergences"]]
+    return {
+        "ok": all(row["ok"] for row in rows) and len(ties) <= TIES * len(rows),
+        "answers": len(rows) * len(DECODERS),
+        "ties": [{"key": row["key"], **row["divergences"]} for row in ties],
+    }
+
+
+def _one(engine: Engine, item: Asked, how: str) -> dict[str, Any]:
+    sampling = SAMPLING[how]
+    options: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed}
+    handle = engine.prefill(item.prompt(engine.setup.tokenizer))
+    plain = handle.fork()
+    want = engine.generate(plain, NEW_TOKENS, **options).token_ids
+    plain.release()
+    divergences, accepted = {}, {}
+    for name, decoder in DECODERS.items():
+        copy = handle.fork()
+        result = engine.generate(copy, NEW_TOKENS, decoder, **options)
+        copy.release()
+        accepted[name] = result.metrics["accepted_length"]
+        if result.token_ids != want:
+            divergences[name] = _margin(handle, want, result.token_ids, sampling)
+    handle.release()
+    ok = all(margin < TIE for margin in divergences.values())
+    return {"ok": ok, "tokens": len(want), "divergences": divergences, "accepted_length": accepted}
+
+
+def _margin(handle: KVHandle, want: tuple[int, ...], got: tuple[int, ...], sampling: Sampling) -> float:
+    """Return how near to a tie the decision was where two answers part."""
+    at = next(i for i in range(len(want)) if i >= len(got) or got[i] != want[i])
+    rows_SV = handle.score(want[: at + 1], first=at + 1).first
+    log_probs_V = rows_SV[at]
+    if sampling.temperature == 0:
+        top = log_probs_V.topk(2).values
+        return float(top[0] - top[1])
+    probs_V = sampling.probabilities(log_probs_V)
+    edges = torch.cat([probs_V.new_zeros(1), probs_V.cumsum(0)])
+    u = sampling.uniform(handle.next_position + at) * float(edges[-1])
+    return float((edges - u).abs().min())
