@@ -54,6 +54,7 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
         random_prompt(lengths(tokens, asked.query_tokens), base.shape.vocab)
         for tokens in (asked.tokens, min(asked.warmup_tokens, asked.tokens))
     )
+    in_range("bench.hosts", asked.hosts, not asked.validate or asked.hosts >= 2, "2 or more with bench.validate=true")
     names = [n for n in asked.strategies if n != "full"] if asked.validate else asked.strategies
     everyone = setups(base, names, asked.hosts, chosen_compressor(config))
     if asked.validate:
