@@ -68,7 +68,9 @@ def test_emulated_rows_and_their_report(apb: Any, results: Path, tmp_path: Path)
     limits = ran.document["limits"]
     assert limits["full"]["equal_rates"] == 1.0 and 1 < limits["apb"]["equal_rates"] < 6
     assert (
-        "EMULATED" in ran.err and "Baseline full" in ran.err and ran.document["files"] == ["traces.json", "gantt.png"]
+        "EMULATED" in ran.err
+        and "Baseline full" in ran.err
+        and ran.document["files"] == ["traces.json", "gantt.png", "rates.json"]
     )
     traces = json.loads((tmp_path / "out" / "traces.json").read_text())
     assert len(traces["ring"]) == 3 and (tmp_path / "out" / "gantt.png").stat().st_size > 1000
