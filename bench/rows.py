@@ -28,10 +28,13 @@ class Rows:
 
     def add(self, key: str, row: Mapping[str, Any]) -> None:
         """Keep a row; one of the same key takes its place."""
-        self._rows[key] = {"key": key, **row}
+        kept = {"key": key, **row}
+        if self._rows.get(key) == kept:
+            return
+        self._rows[key] = kept
         if self.file is not None:
             with self.file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(self._rows[key]) + "\n")
+                out.write(json.dumps(kept) + "\n")
 
     def _read(self, file: Path) -> None:
         if not file.exists():

@@ -93,7 +93,8 @@ def replay(programs: Sequence[Iterable[Event]], topology: Topology, overlap: Ove
     """Run the programs on a clock and return when everything happened.
 
     A message leaves once both ends have posted it. Each rank sends one message at a time per link class and receives
-    one at a time, at full bandwidth in both directions; a sender does not wait for a receiver's port. A message arrives
+    one at a time, at full bandwidth in both directions; a sender does not wait for a receiver's port, and of messages
+    that are ready together the nearest rank's goes first, as libraries rotate all-to-alls. A message arrives
     ``latency`` after the receiver has had its last byte.
     Raises AssertionError when the programs wait for each other for ever.
     """
@@ -178,7 +179,7 @@ class _Clock:
         self.pairs: defaultdict[tuple[int, int], _Pair] = defaultdict(_Pair)
         self.free_at: defaultdict[tuple[int, str, str], float] = defaultdict(float)
         self.busy: defaultdict[tuple[int, str, str], float] = defaultdict(float)
-        self.queue: list[tuple[float, int, _End, _End]] = []
+        self.queue: list[tuple[float, int, int, _End, _End]] = []
         self.count = 0
 
     def run(self) -> Timeline:
@@ -186,7 +187,7 @@ class _Clock:
         for rank in range(len(self.programs)):
             self._advance(rank)
         while self.queue:
-            ready, _, send, recv = heapq.heappop(self.queue)
+            ready, *_, send, recv = heapq.heappop(self.queue)
             self._transfer(ready, send, recv)
         assert not self.asleep, f"ranks {sorted(self.asleep)} wait for messages that never come"
         ports = [
@@ -244,7 +245,8 @@ class _Clock:
             send, recv = pair.sends.popleft(), pair.recvs.popleft()
             assert send.size == recv.size, f"{src} sends {send.size} bytes, {dst} expects {recv.size}"
             self.count += 1
-            heapq.heappush(self.queue, (max(send.ready, recv.ready), self.count, send, recv))
+            distance = (dst - src) % len(self.now)
+            heapq.heappush(self.queue, (max(send.ready, recv.ready), distance, self.count, send, recv))
 
     def _transfer(self, ready: float, send: _End, recv: _End) -> None:
         """Give a message its place on both ports; wake who waits for it, and send it on where that is asked for."""

@@ -11,7 +11,8 @@ _UNFINISHED = "\ufffd"  # how a tokenizer shows bytes that are not a whole chara
 class TextStream:
     """Turns tokens into text piece by piece; text that may still become a stop string is held back.
 
-    ``stopped`` is set once a stop string has appeared; the text ends before it.
+    ``stopped`` is set once a stop string has appeared; the text ends before it. Without a tokenizer, as random weights
+    have none, there is no text.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
@@ -57,5 +58,7 @@ class TextStream:
         return piece
 
     def _decode(self, ids: list[int]) -> str:
+        if self._tokenizer is None:
+            return ""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text

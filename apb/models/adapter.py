@@ -230,7 +230,9 @@ class Adapter:
         if not getattr(attention, "use_rope", True):  # SmolLM3 leaves positions out of some layers
             return x_BHSD
         rotary = self._base.rotary_emb
-        cos, sin = rotary(x_BHSD, torch.as_tensor(delta, device=x_BHSD.device).reshape(1, -1))
+        # A number is filled in on the device: copying it there would wait for the device.
+        turn = delta if isinstance(delta, Tensor) else torch.full((1,), delta, device=x_BHSD.device)
+        cos, sin = rotary(x_BHSD, turn.reshape(1, -1))
         # cos and sin carry the scaling of YaRN and its like; it is in x already.
         scaling = getattr(rotary, "attention_scaling", 1.0)
         return self._rotated(x_BHSD, cos / scaling, sin / scaling, layer)

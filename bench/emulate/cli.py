@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apb.compress import compressor
 from apb.costs.network import Network
 from apb.host import load_adapter
 from bench import report
@@ -19,6 +20,7 @@ from bench.emulate.measure import run as run_rounds
 from bench.emulate.shares import Baseline, limits
 from bench.emulate.validate import pairs, show
 from bench.hardware import hardware
+from bench.kernels.calls import as_rates, measured
 from bench.kernels.measure import Device
 from bench.prompts import base_setup, lengths, random_prompt, setups
 from bench.rows import Rows, provenance
@@ -54,6 +56,7 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
         random_prompt(lengths(tokens, asked.query_tokens), base.shape.vocab)
         for tokens in (asked.tokens, min(asked.warmup_tokens, asked.tokens))
     )
+    in_range("bench.hosts", asked.hosts, not asked.validate or asked.hosts >= 2, "2 or more with bench.validate=true")
     names = [n for n in asked.strategies if n != "full"] if asked.validate else asked.strategies
     everyone = setups(base, names, asked.hosts, chosen_compressor(config))
     if asked.validate:
@@ -85,6 +88,8 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
     }
     _show(found, rows, document, network, display)
     document["files"] = _write(found, config.get("out"), display)
+    if config.get("out"):
+        document["files"].append(_rates(found, baseline, config, Path(str(config["out"]))))
     if asked.save:
         _keep(document)
     return document
@@ -160,6 +165,21 @@ def _write(found: Sequence[Measured], out: str | None, display: Display) -> list
         display.note(f"No chart: {error.message}; {error.allowed}.")
         return ["traces.json"]
     return ["traces.json", "gantt.png"]
+
+
+def _rates(found: Sequence[Measured], baseline: Baseline, config: Mapping[str, Any], out: Path) -> str:
+    """Write the rates that ``apb bench simulate`` reads: kernels at these sizes, and what all else took."""
+    plan, device = found[0].plan, baseline.device
+    blocks = {host.block_len for each in found for host in each.plan.host_plans}
+    sizes = sorted({max(16, n) for block in blocks for n in (block // 4, block)} | {max(16, plan.lengths.query)})
+    question = max(1, plan.lengths.question)
+    calls = measured(device, sizes, question, compressor("query"), lambda done, total: None)
+    seconds_spent = [sum(part["other"] for part in each.part_s(each.middle)) for each in found]
+    tokens = [sum(host.tokens_run for host in each.plan.host_plans) for each in found]
+    rest = min(s / t for s, t in zip(seconds_spent, tokens, strict=True)) / plan.shape.layers
+    name = f"{hardware(found[0].setup)}, {config['model']['name']}, {device.dtype}"
+    as_rates(name, calls, device, rest).save(out / "rates.json", **provenance(config, hardware(found[0].setup)))
+    return "rates.json"
 
 
 def _keep(document: Mapping[str, Any]) -> None:

@@ -14,14 +14,14 @@ class Baseline:
     """The device's own rates at the baseline's shapes, measured once a round."""
 
     def __init__(self, device: Device, tokens: int) -> None:
-        self._device, self._tokens = device, tokens
+        self.device, self._tokens = device, tokens
         self._linear: list[float] = []
         self._causal: list[float] = []
 
     def round(self, number: int) -> None:
         """Measure; a round below 0 does not count."""
-        linear = self._device.linear_rate(self._tokens)
-        causal = self._device.attention_rate(self._tokens, self._tokens, causal=True)
+        linear = self.device.linear_rate(self._tokens)
+        causal = self.device.attention_rate(self._tokens, self._tokens, causal=True)
         if number >= 0:
             self._linear.append(linear)
             self._causal.append(causal)
@@ -38,7 +38,7 @@ class Baseline:
             }
         told = (
             f"Device: {linear['median'] / 1e12:.3g} TFLOP/s in this model's projections at {self._tokens:,} tokens, "
-            f"{self._device.matrix_rate / 1e12:.3g} in a large square product, {causal['median'] / 1e12:.3g} in one "
+            f"{self.device.matrix_rate / 1e12:.3g} in a large square product, {causal['median'] / 1e12:.3g} in one "
             "causal attention call of the whole context. "
         )
         if "full" in shares:
@@ -47,8 +47,8 @@ class Baseline:
         return {
             "projections_flops_per_s": linear,
             "causal_flops_per_s": causal,
-            "matrix_flops_per_s": self._device.matrix_rate,
-            "copy_bytes_per_s": self._device.copy_rate,
+            "matrix_flops_per_s": self.device.matrix_rate,
+            "copy_bytes_per_s": self.device.copy_rate,
             "shares": shares,
             "told": told,
         }

@@ -21,10 +21,10 @@ def draw(emulated: Sequence[Row], simulated: Sequence[Row], file: Path) -> bool:
         keys = ("configuration.model.name", "hardware", "tokens", "configuration.network.name")
         latest = list(groups(emulated, *keys).values())[-1]
         panels += [(_speed, latest), (_breakdown, latest)]
-    for paint, over, held in ((_lines, "tokens", "hosts"), (_lines, "hosts", "tokens")):
+    for over, held in (("tokens", "hosts"), ("hosts", "tokens")):
         chosen = _series(simulated, over, held)
         if chosen:
-            panels.append((partial(paint, over=over, held=held), chosen))
+            panels.append((partial(_lines, over=over, held=held), chosen))
     if not panels:
         return False
     figure = new_figure(4.2 * len(panels), 3.6)
@@ -44,7 +44,8 @@ def _speed(axes: Any, rows: Sequence[Row]) -> None:
     axes.bar(range(len(rows)), middle, yerr=[low, high], capsize=3, color="tab:blue")
     axes.set_xticks(range(len(rows)), [row["strategy"] for row in rows], rotation=40, ha="right")
     hosts = max(row["hosts"] for row in rows)
-    axes.set_title(f"times faster than full on one host\n{_what(rows[0])}, {hosts} hosts, emulated", fontsize=8)
+    what = f"{rows[0]['configuration']['model']['name']}, {rows[0]['tokens']:,} tokens, {hosts} hosts"
+    axes.set_title(f"times faster than full on one host\n{what}, emulated", fontsize=8)
 
 
 def _breakdown(axes: Any, rows: Sequence[Row]) -> None:
@@ -70,9 +71,8 @@ def _lines(axes: Any, rows: Sequence[Row], over: str, held: str) -> None:
     axes.set_yscale("log")
     axes.set_xlabel(over, fontsize=8)
     fixed = next(row[held] for row in rows if row["strategy"] != "full")
-    axes.set_title(
-        f"seconds to the first token, {fixed:,} {held}\n{_what(rows[0], held == 'hosts')}, simulated", fontsize=8
-    )
+    model = rows[0]["configuration"]["model"]["name"]
+    axes.set_title(f"seconds to the first token, {fixed:,} {held}\n{model}, simulated", fontsize=8)
     axes.legend(fontsize=6)
 
 
@@ -92,8 +92,3 @@ def _series(rows: Sequence[Row], over: str, held: str) -> list[Row]:
         return []
     full = [row for row in latest if row["strategy"] == "full"] if over == "tokens" else []
     return [*full, *by[best]]
-
-
-def _what(row: Row, length_varies: bool = False) -> str:
-    name = row["configuration"]["model"]["name"]
-    return name if length_varies else f"{name}, {row['tokens']:,} tokens"

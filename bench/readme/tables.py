@@ -44,8 +44,8 @@ def emulated(rows: Sequence[Row]) -> list[str]:
             )
         headers = (
             "",
-            "to the first token, no overlap",
-            "times faster than `full`",
+            "to first token, nothing hidden",
+            "times faster",
             "FLOPs allow",
             "network",
             "all send",
