@@ -9,6 +9,7 @@ from apb.engine import versions
 from apb.plan import PrefillPlan
 from apb.prompt import Prompt, Question, make_prompt
 from apb.setup import Setup
+from apb.strategies.budget import critical_flops
 from burst.errors import UserError
 from launch.arguments import Arguments
 from launch.display import Display, flops, size
@@ -113,11 +114,12 @@ def _show(plan: PrefillPlan, new_tokens: int, setup: Setup, settings: Settings, 
 def _compare(plan: PrefillPlan, setup: Setup, display: Display) -> None:
     """Set the busiest host against full attention over the same lengths."""
     total = sum(plan.bytes_by_kind(plan.lengths.query).values())
-    display.note(f"All hosts send {size(total)} for prefill and question.")
+    most = "" if plan.coverage is None else f" at most, and less where fewer rows cover {plan.coverage:g} of the scores"
+    display.note(f"All hosts send {size(total)}{most} for prefill and question.")
     if plan.hosts == 1:
         return
     full = setup.using("full", hosts=1).strategy.plan(plan.lengths, 1, plan.shape)
-    busiest = max(plan.prefill_flops(r) for r in range(plan.hosts))
+    busiest = critical_flops(plan)
     display.note(
         f"Full attention on one host: {flops(full.prefill_flops(0))}, "
         f"{full.prefill_flops(0) / busiest:.1f} times what the busiest host computes here."

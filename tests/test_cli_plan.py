@@ -65,3 +65,19 @@ def test_chunks_are_chosen_by_the_memory(apb: Any, model: Path) -> None:
         assert "chunk_tokens=64 makes it fit" in apb(*common, tight, *words).refused("does not fit")["remedy"]
     apb(*common, "chunk_tokens=0").refused("chunk_tokens=0", "1 and more")
     apb(*common, "chunk_tokens=many").refused("chunk_tokens must be", "whole number")
+
+
+def test_budgets_are_shown(apb: Any, model: Path) -> None:
+    words = ("plan", f"model={model}", "context_tokens=500", "query_tokens=40", "memory_gb=64", "cluster.hosts=4")
+    fixed = apb(*words).document["plan"]
+    full = apb(*words[:-1], "strategy=full").document["plan"]["prefill_flops"][0]
+    cost = round(0.98 * max(fixed["prefill_flops"]) / full, 4)
+    ran = apb(*words, f"strategy.cost={cost}", "strategy.passing_coverage=0.9")
+    assert ran.code == 0, ran.err
+    plan = ran.document["plan"]
+    assert 0.9 * cost * full < max(plan["prefill_flops"]) <= cost * full < max(fixed["prefill_flops"])
+    assert plan["passing_coverage"] == 0.9 and fixed["passing_coverage"] is None
+    assert plan["bytes_by_kind"]["passing"] + plan["bytes_by_kind"]["rows"] <= fixed["bytes_by_kind"]["passing"]
+    assert "at most, and less where fewer rows cover 0.9 of the scores" in ran.err
+    apb(*words, "strategy.cost=0.01").refused("strategy.cost", "FLOPs")
+    apb(*words, "compress=norm", "strategy.passing_coverage=0.9").refused("'norm' orders tokens")
