@@ -55,10 +55,20 @@ class EagleHead(SharedVocab):
         shape = LayerShape(s.hidden, s.intermediate, s.q_heads, s.kv_heads, s.head_dim, rms_norm_eps=1e-5)
         head = cls(shape, target, fc_bias=False, window=window, sinks=sinks)
         rng = torch.Generator().manual_seed(seed)
-        for weight in head.parameters():
+        for name, weight in head.named_parameters():
             if weight.dim() > 1:
-                nn.init.normal_(weight, std=weight.shape[1] ** -0.5, generator=rng)
+                small = 0.1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+                nn.init.normal_(weight, std=small * weight.shape[1] ** -0.5, generator=rng)
         return head.to(target.device)
+
+    def absorbing(self, scale: float, target: Target) -> EagleHead:
+        """Return the head that does with ``target``'s embedding what this one does with ``scale`` times it."""
+        bias = self.fc.bias is not None
+        head = EagleHead(self._shape, target, fc_bias=bias, window=self.window, sinks=self.sinks)
+        head.load_state_dict(self.state_dict())
+        with torch.no_grad():
+            head.fc.weight[:, : self._shape.hidden_size] *= scale
+        return head.to(target.device).requires_grad_(False)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Job:
 
     model: str
     text_sha256: str
-    prompts: int = 6000
+    prompts: int = 4224
     held_out: int = 40
     longest: int = 160
     window: int = 512
@@ -93,8 +93,8 @@ def train(
     ids = [answer_S for file in files for answer_S in features.read_ids(file)]
     counts_W = vocab.count(ids, adapter.shape.vocab)
     ranked_W = vocab.rank(counts_W, stop_ids)
-    head = EagleHead.fresh(adapter.draft_target(), window=job.window, sinks=job.sinks, seed=job.seed)
-    Tutor(job.recipe, head, samples, ranked_W).run(
+    tutor = Tutor(job.recipe, adapter.draft_target(), samples, ranked_W, job.window, job.sinks)
+    head = tutor.run(
         folder / _CHECKPOINT, _EVERY, lambda done, total, loss: on_progress("Training the head", done, total)
     )
     accepted = _measured(head, ranked_W, held_out, samples[:_GAP], stop_ids, on_progress)

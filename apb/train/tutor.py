@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apb.draft.base import Target
 from apb.draft.eagle import EagleHead
 from apb.train.features import Sample
 from apb.train.unroll import Divergence, unroll
@@ -27,22 +28,22 @@ _POOL = 16  # batches whose samples are sorted by length among themselves, so th
 @dataclass(frozen=True)
 class Recipe:
     """How a head is trained: SmoothL1 on features and KL on the ``vocab`` most frequent ids with ``negatives`` drawn
-    from the others, AdamW with linear warm-up and cosine decay; the last part of the steps is unrolled on the head's
-    own features.
+    from the others; Muon (AdamW for the norm) with linear warm-up and cosine decay; the last part of the steps is
+    unrolled on the head's own features.
 
     Source: EAGLE (arXiv 2401.15077) section 4 for the two losses and the noise, EAGLE-3 (arXiv 2503.01840) for
     unrolling and its weights; positions after LongSpec (arXiv 2502.17421).
     """
 
-    epochs: int = 8
-    batch: int = 2048  # tokens of a step
-    lr: float = 2e-3
+    epochs: int = 5
+    batch: int = 1536  # tokens of a step
+    lr: float = 3e-3
     weight_decay: float = 0.05
-    feature_weight: float = 1.0
+    feature_weight: float = 0.1  # of SmoothL1, beside KL
     noise: float = 0.2  # width of the uniform noise on features, in their standard deviations
     vocab: int = 6144
-    negatives: int = 1024
-    unrolled: float = 0.4  # share of the steps
+    negatives: int = 768
+    unrolled: float = 0.35  # share of the steps
     depth: int = 3  # steps of an unrolled pass
     decay: float = 0.8  # weight of each further one
     seed: int = 0
@@ -64,24 +65,46 @@ class Recipe:
 
 
 class Tutor:
-    """Trains ``head`` on samples; the same recipe, samples and order give the same weights, resumed or not."""
+    """Trains a head for ``target`` on samples; what is resumed ends with the weights of what was never interrupted.
 
-    def __init__(self, recipe: Recipe, head: EagleHead, samples: Sequence[Sample], ranked_V: Tensor) -> None:
-        self._recipe, self._head, self._samples, self._ranked_V = recipe, head, samples, ranked_V
+    ``ranked_V`` are the target's ids, most frequent first.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        target: Target,
+        samples: Sequence[Sample],
+        ranked_V: Tensor,
+        window: int,
+        sinks: int,
+    ) -> None:
+        self._recipe, self._target, self._samples, self._ranked_V = recipe, target, samples, ranked_V
+        # Embeddings are far smaller than features: while it learns, the head sees them at about the size of one.
+        self._gain = 1.0 / float(target.embedding_WE.float().std())
+        scaled = replace(target, embedding_scale=target.embedding_scale * self._gain)
+        self._head = head = EagleHead.fresh(scaled, window=window, sinks=sinks, seed=recipe.seed)
         self._batches = [b for epoch in range(recipe.epochs) for b in self._epoch(epoch)]
         self._scale = float(torch.cat([s.features_SE[s.prompt :] for s in samples[:64]]).float().std())
-        self._rows_VE = head.target.head_WE.to(torch.bfloat16)
-        self._optimizer = torch.optim.AdamW(
-            head.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
+        self._rows_VE = target.head_WE.to(torch.bfloat16)
+        matrices = [p for p in head.parameters() if p.dim() > 1]
+        vectors = [p for p in head.parameters() if p.dim() == 1]
+        self._optimizers: tuple[torch.optim.Optimizer, ...] = (
+            torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(vectors, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0),
         )
         self.step = 0
 
-    def run(self, checkpoint: Path, every: int, on_step: Callable[[int, int, float], None]) -> None:
-        """Train to the end, from the checkpoint if there is one; ``on_step(done, total, loss)``."""
+    def run(self, checkpoint: Path, every: int, on_step: Callable[[int, int, float], None]) -> EagleHead:
+        """Train to the end, from the checkpoint if there is one, and return the head.
+
+        ``every``: steps between checkpoints. ``on_step(done, total, loss)``.
+        """
         if checkpoint.exists():
             state = torch.load(checkpoint, weights_only=True)
             self._head.load_state_dict(state["head"])
-            self._optimizer.load_state_dict(state["optimizer"])
+            for optimizer, found in zip(self._optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(found)
             self.step = state["step"]
         while self.step < len(self._batches):
             loss = self._train(self._batches[self.step])
@@ -89,10 +112,17 @@ class Tutor:
             on_step(self.step, len(self._batches), loss)
             if self.step % every == 0 or self.step == len(self._batches):
                 self._save(checkpoint)
+        return self.head
+
+    @property
+    def head(self) -> EagleHead:
+        """The head as it is now, in fp32, for the target itself."""
+        return self._head.absorbing(self._gain, self._target)
 
     def _save(self, checkpoint: Path) -> None:
         unfinished = checkpoint.with_suffix(".part")
-        state = {"head": self._head.state_dict(), "optimizer": self._optimizer.state_dict(), "step": self.step}
+        optimizers = [optimizer.state_dict() for optimizer in self._optimizers]
+        state = {"head": self._head.state_dict(), "optimizers": optimizers, "step": self.step}
         torch.save(state, unfinished)
         os.replace(unfinished, checkpoint)
 
@@ -112,19 +142,21 @@ class Tutor:
         recipe, total = self._recipe, len(self._batches)
         warmup = max(1, total // 25)
         rate = min((self.step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * self.step / total)))
-        for group in self._optimizer.param_groups:
-            group["lr"] = recipe.lr * rate
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr * rate
+            optimizer.zero_grad(set_to_none=True)
         rng = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
         depth = recipe.depth if self.step >= total * (1 - recipe.unrolled) else 1
         loss = self._loss([self._samples[i] for i in batch], depth, rng)
-        self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._head.parameters(), _CLIP)
-        self._optimizer.step()
+        for optimizer in self._optimizers:
+            optimizer.step()
         return loss.item()
 
     def _loss(self, samples: Sequence[Sample], depth: int, rng: torch.Generator) -> Tensor:
-        recipe, device = self._recipe, self._head.target.device
+        recipe, device = self._recipe, self._target.device
         longest = max(len(s.ids_S) for s in samples)
         shape = (len(samples), longest)
         ids_BS = torch.zeros(shape, dtype=torch.int64)
@@ -155,7 +187,7 @@ class Tutor:
         return total / weights
 
     def _divergence(self, out_NE: Tensor, true_NE: Tensor, rows_VE: Tensor) -> Tensor:
-        loss_N: Tensor = Divergence.apply(out_NE, true_NE, rows_VE, self._head.target.logit_scale)
+        loss_N: Tensor = Divergence.apply(out_NE, true_NE, rows_VE, self._target.logit_scale)
         return loss_N.mean()
 
     def _subset(self, rng: torch.Generator) -> Tensor:
@@ -173,7 +205,7 @@ class Tutor:
         Moves are uniform in their logarithm, up to the target's last position.
         """
         positions_S = torch.arange(tokens)
-        room = self._head.target.shape.max_positions - tokens
+        room = self._target.shape.max_positions - tokens
         if room > 1 and float(torch.rand((), generator=rng)) < 0.5:
             positions_S[self._head.sinks :] += int(room ** float(torch.rand((), generator=rng)))
         return positions_S

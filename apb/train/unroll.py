@@ -45,8 +45,9 @@ def unroll(head: DraftHead, hidden_BSE: Tensor, ids_BS: Tensor, positions_S: Ten
         hidden_BSE = torch.cat([hidden_BSE[:, :1], out_BSE[:, :-1]], dim=1)
 
 
-def _diagonal(like_SS: Tensor, below: int) -> Tensor:
-    return torch.eye(len(like_SS), dtype=torch.bool, device=like_SS.device).roll(below, 0).tril()
+def _diagonal(seen_SS: Tensor, below: int) -> Tensor:
+    """Keep of who sees whom those that stand ``below`` rows apart."""
+    return seen_SS.tril(-below) & ~seen_SS.tril(-below - 1)
 
 
 _ROWS = 128  # tokens whose logits are formed at once: they stay in the processor's cache
