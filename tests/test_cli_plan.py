@@ -68,7 +68,7 @@ def test_chunks_are_chosen_by_the_memory(apb: Any, model: Path) -> None:
 
 
 def test_budgets_are_shown(apb: Any, model: Path) -> None:
-    words = ("plan", f"model={model}", "context_tokens=500", "query_tokens=40", "memory_gb=64", "cluster.hosts=4")
+    words = ("plan", f"model={model}", "context_tokens=400", "query_tokens=40", "memory_gb=64", "cluster.hosts=4")
     fixed = apb(*words).document["plan"]
     full = apb(*words[:-1], "strategy=full").document["plan"]["prefill_flops"][0]
     cost = round(0.98 * max(fixed["prefill_flops"]) / full, 4)
