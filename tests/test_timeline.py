@@ -187,3 +187,14 @@ def test_real_ranks_are_recorded_as_virtual_ones() -> None:
         Start(1, ((2, 12),), ((0, 12),), 2, "on"),
         Finish(1),
     ]
+
+
+def test_a_failure_inside_a_part_is_the_failure_that_is_seen() -> None:
+    clock = FakeClock()
+    recorder = Recorder(clock)
+    with pytest.raises(ValueError, match="mine"), recorder.recording():
+        recorder.enter("linear")
+        raise ValueError("mine")
+    with recorder.recording(), recorder.during("attention"):
+        clock.now += 1.0
+    assert recorder.events == [Work(1.0, (("attention", 1.0),))]
