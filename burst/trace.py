@@ -25,8 +25,8 @@ Clock = Callable[[], float]
 class Recorder:
     """Records one rank. ``events`` is its program; ``during`` names parts of the work.
 
-    Parts do not nest: the outer one counts. ``clock`` is in seconds: ``time.thread_time`` where work has one thread on a
-    shared machine. On a GPU it is not read.
+    Parts do not nest: the outer one counts. ``clock`` is in seconds, ``time.thread_time`` where work has one thread on
+    a shared machine; on a GPU it is not read.
     """
 
     def __init__(self, clock: Clock = time.perf_counter, device: torch.device | str = "cpu") -> None:

@@ -268,3 +268,13 @@ def test_rows_survive_a_killed_run(tmp_path: Path) -> None:
 def test_spreads() -> None:
     assert spread([4.0, 1.0, 2.0, 3.0]) == {"median": 2.5, "iqr": [1.75, 3.25], "n": 4}
     assert ratio([2.0, 9.0], [1.0, 3.0]) == {"median": 2.5, "iqr": [2.25, 2.75], "n": 2}
+
+
+def test_asking_with_the_strategy_that_costs_least(ask: Any, apb: Any, model: Path, tmp_path: Path) -> None:
+    found = ask("strategy=auto", "strategy.machine=cpu", "cluster.hosts=2").document
+    assert (
+        found["strategy"] == found["plan"]["strategy"] in ("ring", "burst", "allgather", "usp", "star", "apb", "spava")
+    )
+    exact = ask("strategy=auto", "strategy.exact=true", "cluster.hosts=2").document
+    assert exact["exact"] and exact["conditioned_on"] is None
+    ask("strategy=auto", f"strategy.rates={tmp_path}/none.json", "cluster.hosts=2").refused("rates", "none.json")
