@@ -114,17 +114,6 @@ def interval(programs: Sequence[Sequence[Event]], topology: Topology) -> Interva
     )
 
 
-def scaled(programs: Sequence[Sequence[Event]], factor: float) -> list[list[Event]]:
-    """Return the programs with all work stretched by ``factor``."""
-
-    def stretch(event: Event) -> Event:
-        if not isinstance(event, Work):
-            return event
-        return Work(event.seconds * factor, tuple((name, s * factor) for name, s in event.parts))
-
-    return [[stretch(event) for event in program] for program in programs]
-
-
 def parts(program: Iterable[Event]) -> dict[str, float]:
     """Return the seconds of a program's work by what they went to; ``other`` is the rest."""
     found: defaultdict[str, float] = defaultdict(float)

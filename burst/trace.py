@@ -25,8 +25,8 @@ Clock = Callable[[], float]
 class Recorder:
     """Records one rank. ``events`` is its program; ``during`` names parts of the work.
 
-    Parts do not nest: the outer one counts. ``clock`` is in seconds and must not run while other ranks do
-    (``time.thread_time`` for threads of one process that share a CPU).
+    Parts do not nest: the outer one counts. ``clock`` is in seconds, ``time.thread_time`` where work has one thread on
+    a shared machine; on a GPU it is not read.
     """
 
     def __init__(self, clock: Clock = time.perf_counter, device: torch.device | str = "cpu") -> None:
@@ -41,12 +41,10 @@ class Recorder:
     def recording(self) -> Iterator[None]:
         """Record what happens inside, from nothing."""
         self.events.clear()
-        self._starts = 0
+        self._depth, self._starts, self._parts = 0, 0, []
         self._begin()
-        try:
-            yield
-        finally:
-            self._end()
+        yield  # what is left by an exception is forgotten by the next recording
+        self._end()
 
     @contextmanager
     def during(self, part: str) -> Iterator[None]:

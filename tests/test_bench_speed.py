@@ -16,6 +16,7 @@ from bench.rows import Rows
 from bench.simulate.grid import crossings, replicas
 from bench.timing import ratio, spread
 from burst.errors import UserError
+from launch.prepare import cores
 
 pytest_plugins = ("tests.command",)
 
@@ -112,7 +113,7 @@ def test_the_report_wants_a_place(tmp_path: Path) -> None:
         splice(tmp_path / "absent.md", "text")
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or cores() < 2, reason="needs two cores to pin to")
 def test_predictions_beside_real_processes(apb: Any) -> None:
     ran = apb(*EMULATE, "bench.hosts=2", "bench.strategies=[star]", "bench.repeats=1", "bench.validate=true")
     (row,) = ran.document["validation"]
@@ -123,7 +124,7 @@ def test_predictions_beside_real_processes(apb: Any) -> None:
 def test_hosts_without_a_core_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from apb.host import HostSpec
 
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
     with pytest.raises(UserError, match="a core of its own"):
         PinnedCluster(HostSpec("none", "float32", "cpu"), 3)
 
@@ -267,3 +268,13 @@ def test_rows_survive_a_killed_run(tmp_path: Path) -> None:
 def test_spreads() -> None:
     assert spread([4.0, 1.0, 2.0, 3.0]) == {"median": 2.5, "iqr": [1.75, 3.25], "n": 4}
     assert ratio([2.0, 9.0], [1.0, 3.0]) == {"median": 2.5, "iqr": [2.25, 2.75], "n": 2}
+
+
+def test_asking_with_the_strategy_that_costs_least(ask: Any, apb: Any, model: Path, tmp_path: Path) -> None:
+    found = ask("strategy=auto", "strategy.machine=cpu", "cluster.hosts=2").document
+    assert (
+        found["strategy"] == found["plan"]["strategy"] in ("ring", "burst", "allgather", "usp", "star", "apb", "spava")
+    )
+    exact = ask("strategy=auto", "strategy.exact=true", "cluster.hosts=2").document
+    assert exact["exact"] and exact["conditioned_on"] is None
+    ask("strategy=auto", f"strategy.rates={tmp_path}/none.json", "cluster.hosts=2").refused("rates", "none.json")

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from apb.costs.lockstep import Await, Clock, Exchange, Relay, shift
 from apb.costs.lockstep import Work as All
-from burst.timeline import Event, Finish, Start, Work, interval, parts, replay, scaled
+from burst.timeline import Event, Finish, Start, Work, interval, parts, replay
 from burst.topology import Link, Machine, Topology
 from burst.trace import Recorder
 from burst.transport import Transport, VirtualWorld
 from burst.transport.base import Message
+from tests.pool import Rank, shared_pool
 
 BANDWIDTH, LATENCY = 10.0, 0.5  # bytes and seconds
 
@@ -65,10 +66,9 @@ def test_programs_that_cannot_go_on_are_told() -> None:
         replay([[Start(0, ((1, 8),), ())], [Start(0, (), ((0, 9),))]], flat(2))
 
 
-def test_stretched_programs() -> None:
+def test_parts_of_a_program() -> None:
     program: list[Event] = [Work(2.0, (("attention", 0.5), ("linear", 1.0))), Start(0, (), ()), Work(1.0)]
-    assert parts(scaled([program], 3.0)[0]) == {"attention": 1.5, "linear": 3.0, "other": 4.5}
-    assert replay(scaled([program], 3.0), flat(1)).total_s == 9.0
+    assert parts(program) == {"attention": 0.5, "linear": 1.0, "other": 1.5}
 
 
 class FakeClock:
@@ -157,3 +157,44 @@ def test_the_vectorised_clock_agrees(hosts: int, per_node: int, kind: str, equal
         assert abs(found.max() - each.total_s) <= 0.5 * each.total_s
     copies = range(hosts - 1, -1, -1) if kind == "relay" else [hosts - 1] * hosts
     assert clock.sent.sum() == sum(size * count for size, count in zip(sizes, copies, strict=True))
+
+
+def gather_and_relay(t: Transport) -> list[Event]:
+    """Return what a recorder saw of an all-gather and a relay."""
+    t.recorder = Recorder()
+    with t.recorder.recording():
+        x = torch.full((3,), float(t.rank))
+        parts_of_all = t.all_gather(x, [(3,)] * t.world, kind="k", step="all").wait()
+        assert [int(part[0]) for part in parts_of_all] == list(range(t.world))
+        buffers = [torch.empty(3) for _ in range(t.rank)]
+        first, last = t.rank == 0, t.rank == t.world - 1
+        src, dst = None if first else t.rank - 1, None if last else t.rank + 1
+        t.relay(x, buffers, src=src, dst=dst, kind="k", step="on").wait()
+    found, t.recorder = t.recorder.events, None
+    return [event for event in found if not isinstance(event, Work)]
+
+
+def on_gloo(rank: Rank) -> list[Event]:
+    return gather_and_relay(rank.transport)
+
+
+def test_real_ranks_are_recorded_as_virtual_ones() -> None:
+    virtual = VirtualWorld(3).run(gather_and_relay)
+    assert shared_pool(3).run(on_gloo) == virtual
+    assert virtual[1] == [
+        Start(0, ((0, 12), (2, 12)), ((0, 12), (2, 12)), None, "all"),
+        Finish(0),
+        Start(1, ((2, 12),), ((0, 12),), 2, "on"),
+        Finish(1),
+    ]
+
+
+def test_a_failure_inside_a_part_is_the_failure_that_is_seen() -> None:
+    clock = FakeClock()
+    recorder = Recorder(clock)
+    with pytest.raises(ValueError, match="mine"), recorder.recording():
+        recorder.enter("linear")
+        raise ValueError("mine")
+    with recorder.recording(), recorder.during("attention"):
+        clock.now += 1.0
+    assert recorder.events == [Work(1.0, (("attention", 1.0),))]

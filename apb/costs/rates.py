@@ -39,10 +39,6 @@ class Rates:
     call_s: float = 0.0
     rest_s: float | None = None
 
-    def at(self, curve: Curve, tokens: float) -> float:
-        """Return the rate at ``tokens``; beyond the ends of a curve that of its end."""
-        return read(curve, tokens)
-
     def save(self, path: Path, **about: Any) -> None:
         """Write the rates and what is to be said about them."""
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -28,18 +28,18 @@ BLOCK, TINY = 2**22, 8  # bytes of the messages that measure bandwidth and laten
 class PinnedCluster:
     """One gloo process a host, on cores 0, 1, ...; a process that fails ends them all.
 
-    Raises UserError where there are fewer cores than hosts.
+    Raises UserError where there are fewer cores than hosts, or where processes cannot be pinned.
     """
 
     name = "gloo"
 
     def __init__(self, spec: HostSpec, hosts: int) -> None:
-        cores = sorted(os.sched_getaffinity(0))
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         if hosts > len(cores):
             raise UserError(
                 "every host needs a core of its own",
                 given=f"{hosts} hosts",
-                allowed=f"1 to {len(cores)}",
+                allowed=f"1 to {len(cores)}" if cores else "Linux, where processes can be pinned",
                 remedy="Set a smaller bench.hosts.",
             )
         self.hosts, self.epoch = hosts, 0

@@ -57,12 +57,6 @@ def rows(
     return found
 
 
-def fastest(found: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Return the fastest row that fits, at the pessimistic end."""
-    able = [each for each in found if "seconds" in each and each["fits"]]
-    return min(able, key=lambda each: each["worst_s"]) if able else None
-
-
 def crossings(xs: Sequence[int], series: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
     """Return where the lowest of some curves over ``xs`` changes: ``below`` x one, from there on another.
 
