@@ -127,13 +127,12 @@ def configuration(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
     """Return configuration, tensors by their plain names, and metadata."""
-    weights = path
+    weights, config = path, configuration(path)
     if path.is_dir():
         found = [path / n for n in ("model.safetensors", "pytorch_model.bin") if (path / n).is_file()]
         if not found:
             raise _damaged(path, "the folder lacks its weights")
         weights = found[0]
-    config = configuration(path)
     tensors = {name.removeprefix("model."): tensor for name, tensor in _tensors(weights).items()}
     return config, tensors, _metadata(weights)
 
