@@ -145,18 +145,20 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if origin is float and number:
         return float(value)
-    if origin is tuple and isinstance(value, list) and all(isinstance(v, str) for v in value):
+    element = typing.get_args(arm)[0] if origin is tuple else None
+    if element is not None and isinstance(value, list) and all(type(v) is element for v in value):
         return tuple(value)
     if origin is int and isinstance(value, int) and number:
         return value
     if origin in (str, bool) and isinstance(value, origin):
         return value
-    allowed = _WORDS[origin] + (" or null" if len(arms) > 1 else "")
+    words = "a list of whole numbers" if element is int else _WORDS[origin]
+    allowed = words + (" or null" if len(arms) > 1 else "")
     raise UserError(
         f"{key} must be {allowed}",
         given=f"{key}={value}",
         allowed=allowed,
-        remedy=f"Change {key}." if origin is not tuple else f"Write {key}=['a','b'], with quotes.",
+        remedy=f"Write {key}=['a','b'], with quotes." if element is str else f"Change {key}.",
     )
 
 
