@@ -29,6 +29,8 @@ _EXAMPLES = {
     "train": [
         ("apb train retaining_heads model=org/name", "heads for a model, from generated prompts"),
         ("apb train retaining_heads -d book.txt method=ridge", "in a minute or two, with a text of yours"),
+        ("apb train eagle model=org/name prompts=20000", "a draft head, from the model's own answers"),
+        ("apb train frequency -d corpus.txt 'vocab=[8192,16384]'", "what a draft head drafts from"),
     ],
     "plan": [
         ("apb plan cluster.hosts=8 strategy=star", "the built-in document on eight hosts"),

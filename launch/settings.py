@@ -170,22 +170,21 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if origin is float and number:
         return float(value)
-    if origin is tuple:
-        (each, _) = typing.get_args(arm)
-        if isinstance(value, list) and all(isinstance(v, each) and not isinstance(v, bool) for v in value):
-            return tuple(value)
+    element = typing.get_args(arm)[0] if origin is tuple else None
+    if element is not None and isinstance(value, list) and all(type(v) is element for v in value):
+        return tuple(value)
     if origin is int and isinstance(value, int) and number:
         return value
     if origin in (str, bool) and isinstance(value, origin):
         return value
     others = [*literals, *(["null"] if type(None) in arms else [])]
-    words = "a list of whole numbers" if arm == tuple[int, ...] else _WORDS[origin]
+    words = "a list of whole numbers" if element is int else _WORDS[origin]
     allowed = " or ".join([words, *others])
     raise UserError(
         f"{key} must be {allowed}",
         given=f"{key}={value}",
         allowed=allowed,
-        remedy=f"Change {key}." if arm != tuple[str, ...] else f"Write {key}=['a','b'], with quotes.",
+        remedy=f"Write {key}=['a','b'], with quotes." if element is str else f"Change {key}.",
     )
 
 

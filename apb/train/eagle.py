@@ -14,8 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from apb.draft import save, vocab
-from apb.draft.eagle import EagleHead
+from apb.draft import DraftHead, load, save, vocab
 from apb.models.adapter import Adapter
 from apb.train import features
 from apb.train.features import Sample
@@ -25,7 +24,7 @@ from apb.train.questions import KINDS, Questions
 from apb.train.tutor import Recipe, Tutor
 from apb.train.walk import TreeSize, accepted_length, walk
 
-_SAMPLES, _HELD_OUT, _CHECKPOINT = "samples", "held_out", "checkpoint.pt"
+_SAMPLES, _HELD_OUT, _CHECKPOINT, _UNMEASURED = "samples", "held_out", "checkpoint.pt", "unmeasured.safetensors"
 HEAD, RANKED, ANSWERS = "head.safetensors", "head.freq.safetensors", "answers.safetensors"
 _AT_ONCE = 128  # prompts that are answered at once, and kept in one file; half as many with a passage of text
 _TURNS = ("general", "code", "math", "general", "code", "math", "general", "code", "general", "code")
@@ -97,14 +96,17 @@ def train(
     head = tutor.run(
         folder / _CHECKPOINT, _EVERY, lambda done, total, loss: on_progress("Training the head", done, total)
     )
-    accepted = _measured(head, ranked_W, held_out, samples[:_GAP], stop_ids, on_progress)
+    save(folder / _UNMEASURED, head, {})
+    drafting = load(folder / _UNMEASURED, adapter.draft_target())  # in the model's type, as it will be used
+    accepted = _measured(drafting, ranked_W, held_out, samples[:_GAP], stop_ids, on_progress)
     about = {"model": job.model, "job": json.dumps(asdict(job)), "accepted_length": json.dumps(accepted)}
     save_ids(folder / ANSWERS, ids)
     vocab.save(folder / RANKED, ranked_W)
     save(folder / HEAD, head, about)
     for name in (_SAMPLES, _HELD_OUT):
         shutil.rmtree(folder / name)
-    (folder / _CHECKPOINT).unlink()
+    for name in (_CHECKPOINT, _UNMEASURED):
+        (folder / name).unlink()
     return Trained(folder / HEAD, folder / RANKED, folder / ANSWERS, accepted)
 
 
@@ -171,7 +173,7 @@ def _held_out(
 
 
 def _measured(
-    head: EagleHead,
+    head: DraftHead,
     ranked_W: Tensor,
     held_out: Mapping[str, Sequence[Sample]],
     seen: Sequence[Sample],
