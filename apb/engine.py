@@ -163,7 +163,9 @@ class Engine:
             if piece and on_token is not None:
                 on_token(piece)
 
+        handle.interrupted = True  # until the answer is whole, however it ends
         reports = self._call("generate", decode_requests(handle, request, self.cluster.hosts), on_event)
+        handle.interrupted = False
         rest = stream.finish()
         if rest and on_token is not None:
             on_token(rest)

@@ -33,6 +33,13 @@ def check_alive(handle: KVHandle, engine: Engine, epoch: int) -> None:
             allowed="caches prefilled by this engine and not released",
             remedy="Call engine.prefill again.",
         )
+    if handle.interrupted:
+        raise UserError(
+            "this cache is in an unknown state: an answer from it was interrupted",
+            given=handle.id,
+            allowed="caches whose answers came to their end",
+            remedy="Prefill again; to be able to go back, generate from handle.fork().",
+        )
     if handle.epoch != epoch:
         raise UserError(
             "this cache is gone: a host that held part of it died",

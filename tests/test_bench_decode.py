@@ -16,9 +16,9 @@ from apb.draft.eagle import EagleHead
 from apb.draft.files import save
 from apb.draft.vocab import save as save_ranks
 from apb.host import HostSpec, load_adapter
-from bench.decode.cli import summary
+from bench.decode.cli import loops, summary
 from bench.decode.links import LINKS, winners
-from bench.decode.measure import decoders
+from bench.decode.measure import decoders, shape
 from bench.decode.questions import questions
 from burst.errors import UserError
 from tests.tiny import byte_tokenizer, llama_config
@@ -116,11 +116,11 @@ def test_the_benchmark_measures_keeps_and_resumes(apb: Any, model: Path, head: P
     asked += ["decode.depth=2", "decode.width=3", "decode.tokens=5", "bench.dtype=float64"]
     found = apb(*asked).document
     assert found["counts_bonus_token"] and found["draft"] is not None
-    names = {"autoregressive", "lookup", "tree 2x3 of 5", "tree 2x3 of 3", "chain of 3"}
+    names = {"autoregressive", "lookup of 16", "tree 2x3 of 5", "tree 2x3 of 3", "chain of 3"}
     for kind in ("general", "code", "all"):
         for context in (0, 40):
             here = {x["decoder"]: x for x in found["lines"] if (x["kind"], x["context"]) == (kind, context)}
-            if not here:  # the random model ran into a loop at once: said, not averaged
+            if not here:  # the random model's answer ended at once: it counts for nothing
                 continue
             assert set(here) == names
             assert here["autoregressive"]["accepted_length"] == 1 == here["autoregressive"]["rows_per_step"]
@@ -145,30 +145,26 @@ def test_questions_come_from_files_too(tmp_path: Path) -> None:
         questions((), 5, (0,), str(tmp_path / "none.jsonl"))
     with pytest.raises(UserError, match="kind of questions"):
         questions(("poems",), 5, (0,), None)
+    far = questions(("general",), 1, (10**7,), None)[0]
+    with pytest.raises(UserError, match="not that much prose"):
+        far.prompt(byte_tokenizer())
     held = questions(("general", "math", "code"), 6, (0,), None)
     assert len({q.text for q in held}) == len(held) == 18
 
 
 def test_loops_are_counted_and_left_out() -> None:
-    row = {
-        "kind": "math",
-        "context": 0,
-        "steps": 4,
-        "decided": 8,
-        "rows": 8,
-        "head_rows": 0,
-        "bytes": 0,
-        "draft_s": 0.0,
-    }
-    row |= {"work_s": 1.0, "tokens_per_s": 2.0, "same": True}
+    row = {"kind": "math", "context": 0, "steps": 4, "decided": 8, "rows": 8, "head_rows": 0, "bytes": 0}
+    row |= {"draft_s": 0.0, "verify_s": 0.0, "work_s": 1.0, "tokens_per_s": 2.0, "same": True, "shape": None}
     rows = []
-    for number, loops in enumerate([False, True, False]):
+    for number, repeats in enumerate([False, True, False]):
         for name in ("autoregressive", "lookup"):
-            rows.append({**row, "number": number, "repeats": loops, "decoder": name})
+            rows.append({**row, "number": number, "repeats": repeats, "decoder": name})
     rows[-1] |= {"decided": 16}
-    lines = {(x["kind"], x["decoder"]): x for x in summary(rows, ["math", "all"])}
-    assert lines["math", "lookup"]["answers"] == 2 and lines["math", "lookup"]["left_out"] == 1
+    rows += [{**row, "kind": "code", "number": 0, "repeats": True, "decoder": "autoregressive"}]
+    lines = {(x["kind"], x["decoder"]): x for x in summary(rows)}
+    assert lines["math", "lookup"]["answers"] == 2 and ("code", "autoregressive") not in lines
     assert lines["all", "lookup"]["accepted_length"] == (8 + 16) / 8
+    assert [(x["kind"], x["answers"], x["loops"]) for x in loops(rows)] == [("math", 3, 1), ("code", 1, 1)]
 
 
 def test_links_decide_between_trees_and_chains() -> None:
@@ -176,28 +172,34 @@ def test_links_decide_between_trees_and_chains() -> None:
 
     from tests.tiny import tiny_llama
 
-    shape = dataclasses.replace(tiny_llama(torch.float32).shape, layers=32, q_heads=32, head_dim=128, element_size=2)
+    sizes = dataclasses.replace(tiny_llama(torch.float32).shape, layers=32, q_heads=32, head_dim=128, element_size=2)
     lines: list[dict[str, Any]] = []
-    for name, length, rows, work in (
-        ("autoregressive", 1.0, 1, 0.010),
-        ("tree 5x8 of 16", 3.0, 16, 0.020),
-        ("chain of 4", 2.2, 4, 0.013),
+    for name, kind, length, rows, work in (
+        ("autoregressive", None, 1.0, 1, 0.010),
+        ("tree 5x8 of 16", "tree", 3.0, 16, 0.020),
+        ("tree 5x8 of 16, lookup", None, 9.0, 16, 0.020),
+        ("chain of 4", "chain", 2.2, 4, 0.013),
     ):
-        lines.append(
-            {"context": 0, "decoder": name, "accepted_length": length, "rows_per_step": rows, "work_per_step_s": work}
-        )
-    faster = {r["link"]: r for r in winners(lines, shape)}
+        line = {"context": 0, "decoder": name, "shape": kind, "accepted_length": length}
+        lines.append(line | {"rows_per_step": rows, "work_per_step_s": work})
+    faster = {r["link"]: r for r in winners(lines, sizes, 8)}
     assert list(faster) == list(LINKS)
     assert faster["1 Gb/s, 100 us"]["faster"] == "chain"  # partial outputs of many rows take their time
     for link in faster.values():
         assert link["tree_tokens_per_s"] > 0 and link["plain_tokens_per_s"] > 0
     assert faster["3,600 Gb/s, 10 us"]["tree_tokens_per_s"] == pytest.approx(
-        3.0 / (0.020 + 32 * (10e-6 + 7 * 16 * shape.partial_row_bytes / (3600e9 / 8)))
+        3.0 / (0.020 + 32 * (10e-6 + 7 * 16 * sizes.partial_row_bytes / (3600e9 / 8)))
     )
 
 
 def test_what_is_compared() -> None:
-    assert list(decoders(Lookup(), (4,))) == ["autoregressive", "lookup"]
+    assert list(decoders(Lookup(match=3), (4,))) == ["autoregressive", "lookup of 16", "lookup of 16, match 3"]
     made = decoders(Eagle2(), (4, 8))
     assert list(made)[2:] == ["tree 5x8 of 32", "tree 5x8 of 4", "chain of 4", "tree 5x8 of 8", "chain of 8"]
     assert made["chain of 8"] == Eagle2(depth=7, width=1, tokens=8)
+    assert [shape(each) for each in made.values()] == [None, None, "tree", "tree", "chain", "tree", "chain"]
+    chain = Eagle2(depth=3, width=1, tokens=3, tree="auto")
+    assert list(decoders(chain, (8,)))[2:] == ["chain of 3, depth 3, auto", "tree 5x8 of 8", "chain of 8"]
+    assert shape(chain) is None
+    with pytest.raises(UserError, match="sizes has 14"):
+        decoders(Eagle2(depth=2, width=3, tokens=13), (4, 14))

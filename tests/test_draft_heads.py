@@ -189,7 +189,7 @@ def test_published_eagle_heads(target: Target, tmp_path: Path, bias: bool | None
     assert isinstance(head, EagleHead) and head.taps == () and head.feature_width == HIDDEN
     out = agrees(head, weights, eagle)
     torch.testing.assert_close(head.logits(out), out @ target.head_WE.T)
-    few = head.with_vocab(torch.tensor([7, 3, 250]))
+    few = head.with_vocab(torch.tensor([40, 3]))
     torch.testing.assert_close(few.logits(out), head.logits(out)[..., [7, 3, 250]])
     assert few.ids_V.tolist() == [7, 3, 250] and len(head.ids_V) == VOCAB
     assert next(few.parameters()) is next(head.parameters())
@@ -216,7 +216,7 @@ def test_published_eagle3_heads(target: Target, tmp_path: Path) -> None:
     assert head.taps == (2, 4, 5) and head.feature_width == 3 * HIDDEN and head.ids_V.tolist() == drafted
     out = agrees(head, weights, eagle3)
     torch.testing.assert_close(head.logits(out), norm(out, weights["norm.weight"]) @ weights["lm_head.weight"].T)
-    few = head.with_vocab(torch.tensor([299, 7, 5]))  # it has no row for 7
+    few = head.with_vocab(torch.tensor([299, 5]))
     assert few.ids_V.tolist() == [299, 5]
     torch.testing.assert_close(few.logits(out), head.logits(out)[..., [5, 1]])
     again = few.with_vocab(torch.tensor([6, 40]))  # drafted from the whole head's rows, not the subset's

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import random
 import time
 from collections.abc import Sequence
@@ -24,15 +25,19 @@ from apb.decode.tree import Tree, root_only
 from apb.draft.base import DraftHead, LayerShape, share
 from apb.draft.draft import Draft
 from apb.draft.eagle import EagleHead
+from apb.draft.eagle3 import Eagle3Head
 from apb.draft.handoff import Handoff
 from apb.draft.spec import DraftSpec
+from apb.draft.vocab import bitmap
 from apb.host import Host, HostSpec, PrefillRequest
+from apb.kv.cache import CacheAttention, HostCache, LayerKV, Tail
 from apb.models.adapter import Adapter
 from apb.prompt import Prompt, Question
 from apb.requests import prefill_request
 from apb.strategies import strategy
 from burst.errors import UserError
-from burst.transport import Transport
+from burst.kernels.cpu import KERNEL
+from burst.transport import Transport, VirtualWorld
 from tests import tiny
 from tests.pool import Rank, shared_pool
 from tests.tiny import TinyEngine, byte_tokenizer, tiny_engine
@@ -40,6 +45,7 @@ from tests.tiny import TinyEngine, byte_tokenizer, tiny_engine
 VOCAB = len(byte_tokenizer())
 SAMPLED: dict[str, Any] = {"temperature": 1.3, "top_p": 0.95, "seed": 7}
 WINDOW, SINKS = 24, 3
+LAYER = LayerShape(64, 96, 4, 2, 16, 1e-5)
 
 
 def draft_head(adapter: Adapter, seed: int = 1) -> DraftHead:
@@ -451,3 +457,86 @@ def test_lookup_finds_what_followed_the_longest_match() -> None:
     cycle.extend([i % 7 for i in range(5000, 9000)])  # more than was made room for
     assert cycle.continuation(1) == [9000 % 7]
     assert cycle.after(cycle.places()[-1], 5) == [(9000 + i) % 7 for i in range(5)]
+
+
+def test_loops_go_on_and_long_texts_are_looked_through_in_bounds() -> None:
+    assert Matcher(torch.zeros(50, dtype=torch.int64), 1).continuation(8) == [0] * 8
+    assert Matcher(torch.arange(30) % 3, 2).continuation(7) == [0, 1, 2, 0, 1, 2, 0]
+    assert len(Matcher(torch.zeros(10_000, dtype=torch.int64), 1).places()) <= 64
+
+
+@pytest.mark.parametrize("decode", ["autoregressive", "lookup", "eagle2"])
+def test_an_interrupted_answer_leaves_a_cache_that_is_refused(decode: str) -> None:
+    e = engine(3)
+    handle = e.prefill(prompt())
+    other = handle.fork()
+    want = e.generate(handle.fork(), max_new_tokens=20).token_ids
+
+    def interrupt(piece: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        e.generate(handle, max_new_tokens=20, decode=decode, on_token=interrupt)
+    for use in (lambda: e.generate(handle), handle.fork, handle.logits, lambda: handle.gather(0)):
+        with pytest.raises(UserError, match="interrupted"):
+            use()
+    handle.release()
+    assert e.generate(other, max_new_tokens=20, decode=decode).token_ids == want
+
+
+@pytest.mark.parametrize("own_vocabulary", [False, True])
+def test_eagle3_heads_draft_too(own_vocabulary: bool) -> None:
+    adapter = copy.copy(model())
+    torch.manual_seed(2)
+    some = torch.arange(0, VOCAB, 2) if own_vocabulary else torch.arange(VOCAB)
+    head: DraftHead = Eagle3Head(LAYER, adapter.draft_target(), some, window=WINDOW, sinks=SINKS)
+    head = head.to(torch.float64).eval().requires_grad_(False)
+    ranked = some.flip(0)
+    adapter.draft = Draft(head.with_vocab(ranked[:30]), ranked, stop_ids=(0,), own_bits=bitmap(some, VOCAB))
+    e = tiny_engine(adapter, strategy("apb"), 3, "query")
+    spec = dataclasses.replace(e.setup.spec, draft=DraftSpec("tiny"))
+    handoff = Handoff(WINDOW, SINKS, 2, 16, 8, -(-VOCAB // 8))
+    e.setup = dataclasses.replace(e.setup, spec=spec, handoff=handoff)
+    handle = e.prefill(prompt())
+    want = e.generate(handle.fork(), max_new_tokens=16).token_ids
+    got = e.generate(handle, max_new_tokens=16, decode=Eagle2(depth=3, width=4, tokens=12))
+    assert got.token_ids == want
+    draft = e.cluster.host(handle.owner)._caches[handle.id].draft
+    assert draft is not None and len(draft.head.ids_V) == 30
+    assert set(draft.head.ids_V.tolist()) <= set(some.tolist())
+
+
+def test_a_head_for_three_taps_needs_three_layers() -> None:
+    shallow = tiny.adapt(tiny.llama_config(vocab_size=VOCAB, num_hidden_layers=2))
+    with pytest.raises(UserError, match="too few layers"):
+        Eagle3Head(LAYER, shallow.draft_target(), torch.arange(4), window=None, sinks=0)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4, 8])
+def test_a_trees_attention_over_interleaved_shards_is_exact(hosts: int) -> None:
+    gen = torch.Generator().manual_seed(hosts)
+    tree = root_only(0).grafted([1, 2, 3], 99).grafted([1, 4], 99).grafted([5, 6, 7, 8], 99)
+    q, k, v = (torch.randn(1, heads, len(tree), 16, generator=gen, dtype=torch.float64) for heads in (4, 2, 2))
+    context, tail = (LayerKV(*torch.randn(2, 1, 2, n, 16, generator=gen, dtype=torch.float64)) for n in (97, 11))
+    edges = [97 * i // (2 * hosts) for i in range(2 * hosts + 1)]
+    blocks = list(itertools.pairwise(edges))
+    held = [(blocks[rank], blocks[-1 - rank]) for rank in range(hosts)]  # one from the start, one from the end
+
+    def run(transport: Transport) -> torch.Tensor:
+        own = [
+            torch.cat([x[:, :, a:b] for a, b in held[transport.rank]], dim=2) for x in (context.k_BKTD, context.v_BKTD)
+        ]
+        cache = HostCache([LayerKV(*own)], tuple(range(hosts)), tuple(held), Tail(1), 97 + 11)
+        if transport.rank == cache.owner:
+            cache.tail.append(0, tail.k_BKTD, tail.v_BKTD)
+        mask = tree.mask() if transport.rank == cache.owner else None
+        return CacheAttention(cache, transport, KERNEL, mask)(0, q, k, v, 0.25, None)
+
+    keys = torch.cat([context.k_BKTD, tail.k_BKTD, k], dim=2)
+    values = torch.cat([context.v_BKTD, tail.v_BKTD, v], dim=2)
+    seen = torch.cat([torch.ones(len(tree), 108, dtype=torch.bool), tree.mask()], dim=1)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q, keys, values, attn_mask=seen, scale=0.25, enable_gqa=True
+    ).transpose(1, 2)
+    for found in VirtualWorld(hosts).run(run):
+        assert (found - want).abs().max() < 1e-12

@@ -165,3 +165,12 @@ def test_sizes_follow_measured_times(fixed_s: float, row_s: float) -> None:
             break
     assert stride.rows(values) == best_size(values, fixed_s, row_s)
     assert stride.rows([]) == 1
+
+
+def test_sizes_that_have_settled_are_looked_at_again() -> None:
+    values = [-0.2 * i for i in range(31)]
+    stride, sizes = Stride(32), []
+    for step in range(120):
+        sizes.append(stride.rows(values))
+        stride.measured(sizes[-1], 0.01 + 0.01 * sizes[-1] if step < 50 else 0.1)  # rows come to cost nothing
+    assert sizes[40] < 32 and sizes[-1] == 32

@@ -98,7 +98,7 @@ class _Drafter:
             chain = self._matcher.continuation(min(depth, self._options.tokens // LOOKUP_SHARE))
         out_BSE = self._cache.root(root, position)
         if out_BSE is None:  # the cache has come from another host: one step without drafts brings the feature
-            return root_only(root)
+            return root_only(root).grafted(chain, self._options.tokens)
         levels = min(self._options.depth, depth)
         pool = self._grow(out_BSE, position, levels)
         count = self._options.tokens - 1 - len(chain)

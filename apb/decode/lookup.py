@@ -16,6 +16,7 @@ from apb.decode.speculate import speculate
 from apb.decode.tree import Tree, root_only
 
 LONGEST_MATCH = 16  # a longer one tells no more
+PLACES = 64  # earlier places that are looked at; text that repeats itself has thousands
 
 
 @dataclass(frozen=True)
@@ -87,16 +88,17 @@ class Matcher:
             lengths[alive] = back
         enough = lengths >= self._match
         order = np.lexsort((-ends[enough], -lengths[enough]))
-        found: list[int] = ends[enough][order].tolist()
+        found: list[int] = ends[enough][order[:PLACES]].tolist()
         return found
 
     def after(self, place: int, count: int) -> list[int]:
-        """Return up to ``count`` tokens from ``place`` on."""
-        tokens: list[int] = self._ids[place : min(place + count, self._count)].tolist()
+        """Return ``count`` tokens from ``place`` on, and from there again at the end: loops go on so."""
+        left = self._count - place
+        tokens: list[int] = self._ids[place + np.arange(count) % left].tolist()
         return tokens
 
     def continuation(self, count: int) -> list[int]:
-        """Return up to ``count`` tokens that followed the best earlier place; none where there is none."""
+        """Return ``count`` tokens that followed the best earlier place; none where there is none."""
         return next((self.after(place, count) for place in self.places()), [])
 
 

@@ -86,11 +86,11 @@ def speculate(d: Decoding, drafter: Drafter | None, tree_tokens: int) -> Decoded
         done.rows += len(tokens)
         if drafter is not None:
             assert verified is not None and tree is not None
-            rows, decided = _walk(d, tree, verified[0])
-            features_MF = verified[1]
             spent = time.perf_counter() - started
             done.verify_s += spent
             drafter.verified(len(tokens), spent)
+            rows, decided = _walk(d, tree, verified[0])
+            features_MF = verified[1]
 
 
 def _walk(d: Decoding, tree: Tree, logits_MV: Tensor) -> tuple[list[int], list[int]]:

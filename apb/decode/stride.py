@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 REMEMBERED = 32  # verifications whose times count: links and machines change
-FIRST = 4  # the second tree has one row in so many of the first: two sizes are needed to tell fixed time from a row's
+FIRST = 4  # where all times are of one size, the next tree has one row in so many: two sizes tell what a row takes
 
 
 class Stride:
@@ -35,7 +35,8 @@ class Stride:
         rows = np.array([r for r, _ in self._times], dtype=np.float64)
         seconds = np.array([s for _, s in self._times])
         if np.ptp(rows) == 0:
-            return max(2, min(room, self._most // FIRST))
+            other = max(2, min(room, self._most // FIRST))
+            return room if rows[0] == other else other
         row_s = max(0.0, float(np.cov(rows, seconds, bias=True)[0, 1] / rows.var()))
         fixed_s = max(0.0, float(seconds.mean() - row_s * rows.mean()))
         return best_size(values[: room - 1], fixed_s, row_s)

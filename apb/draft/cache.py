@@ -35,7 +35,8 @@ class DraftCache:
         ``bits``: which ids the context has, (ceil(W / 8),) uint8, for vocabularies that adapt.
         """
         self.draft, self.head, self.context_rows, self.bits = draft, draft.head, context_rows, bits
-        self._later: set[int] = set()  # ids since the context
+        self.later: set[int] = set()  # ids since the context
+        self._adapted_to: Tensor | None = None  # the ids that the head's vocabulary was made for
         self._rows = Tail(1)
         self._positions = list(positions)
         self._pending_BSE: Tensor | None = None  # the last token's hidden state while its next one is not decided
@@ -50,7 +51,7 @@ class DraftCache:
     def copy(self) -> DraftCache:
         """Return an independent copy."""
         out = copy.copy(self)
-        out._rows, out._positions, out._later = self._rows.copy(), list(self._positions), set(self._later)
+        out._rows, out._positions, out.later = self._rows.copy(), list(self._positions), set(self.later)
         return out
 
     def restart(self) -> None:
@@ -58,17 +59,15 @@ class DraftCache:
         self._rows.truncate(self.context_rows)
         del self._positions[self.context_rows :]
         self._pending_BSE = None
-        self._later.clear()
+        self.later.clear()
 
     def adapt(self) -> None:
         """Draft from the ids of prompt and answers so far, and the most frequent ones; where the vocabulary adapts."""
-        if self.bits is not None:
-            self.head = self.draft.adapted(self.seen())
-
-    def seen(self) -> Tensor:
-        """Return which ids prompt and answers so far have, as ``bits``."""
-        assert self.bits is not None
-        return self.bits | bitmap(sorted(self._later), self.head.target.shape.vocab).to(self.bits.device)
+        if self.bits is None:
+            return
+        seen = self.bits | bitmap(sorted(self.later), self.head.target.shape.vocab).to(self.bits.device)
+        if self._adapted_to is None or not torch.equal(seen, self._adapted_to):
+            self.head, self._adapted_to = self.draft.adapted(seen), seen
 
     def rows(self) -> LayerKV | None:
         """Return all rows, (1, K, T, D) each; None when there is none."""
@@ -76,7 +75,7 @@ class DraftCache:
 
     def observe(self, features_SF: Tensor, token_ids: Sequence[int], start: int) -> None:
         """Add the pairs of decided tokens, whose features the target's forward pass gave; the first is at ``start``."""
-        self._later.update(token_ids)
+        self.later.update(token_ids)
         hidden_BSE = self.head.fuse(features_SF[None])
         ids, first = list(token_ids), start
         if self._pending_BSE is None:

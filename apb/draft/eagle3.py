@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apb.draft.base import Attend, Attention, DraftHead, LayerShape, Mlp, Norm, Target, share
+from burst.errors import UserError
 
 
 class Eagle3Layer(nn.Module):
@@ -46,13 +47,20 @@ class Eagle3Head(DraftHead):
     def __init__(self, shape: LayerShape, target: Target, ids_V: Tensor, *, window: int | None, sinks: int) -> None:
         super().__init__(shape, target, window, sinks)
         layers = target.shape.layers
+        if layers < 3:
+            raise UserError(
+                "this model has too few layers for an EAGLE-3 head",
+                given=f"{layers} layers",
+                allowed="3 or more: three of them are read",
+                remedy="Use an EAGLE-2 head (apb train eagle), or decode=lookup.",
+            )
         self.taps = (2, layers // 2, layers - 3)
         self.fc = nn.Linear(3 * shape.hidden_size, shape.hidden_size, bias=False)
         self.midlayer = Eagle3Layer(shape, target)
         self.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
         self.lm_head = nn.Linear(shape.hidden_size, len(ids_V), bias=False)
         self.ids_V = self._own_V = ids_V.to(target.device)
-        self._rows_V: Tensor | None = None  # rows of the own LM head; None: all of them
+        self._rows_VE: Tensor | None = None  # rows of the own LM head; None: all of them
 
     @classmethod
     def of(
@@ -76,15 +84,15 @@ class Eagle3Head(DraftHead):
         return out_BSE
 
     def logits(self, out_BSE: Tensor) -> Tensor:
-        weight_VE = self.lm_head.weight if self._rows_V is None else self.lm_head.weight[self._rows_V]
-        return F.linear(self.norm(out_BSE), weight_VE)
+        return F.linear(self.norm(out_BSE), self.lm_head.weight if self._rows_VE is None else self._rows_VE)
 
     def with_vocab(self, ids_V: Tensor) -> DraftHead:
-        """Return this head drafting from those of ``ids_V`` that it has rows for, in their order."""
+        """Return this head drafting from ``ids_V``, for each of which it must have a row."""
         row_W = torch.full((self.target.shape.vocab,), -1, device=self.target.device)
         row_W[self._own_V] = torch.arange(len(self._own_V), device=self.target.device)
         rows_V = row_W[ids_V.to(self.target.device)]
+        assert int(rows_V.min()) >= 0, "ids that this head cannot draft"
         twin = share(self)
-        twin._rows_V = rows_V[rows_V >= 0]
-        twin.ids_V = self._own_V[twin._rows_V]
+        twin._rows_VE = self.lm_head.weight[rows_V]
+        twin.ids_V = self._own_V[rows_V]
         return twin

@@ -83,6 +83,8 @@ def load(name: str | Path, target: Target) -> DraftHead:
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise _damaged(path, f"its configuration lacks or misstates {error}") from error
+    if head.head_dim != target.shape.head_dim:  # its rotations are the target's
+        raise _foreign(path, f"head_dim={head.head_dim}", f"head_dim={target.shape.head_dim}")
     _check_ids(path, head)
     _fill(path, head, tensors)
     head.about = dict(about)

@@ -116,26 +116,30 @@ def move(draft: Draft, cache: DraftCache | None, src: int, dst: int, transport: 
         if src == dst:
             return cache.copy()
         at, rows = cache.positions, cache.rows()
-        sizes = torch.tensor([len(at), cache.context_rows], device=transport.device)
+        later = torch.tensor(sorted(cache.later), dtype=torch.int64, device=transport.device)
+        sizes = torch.tensor([len(at), cache.context_rows, len(later)], device=transport.device)
         transport.exchange([Message(dst, sizes)], [], kind="gather", step=step).wait()
         if rows is not None:
             own = [torch.tensor(at, device=transport.device), torch.stack([rows.k_BKTD, rows.v_BKTD])]
             transport.exchange([Message(dst, x) for x in own], [], kind="gather", step=step).wait()
         if cache.bits is not None:
-            transport.exchange([Message(dst, cache.seen())], [], kind="gather", step=step).wait()
+            transport.exchange([Message(dst, cache.bits), Message(dst, later)], [], kind="gather", step=step).wait()
     if transport.rank != dst:
         return None
-    sizes = torch.empty(2, dtype=torch.int64, device=transport.device)
+    sizes = torch.empty(3, dtype=torch.int64, device=transport.device)
     transport.exchange([], [Message(src, sizes)], kind="gather", step=step).wait()
-    count, context_rows = sizes.tolist()
+    count, context_rows, later_ids = sizes.tolist()
     at_T, k_and_v = sizes.new_empty(count), _room(draft, count, transport.device)
     if count:
         transport.exchange([], [Message(src, at_T), Message(src, k_and_v)], kind="gather", step=step).wait()
-    bits = None
+    bits, later = None, sizes.new_empty(later_ids)
     if draft.ranked_W is not None:
         bits = torch.empty(-(-draft.head.target.shape.vocab // 8), dtype=torch.uint8, device=transport.device)
-        transport.exchange([], [Message(src, bits)], kind="gather", step=step).wait()
-    return DraftCache(draft, LayerKV(k_and_v[0], k_and_v[1]), at_T.tolist(), context_rows, bits)
+        transport.exchange([], [Message(src, bits), Message(src, later)], kind="gather", step=step).wait()
+    moved = DraftCache(draft, LayerKV(k_and_v[0], k_and_v[1]), at_T.tolist(), context_rows, bits)
+    if bits is not None:
+        moved.later.update(later.tolist())
+    return moved
 
 
 def _room(draft: Draft, rows: int, device: torch.device) -> Tensor:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from apb.draft.base import LayerShape, Target
+from apb.draft.base import DraftHead, LayerShape, Target
 from apb.draft.draft import Draft
 from apb.draft.files import configuration, find, load, ranks, shipped
 from apb.draft.handoff import Handoff
-from apb.draft.vocab import check
+from apb.draft.vocab import bitmap, check
 from apb.draft.vocab import load as load_ranks
 from apb.plan import ModelShape
 from burst.errors import UserError
@@ -85,12 +86,31 @@ class DraftSpec:
         head = load(self.head, target)
         if self.window != "auto":
             head.window = self.window
-        ids_V = self._ids(target.shape.vocab, stop_ids)
+        vocab = target.shape.vocab
+        ids_V = self._ids(vocab, stop_ids)
         if ids_V is None:
             return Draft(head)
+        if len(head.ids_V) < vocab:  # an EAGLE-3 head has rows for some ids only
+            return self._of_own(head, len(ids_V), stop_ids)
         return Draft(
             head.with_vocab(ids_V), self._ranked(target.shape.vocab, stop_ids) if self.adaptive else None, stop_ids
         )
+
+    def _of_own(self, head: DraftHead, size: int, stop_ids: Sequence[int]) -> Draft:
+        """Return a head that drafts from its own most frequent ids, ``size`` or, where it has fewer, all of them."""
+        vocab, own = head.target.shape.vocab, head.ids_V.cpu()
+        ranked_W = self._ranked(vocab, stop_ids)
+        ranked_W = ranked_W[torch.isin(ranked_W, own)]
+        stops = tuple(i for i in stop_ids if bool((own == i).any()))
+        if not len(ranked_W):
+            raise UserError(
+                "none of the ranked ids can be drafted by this head",
+                given=f"{len(own)} ids of the head's own",
+                allowed="ranked ids of this head's model, or decode.vocab=null",
+                remedy="Set decode.vocab=null: the head has its own frequent ids.",
+            )
+        made = head.with_vocab(ranked_W[:size])
+        return Draft(made, ranked_W if self.adaptive else None, stops, bitmap(own, vocab))
 
     def _ids(self, vocab: int, stop_ids: Sequence[int]) -> Tensor | None:
         """Return the ids to draft from (V,); None for all."""

@@ -36,6 +36,7 @@ class KVHandle:
     metrics: dict[str, Any] = field(repr=False)
     generated: list[int] = field(default_factory=list, repr=False)
     released: bool = False
+    interrupted: bool = False  # an answer broke off half-way: hosts may disagree about where it stopped
 
     @property
     def token_ids(self) -> tuple[int, ...]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from apb.engine import Engine
 from bench import report
-from bench.decode.links import HOSTS, winners
-from bench.decode.measure import PLAIN, decoders, label, measure
+from bench.decode.links import winners
+from bench.decode.measure import PLAIN, decoders, label, measure, shape
 from bench.decode.pictures import draw
 from bench.decode.questions import questions
 from bench.hardware import hardware
@@ -23,6 +23,7 @@ from launch.prepare import make_setup
 from launch.settings import Basics, basics, decode_settings, in_range, typed
 
 ALL = "all"
+WARM = 2  # verifications
 
 
 @dataclass(frozen=True)
@@ -65,58 +66,81 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
     }
     base = "/".join(map(str, about.values()))
     kept = Rows(Path(common.out) / "decode.jsonl" if common.out else None)
-    todo = [
-        (item, prompt, missing)
-        for item, prompt in zip(items, prompts, strict=True)
-        if (missing := [name for name in made if f"{base}/{item.key}/{name}" not in kept])
-    ]
+    keys = {item.key: {name: f"{base}/{item.key}/{name}" for name in made} for item in items}
+    # An item is measured whole or not at all: what is compared has run side by side.
+    todo = [each for each in zip(items, prompts, strict=True) if any(k not in kept for k in keys[each[0].key].values())]
     shared = about | provenance(config, hardware(setup))
     if todo:
         with display.waiting(f"Starting {setup.hosts} {common.cluster.name} host(s)"):
             engine = Engine.launch(setup, cluster=common.cluster.name)
         with engine, display.progress() as on_progress:
-            for done, (item, prompt, missing) in enumerate(todo):
+            measure(engine, todo[0][1], decode, list(made.items()), 2 * WARM)  # the first runs are slower
+            for done, (item, prompt) in enumerate(todo):
                 on_progress("Questions", done, len(todo))
-                # Plain decoding always runs: the others are compared with it in the same run.
-                chosen = [(name, each) for name, each in made.items() if name == PLAIN or name in missing]
-                for row in measure(engine, prompt, decode, chosen, asked.new_tokens):
-                    where = {"kind": item.kind, "context": item.context, "number": item.number}
-                    kept.add(f"{base}/{item.key}/{row['decoder']}", {**shared, **where, **row})
-    rows = [row for row in kept if row["key"].startswith(f"{base}/")]
-    lines = summary(rows, [*asked.kinds, ALL])
-    regions = winners([x for x in lines if x["kind"] == ALL], setup.shape)
-    _show(lines, regions, label(decode.decoder), display)
+                where = {"kind": item.kind, "context": item.context, "number": item.number, "question": item.text}
+                for row in measure(engine, prompt, decode, list(made.items()), asked.new_tokens):
+                    row["shape"] = shape(made[row["decoder"]])
+                    kept.add(keys[item.key][row["decoder"]], {**shared, **where, **row})
+    wanted = {key for names in keys.values() for key in names.values()}
+    rows = [row for row in kept if row["key"] in wanted]
+    lines, left_out = summary(rows), loops(rows)
+    regions = winners([x for x in lines if x["kind"] == ALL], setup.shape, setup.hosts)
+    _show(lines, left_out, regions, label(decode.decoder), display)
     if asked.save:
         dated = Rows(report.dated("decode.jsonl"))
         for row in rows:
             dated.add(row["key"], row)
-    document = {"bench": "decode", **about, "counts_bonus_token": True, "lines": lines, "trees_and_chains": regions}
+    document = {
+        "bench": "decode",
+        **about,
+        "counts_bonus_token": True,
+        "left_out": left_out,
+        "lines": lines,
+        "trees_and_chains": regions,
+    }
     return document | {"plots": _plots(lines, regions, common.out, display)}
 
 
-def summary(rows: Sequence[dict[str, Any]], kinds: Sequence[str]) -> list[dict[str, Any]]:
-    """Return a line for every kind, context and decoder. Answers that repeat themselves are counted and left out.
+def loops(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return how many answers of every kind and context are left out: those that repeat themselves."""
+    plain = [r for r in rows if r["decoder"] == PLAIN]
+    places = dict.fromkeys((r["kind"], r["context"]) for r in plain)
+    return [
+        {
+            "kind": kind,
+            "context": context,
+            "answers": sum((r["kind"], r["context"]) == (kind, context) for r in plain),
+            "loops": sum(r["repeats"] and (r["kind"], r["context"]) == (kind, context) for r in plain),
+        }
+        for kind, context in places
+    ]
 
-    ``accepted_length``: tokens decided by a step, the bonus token included, over all answers; plain decoding's is 1.
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a line for every kind, context and decoder, loops left out, and for all kinds together.
+
+    ``accepted_length``: tokens decided by a step, the bonus token included, over all answers; plain decoding's is 1. An
+    answer of one token, which the prefill decides, counts for none.
     """
     plain = {(r["kind"], r["context"], r["number"]): r for r in rows if r["decoder"] == PLAIN}
     looped = {where for where, r in plain.items() if r["repeats"]}
+    counted = [r for r in rows if r["steps"] and (r["kind"], r["context"], r["number"]) not in looped]
     found = []
-    for kind in dict.fromkeys([*(r["kind"] for r in rows), *kinds]):
-        for context in sorted({r["context"] for r in rows}):
-            for name in dict.fromkeys(r["decoder"] for r in rows):
-                here = [
-                    r for r in rows if r["decoder"] == name and r["context"] == context and kind in (ALL, r["kind"])
-                ]
-                counted = [r for r in here if (r["kind"], context, r["number"]) not in looped and r["steps"]]
-                if counted:
-                    line = {"kind": kind, "context": context, "decoder": name, "left_out": len(here) - len(counted)}
-                    found.append(line | _line(counted, plain))
+    for kind in dict.fromkeys([*(r["kind"] for r in counted), ALL]):
+        for context in sorted({r["context"] for r in counted}):
+            of_kind = [r for r in counted if r["context"] == context and kind in (ALL, r["kind"])]
+            for name in dict.fromkeys(r["decoder"] for r in of_kind):
+                here = [r for r in of_kind if r["decoder"] == name]
+                line = {"kind": kind, "context": context, "decoder": name, "shape": here[0]["shape"]}
+                found.append(line | _line(here, plain))
     return found
 
 
 def _line(rows: Sequence[dict[str, Any]], plain: Mapping[tuple[str, int, int], dict[str, Any]]) -> dict[str, Any]:
-    total = {key: sum(r[key] for r in rows) for key in ("steps", "decided", "rows", "head_rows", "bytes", "draft_s")}
+    total = {
+        key: sum(r[key] for r in rows)
+        for key in ("steps", "decided", "rows", "head_rows", "bytes", "draft_s", "verify_s")
+    }
     steps = total["steps"]
     pairs = [(r, plain[r["kind"], r["context"], r["number"]]) for r in rows]
     return {
@@ -126,6 +150,7 @@ def _line(rows: Sequence[dict[str, Any]], plain: Mapping[tuple[str, int, int], d
         "rows_per_step": total["rows"] / steps,
         "head_rows_per_step": total["head_rows"] / steps,
         "draft_per_step_s": total["draft_s"] / steps,
+        "verify_per_step_s": total["verify_s"] / steps,
         "work_per_step_s": sum(r["work_s"] for r in rows) / steps,
         "bytes_per_step": total["bytes"] / steps,
         "tokens_per_s": spread([r["tokens_per_s"] for r in rows if r["tokens_per_s"]] or [0.0]),
@@ -133,8 +158,15 @@ def _line(rows: Sequence[dict[str, Any]], plain: Mapping[tuple[str, int, int], d
     }
 
 
-def _show(lines: Sequence[dict[str, Any]], regions: Sequence[dict[str, Any]], chosen: str, display: Display) -> None:
-    columns = ["", "accepted", "rows", "LM-head rows", "draft", "work a token", "sent", "tokens/s", "of plain", "same"]
+def _show(
+    lines: Sequence[dict[str, Any]],
+    left_out: Sequence[dict[str, Any]],
+    regions: Sequence[dict[str, Any]],
+    chosen: str,
+    display: Display,
+) -> None:
+    columns = ["", "accepted", "rows", "LM-head rows", "draft", "verify"]
+    columns += ["work a token", "sent", "tokens/s", "of plain", "same"]
     for kind, context in dict.fromkeys((x["kind"], x["context"]) for x in lines):
         here = [x for x in lines if (x["kind"], x["context"]) == (kind, context)]
         rows = [
@@ -144,6 +176,7 @@ def _show(lines: Sequence[dict[str, Any]], regions: Sequence[dict[str, Any]], ch
                 f"{x['rows_per_step']:.1f}",
                 f"{x['head_rows_per_step']:,.0f}",
                 seconds(x["draft_per_step_s"]),
+                seconds(x["verify_per_step_s"]) if x["verify_per_step_s"] else "-",
                 seconds(x["work_per_step_s"] / x["accepted_length"]),
                 size(round(x["bytes_per_step"])),
                 f"{x['tokens_per_s']['median']:.1f}",
@@ -152,12 +185,15 @@ def _show(lines: Sequence[dict[str, Any]], regions: Sequence[dict[str, Any]], ch
             ]
             for x in here
         ]
-        left_out = here[0]["left_out"]
-        title = f"{kind}, {context:,} tokens before the question" + (f"; {left_out} loops left out" if left_out else "")
-        display.table(title, columns, rows)
+        display.table(f"{kind}, {context:,} tokens before the question", columns, rows)
+    for x in left_out:
+        if x["loops"]:
+            where = f"{x['kind']}, {x['context']:,} tokens"
+            display.note(f"{where}: {x['loops']} of {x['answers']} answers repeat themselves and are left out.")
     display.note(
-        "accepted: tokens a step, bonus token counted. rows: tokens verified a step. draft, sent: a step; bytes of all "
-        "hosts. work a token: the drafting host's own, waiting left out. same: answers equal to plain decoding's.",
+        "accepted: tokens a step, bonus token counted. rows: tokens verified a step. draft, verify, sent: a "
+        "step; bytes of all hosts. work a token: the drafting host's own, waiting left out. same: answers "
+        "equal to plain decoding's.",
         style="dim",
     )
     if regions:
@@ -171,7 +207,7 @@ def _show(lines: Sequence[dict[str, Any]], regions: Sequence[dict[str, Any]], ch
             ]
             for r in regions
         ]
-        title = f"Tokens/s on {HOSTS} hosts: measured compute, modelled links"
+        title = f"Tokens/s on {regions[0]['hosts']} host(s): measured compute, modelled links"
         display.table(title, ["", "best tree", "best chain", "plain", "faster"], rows)
 
 

@@ -18,34 +18,33 @@ LINKS = {  # bytes a second into a host, seconds of an exchange
     "100 Gb/s, 20 us": (100 * GBIT, 20e-6),
     "3,600 Gb/s, 10 us": (3600 * GBIT, 10e-6),
 }
-HOSTS = 8
 
 
-def step_s(line: dict[str, Any], shape: ModelShape, bandwidth: float, latency: float, hosts: int = HOSTS) -> float:
+def step_s(line: dict[str, Any], shape: ModelShape, bandwidth: float, latency: float, hosts: int) -> float:
     """Return the modelled seconds of a step of a decoder whose summary is ``line``."""
     partials = (hosts - 1) * line["rows_per_step"] * shape.partial_row_bytes
     return float(line["work_per_step_s"] + shape.layers * (latency + partials / bandwidth))
 
 
-def winners(lines: Sequence[dict[str, Any]], shape: ModelShape) -> list[dict[str, Any]]:
+def winners(lines: Sequence[dict[str, Any]], shape: ModelShape, hosts: int) -> list[dict[str, Any]]:
     """Return, for every context length and link, the fastest tree, the fastest chain, and plain decoding.
 
-    ``lines``: summaries of one model over all kinds, by context and decoder.
+    ``lines``: summaries of one model over all kinds, by context and decoder, their compute measured on as many hosts.
     """
     found = []
     for context in sorted({line["context"] for line in lines}):
         here = [line for line in lines if line["context"] == context]
         for name, (bandwidth, latency) in LINKS.items():
-            speed = {x["decoder"]: x["accepted_length"] / step_s(x, shape, bandwidth, latency) for x in here}
-            trees, chains = ({k: v for k, v in speed.items() if k.startswith(s)} for s in ("tree", "chain"))
+            speed = {x["decoder"]: x["accepted_length"] / step_s(x, shape, bandwidth, latency, hosts) for x in here}
+            trees, chains = ([x["decoder"] for x in here if x["shape"] == s] for s in ("tree", "chain"))
             if not trees or not chains:
                 continue
-            tree, chain = max(trees, key=trees.__getitem__), max(chains, key=chains.__getitem__)
+            tree, chain = max(trees, key=speed.__getitem__), max(chains, key=speed.__getitem__)
             found.append(
                 {
                     "context": context,
                     "link": name,
-                    "hosts": HOSTS,
+                    "hosts": hosts,
                     "tree": tree,
                     "tree_tokens_per_s": speed[tree],
                     "chain": chain,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +9,10 @@ from apb.decode import decoder
 from apb.decode.base import Decoder
 from apb.decode.eagle2 import Eagle2
 from apb.decode.lookup import Lookup
+from apb.decode.tree import capacity
 from apb.engine import Engine, Result
 from apb.prompt import Prompt
+from burst.errors import UserError
 from launch.settings import DecodeSettings
 
 PLAIN = "autoregressive"
@@ -20,22 +21,42 @@ REPEAT = 16  # tokens: an answer that says as many twice has run into a loop, wh
 
 def decoders(chosen: Decoder, sizes: Sequence[int]) -> dict[str, Decoder]:
     """Return what is compared, by label: plain decoding, prompt lookup, what was chosen, trees and chains of sizes."""
-    found: dict[str, Decoder] = {PLAIN: decoder(PLAIN), "lookup": Lookup(), label(chosen): chosen}
+    found: dict[str, Decoder] = {PLAIN: decoder(PLAIN), label(Lookup()): Lookup(), label(chosen): chosen}
     if isinstance(chosen, Eagle2):
+        shape = Eagle2() if chosen.width == 1 else chosen
+        most = 1 + capacity(shape.depth, shape.width)
         for size in sizes:
-            tree = dataclasses.replace(chosen, tokens=size, tree="fixed", lookup=False)
-            chain = dataclasses.replace(tree, width=1, depth=size - 1)
+            if not 2 <= size <= most:
+                raise UserError(
+                    "no tree has that many rows",
+                    given=f"bench.sizes has {size}",
+                    allowed=f"2 to {most} for depth {shape.depth} and width {shape.width}",
+                    remedy="Change bench.sizes, or decode.depth and decode.width.",
+                )
+            tree = Eagle2(depth=shape.depth, width=shape.width, tokens=size)
+            chain = Eagle2(depth=size - 1, width=1, tokens=size)
             found |= {label(tree): tree, label(chain): chain}
     return found
 
 
+def shape(made: Decoder) -> str | None:
+    """Return ``tree`` or ``chain`` for what is compared as such: of a fixed size, from the head alone."""
+    if not isinstance(made, Eagle2) or made.tree == "auto" or made.lookup:
+        return None
+    return "chain" if made.width == 1 else "tree"
+
+
 def label(made: Decoder) -> str:
     """Return what rows call a decoder: what it drafts, and of how many rows."""
-    if isinstance(made, Eagle2):
-        shape = "chain" if made.width == 1 else f"tree {made.depth}x{made.width}"
-        extra = (", auto" if made.tree == "auto" else "") + (", lookup" if made.lookup else "")
-        return f"{shape} of {made.tokens}{extra}"
-    return made.name
+    if isinstance(made, Lookup):
+        return f"lookup of {made.tokens}" + (f", match {made.match}" if made.match != Lookup.match else "")
+    if not isinstance(made, Eagle2):
+        return made.name
+    chain = made.width == 1
+    words = [f"{'chain' if chain else f'tree {made.depth}x{made.width}'} of {made.tokens}"]
+    words += [f"depth {made.depth}"] if chain and made.depth != made.tokens - 1 else []
+    words += [word for word, used in (("auto", made.tree == "auto"), ("lookup", made.lookup)) if used]
+    return ", ".join(words)
 
 
 def measure(
@@ -78,6 +99,7 @@ def _row(result: Result, owner: int) -> dict[str, Any]:
         "rows": drafting["rows"],
         "head_rows": drafting.get("head_rows", 0),
         "draft_s": drafting.get("draft_s", 0.0),
+        "verify_s": drafting.get("verify_s", 0.0),
         "work_s": m["decode_work_s"][owner],
         "tokens_per_s": m["decode_tokens_per_s"],
         "bytes": m["decode_bytes"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Asked:
     @property
     def key(self) -> str:
         """What tells it from others."""
-        return f"{self.kind}/{self.context}/{self.number}"
+        return f"{self.kind}/{self.context}/{hashlib.sha256(self.text.encode()).hexdigest()[:12]}"
 
     def prompt(self, tokenizer: Any) -> Prompt:
         """Return the prompt in the chat template."""
@@ -41,6 +42,13 @@ class Asked:
             question = Question((), made.context_ids[-1:], tail, None)
             return dataclasses.replace(made, context_ids=made.context_ids[:-1], question=question)
         ids = tokenizer(prose(), add_special_tokens=False)["input_ids"]
+        if len(ids) < self.context:
+            raise UserError(
+                "there is not that much prose",
+                given=f"bench.contexts has {self.context}",
+                allowed=f"up to {len(ids)} tokens of Python's language reference",
+                remedy="Shorten bench.contexts.",
+            )
         start = 997 * self.number % max(1, len(ids) - self.context)
         return make_prompt(tokenizer, tuple(ids[start : start + self.context]), READ + self.text, chat=True)
 
