@@ -28,7 +28,7 @@ SAMPLING = {"greedy": Sampling(), "sampled": Sampling(temperature=0.7, top_p=0.9
 
 def check(recorder: Recorder, model: str, data: tuple[str, ...] = ()) -> dict[str, Any]:
     """Answer generated questions, some behind long documents, and those of JSONL files, by every decoder."""
-    items = questions(KINDS, 16, (0,), None) + questions(KINDS, 2, (1_500,), None)
+    items = questions(KINDS, 8, (0,), None) + questions(KINDS, 1, (1_500,), None)
     for file in data:
         items += questions((), 200, (0,), file)
     for run, (hosts, dtype) in RUNS.items():
