@@ -33,7 +33,8 @@ def main(arguments: Arguments, config: Mapping[str, Any], display: Display) -> d
             remedy="Write 'apb bench ruler', for example.",
         )
     flags = ["-m"] if arguments.multirun else []
-    command = " ".join(["apb", "bench", *arguments.words[1:], *flags, *arguments.overrides])
+    words = [word for word in arguments.overrides if not word.startswith("out=")]  # where it is kept changes no number
+    command = " ".join(["apb", "bench", *arguments.words[1:], *flags, *words])
     config = {**config, "command": command}
     document: dict[str, Any] = importlib.import_module(BENCHES[chosen["name"]]).run(config, display)
     return document

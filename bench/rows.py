@@ -50,5 +50,5 @@ class Rows:
 
 def provenance(config: Mapping[str, Any], hardware: str) -> dict[str, Any]:
     """Return what every row says of its origin: hardware, versions, commit, date, configuration, command."""
-    settings = {key: value for key, value in config.items() if key != "command"}
+    settings = {key: value for key, value in config.items() if key not in ("command", "out")}
     return {"hardware": hardware, **conditions(), "command": config["command"], "configuration": settings}

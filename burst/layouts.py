@@ -8,6 +8,7 @@ Source: zigzag of ring-flash-attention; Striped Attention, arXiv 2311.09431; une
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -210,11 +211,16 @@ def _zigzag(a: int, b: int, world: int, loads: list[int]) -> list[tuple[int, int
     sizes = [size] * (2 * world)
     for r in range(world):
         loads[r] += 2 * size
-    for _ in range(extra):
-        spare = [c for c in range(2 * world) if sizes[c] == size]
-        chosen = min(spare, key=lambda c: (loads[owners[c]], c))
+    spare = [(loads[owner], c) for c, owner in enumerate(owners)]
+    heapq.heapify(spare)
+    while extra:
+        load, chosen = heapq.heappop(spare)
+        if load < loads[owners[chosen]]:  # its owner's other chunk has grown meanwhile
+            heapq.heappush(spare, (loads[owners[chosen]], chosen))
+            continue
         sizes[chosen] += 1
         loads[owners[chosen]] += 1
+        extra -= 1
     out, start = [], a
     for owner, count in zip(owners, sizes, strict=True):
         out.append((owner, start, count))

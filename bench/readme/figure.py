@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from apb.strategies import STRATEGIES
 from bench.drawing import new_figure
 from bench.emulate.measure import PARTS
 from bench.readme.rows import Row, groups
@@ -66,7 +67,13 @@ def _lines(axes: Any, rows: Sequence[Row], over: str, held: str) -> None:
     for (name,), mine in groups(rows, "strategy").items():
         points = sorted((row[over], row["worst_s"]) for row in mine)
         if len(points) > 1:
-            axes.plot(*zip(*points, strict=True), marker=".", label=name, linewidth=1)
+            axes.plot(
+                *zip(*points, strict=True),
+                marker=".",
+                label=name,
+                linewidth=1,
+                color=f"C{list(STRATEGIES).index(name) % 10}",
+            )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel(over, fontsize=8)
@@ -87,7 +94,7 @@ def _series(rows: Sequence[Row], over: str, held: str) -> list[Row]:
     by = groups(parallel, held)
     if not by:
         return []
-    best = max(by, key=lambda key: len({row[over] for row in by[key]}))
+    best = max(by, key=lambda key: (len({row[over] for row in by[key]}), key))
     if len({row[over] for row in by[best]}) < 2:
         return []
     full = [row for row in latest if row["strategy"] == "full"] if over == "tokens" else []

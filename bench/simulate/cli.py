@@ -100,9 +100,9 @@ def _crossovers(asked: SimulateSettings, costed: Any) -> dict[str, Any]:
                     lines.append(
                         f"{count} hosts, {_among(kind)}: below {each['at']:,} tokens use {each['below']}, {then}."
                     )
-            for each in replicas(here, lengths, count):
-                found.append({"over": "replicas", **each})
-                lines.append(_replica_line(each, count, lengths))
+            groups_of = replicas(here, lengths, count)
+            found += [{"over": "replicas", **each} for each in groups_of]
+            lines += _replica_lines(groups_of, count, lengths)
     counts = [count for count in _between(asked.hosts) if count <= FINE]
     if len(counts) > 1:
         for length in asked.tokens:
@@ -121,11 +121,20 @@ def _among(kind: str) -> str:
     return "exact ones" if kind == "exact" else "all strategies"
 
 
-def _replica_line(each: Mapping[str, Any], hosts: int, lengths: Sequence[int]) -> str:
-    if each["at"] is None:
-        who = f"{hosts} replicas serve" if each["below"] == "replicas" else f"one group of {each['strategy']} serves"
-        return f"{each['strategy']}: {who} more requests at all of {lengths[0]:,} to {lengths[-1]:,} tokens."
-    return f"{hosts} replicas serve more requests than one group of {each['strategy']} below {each['at']:,} tokens."
+def _replica_lines(found: Sequence[Mapping[str, Any]], hosts: int, lengths: Sequence[int]) -> list[str]:
+    """Say when replicas of full attention serve more requests; strategies that never change sides in one line."""
+    span = f"{lengths[0]:,} to {lengths[-1]:,} tokens"
+    lines, always = [], {"more": list[str](), "fewer": list[str]()}
+    for each in found:
+        name = each["strategy"]
+        if each["at"] is None:
+            always["more" if each["below"] == "replicas" else "fewer"].append(name)
+        else:
+            lines.append(f"{hosts} replicas serve more requests than one group of {name} below {each['at']:,} tokens.")
+    for told, names in always.items():
+        if names:
+            lines.append(f"{hosts} replicas serve {told} requests than one group of {', '.join(names)}, {span}.")
+    return lines
 
 
 def _show(found: Sequence[Mapping[str, Any]], display: Display) -> None:
@@ -154,7 +163,8 @@ def _show(found: Sequence[Mapping[str, Any]], display: Display) -> None:
 def _keep(document: Mapping[str, Any], base: Setup) -> None:
     """Add the rows to the dated file that ``apb bench report`` reads."""
     kept = Rows(report.dated("simulate.jsonl"))
-    shared = {k: v for k, v in document.items() if k not in ("rows", "crossovers")}
+    shared = {k: v for k, v in document.items() if k not in ("rows", "crossovers", "seconds")}
+    shared["rates"] = document["rates"]["name"]
     for each in document["rows"]:
         name = document["configuration"]["model"]["name"]
         key = "/".join(str(x) for x in (name, base.spec.dtype, each["strategy"], each["hosts"], each["tokens"]))
