@@ -14,6 +14,7 @@ from bench.emulate.real import PinnedCluster
 from bench.readme.cli import splice
 from bench.readme.rows import Row, read
 from bench.rows import Rows
+from bench.ruler.plots import comparable
 from bench.ruler.summary import table
 from bench.simulate.grid import crossings, replicas
 from bench.timing import ratio, spread
@@ -122,6 +123,7 @@ def test_what_speed_costs_is_in_the_figure(apb: Any, tmp_path: Path) -> None:
     rows += [row("apb", tokens, index, 2.0, -1.5) for tokens in (100, 200) for index in range(2)]
     rows += [row("apb", 400, 0, 2.0, -1.5, "choose"), row("full", 400, 0, 2.0, -1.5, "choose")]
     rows += [row("star", 200, 7, 4.0, -1.2)]  # full attention did not answer that one
+    rows += [{**row(variant, 200, 0, 10.0, -1.0), "task": "niah"} for variant in ("full", "apb")]
     for day, lines in (("2026-01-02", table(rows)), ("2026-01-01", [])):
         (tmp_path / f"{day}-ruler").mkdir()
         (tmp_path / f"{day}-ruler" / "summary.json").write_text(json.dumps({"table": lines}))
@@ -130,9 +132,12 @@ def test_what_speed_costs_is_in_the_figure(apb: Any, tmp_path: Path) -> None:
     }
     figure = tmp_path / "figure.svg"
     ran = apb("bench", "report", f"bench.results={tmp_path}", f"bench.figure={figure}", "bench.growth_hosts=[2]")
-    assert ran.document["rows"]["ruler"] == 4
+    assert ran.document["rows"]["ruler"] == 6
     assert f"![Log-probability against cost]({figure})" in ran.document["text"]
-    assert "m, 200 tokens, 1 task(s) of 2 samples" in figure.read_text()
+    assert "m, 200 tokens, 2 task(s) of 1-2 samples" in figure.read_text()
+    lines = read(tmp_path)["ruler"]
+    ring = {**lines[0], "variant": "ring", "task": "vt"}
+    assert comparable([*lines, ring]) == lines  # ring was measured on one task of two
 
 
 def test_the_report_wants_a_place(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from bench.decode.pictures import accepted
 from bench.drawing import new_figure
 from bench.emulate.measure import PARTS
 from bench.readme.rows import DECODING, Row, groups
-from bench.ruler.plots import frontier
+from bench.ruler.plots import comparable, frontier
 
 WIDE = 4  # panels side by side at most
 COLOURS = {"linear": "tab:blue", "attention": "tab:orange", "selection": "tab:green", "other": "tab:gray"}
@@ -105,6 +105,7 @@ def _accepted(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def _frontier(axes: Any, lines: Sequence[Row]) -> None:
+    lines = comparable(lines)
     frontier(axes, lines)
     axes.set_xlabel("busiest host's FLOPs, share of full's", fontsize=8)
     axes.set_ylabel(axes.get_ylabel(), fontsize=7)

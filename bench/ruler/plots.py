@@ -70,13 +70,18 @@ def frontier(axes: Any, lines: Sequence[Line]) -> None:
     axes.set_ylabel("log-probability per answer token, less full's")
 
 
+def comparable(lines: Sequence[Line]) -> list[Line]:
+    """Return the lines of the variants that were measured on all tasks: means over other tasks would not compare."""
+    tasks = {line["task"] for line in lines}
+    seen = {variant: {x["task"] for x in lines if x["variant"] == variant} for variant in {x["variant"] for x in lines}}
+    return [line for line in lines if seen[line["variant"]] == tasks]
+
+
 def _scatter(axes: Any, lines: Sequence[Line], cost: Callable[[Line], float]) -> None:
     """One point a variant: means over all tasks."""
-    tasks = {line["task"] for line in lines}
+    lines = comparable(lines)
     for number, variant in enumerate(dict.fromkeys(line["variant"] for line in lines)):
         mine = [line for line in lines if line["variant"] == variant]
-        if {line["task"] for line in mine} != tasks:
-            continue  # a mean over other tasks would not compare
         y = fmean(line["less_full"] for line in mine)
         marker = "osD^v<>PX*"[number % 10]
         axes.plot(fmean(cost(line) for line in mine), y, marker=marker, linestyle="none", label=variant)
