@@ -20,6 +20,8 @@ from bench.decode.cli import loops, summary
 from bench.decode.links import LINKS, winners
 from bench.decode.measure import decoders, shape
 from bench.decode.questions import questions
+from bench.readme.rows import read
+from bench.readme.tables import decoders as decoder_tables
 from burst.errors import UserError
 from tests.tiny import byte_tokenizer, llama_config
 
@@ -134,6 +136,17 @@ def test_the_benchmark_measures_keeps_and_resumes(apb: Any, model: Path, head: P
     assert apb(*asked).document["lines"] == found["lines"]
     assert (tmp_path / "out" / "decode.jsonl").read_text() == before
 
+    (tmp_path / "2026-01-01-decode.jsonl").write_text(before)
+    figure = tmp_path / "figure.svg"
+    told = apb("bench", "report", f"bench.results={tmp_path}", f"bench.figure={figure}", "bench.growth_hosts=[2]")
+    text = told.document["text"]
+    assert told.document["rows"]["decode"] == len(rows) and f"![Accepted length]({figure})" in text
+    assert "apb bench decode" in text and rows[0]["hardware"] in text and "commit" in text
+    for x in found["lines"]:
+        if x["kind"] == "all":
+            assert f"| {x['decoder']}, {x['context']} tokens | {x['accepted_length']:.2f} |" in text
+    assert "accepted length, bonus token counted" in figure.read_text()
+
 
 def test_questions_come_from_files_too(tmp_path: Path) -> None:
     file = tmp_path / "gsm.jsonl"
@@ -165,6 +178,30 @@ def test_loops_are_counted_and_left_out() -> None:
     assert lines["math", "lookup"]["answers"] == 2 and ("code", "autoregressive") not in lines
     assert lines["all", "lookup"]["accepted_length"] == (8 + 16) / 8
     assert [(x["kind"], x["answers"], x["loops"]) for x in loops(rows)] == [("math", 3, 1), ("code", 1, 1)]
+
+
+def test_the_report_keeps_settings_apart_and_the_newest_rows(tmp_path: Path) -> None:
+    row: dict[str, Any] = {"model": "m", "hardware": "h", "dtype": "float32", "variant": "full", "draft": None}
+    row |= {"sampling": [0.0, 1.0, 0, 0], "new_tokens": 9, "placement": "sharded", "kind": "math", "context": 0}
+    row |= {"steps": 4, "decided": 4, "rows": 8, "head_rows": 40, "bytes": 4000, "draft_s": 0.4, "verify_s": 0.8}
+    row |= {"work_s": 1.0, "tokens_per_s": 2.0, "same": True, "shape": None, "repeats": False, "number": 0}
+    row |= {"versions": {"torch": "2"}, "commit": "abc", "date": "2026-01-01", "command": "apb bench decode"}
+    old = [{**row, "decoder": "autoregressive"}, {**row, "decoder": "lookup", "decided": 5}]
+    loop = [{**each, "number": 1, "repeats": True, "decided": 100} for each in old]
+    loop += [{**each, "context": 5000} for each in loop]
+    sampled = [{**each, "sampling": [0.7, 1.0, 0, 0], "decided": 6} for each in old]
+    new = [old[0], {**old[1], "decided": 8, "commit": "def"}]
+    for day, rows in (("2026-01-02", new), ("2026-01-01", [*old, *loop, *sampled])):
+        (tmp_path / f"{day}-decode.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    text = decoder_tables(read(tmp_path)["decode"])
+    abouts = [line for line in text if line.startswith("Decoders")]
+    assert len(abouts) == 2 and "temperature 0.7" in "".join(abouts)
+    start = next(i for i, line in enumerate(text) if "greedy" in line)
+    assert "abc, def" in text[start] and "h, torch 2" in text[start]
+    lookup = next(line for line in text[start:] if "lookup" in line)
+    assert lookup == "| lookup, 0 tokens | 2.00 | 2.0 | 10 | 100 ms | 200 ms | 125 ms | 1.0 kB | 1 (1) |"
+    assert "| all, 5,000 tokens | - | - | - | - | - | - | - | 0 (1) |" in text[start:]
+    assert decoder_tables([]) == []
 
 
 def test_links_decide_between_trees_and_chains() -> None:

@@ -12,7 +12,10 @@ import pytest
 import bench.report
 from bench.emulate.real import PinnedCluster
 from bench.readme.cli import splice
+from bench.readme.rows import Row, read
 from bench.rows import Rows
+from bench.ruler.plots import comparable
+from bench.ruler.summary import table
 from bench.simulate.grid import crossings, replicas
 from bench.timing import ratio, spread
 from burst.errors import UserError
@@ -86,10 +89,17 @@ def test_emulated_rows_and_their_report(apb: Any, results: Path, tmp_path: Path)
     readme.write_text("before\n<!-- results -->\nstale\n<!-- /results -->\nafter\n")
     ran = apb("bench", "report", f"bench.readme={readme}", f"bench.figure={figure}", "bench.growth_hosts=[2,4]")
     text = readme.read_text()
-    assert ran.code == 0 and ran.document["rows"] == {"emulate": 5, "simulate": 34, "throughput": 0}
+    assert ran.code == 0 and ran.document["rows"] == {
+        "emulate": 5,
+        "simulate": 34,
+        "throughput": 0,
+        "decode": 0,
+        "ruler": 0,
+    }
     assert text.startswith("before") and text.endswith("after\n") and "stale" not in text
     assert f"{over['median']:.2f}" in text and saved[0]["command"] in text and "**Emulated**" in text
-    assert figure.read_text().startswith("<?xml") and f"![Speed-ups, and where the time goes]({figure})" in text
+    assert figure.read_text().startswith("<?xml") and "Decoders" not in text
+    assert f"![Speed-ups, where the time goes, time over tokens, time over hosts]({figure})" in text
     report = ("bench", "report", f"bench.readme={readme}", f"bench.figure={figure}", "bench.growth_hosts=[2,4]")
     assert apb(*report).code == 0 and readme.read_text() == text
 
@@ -102,6 +112,32 @@ def test_growth_of_bytes_is_in_the_report(apb: Any, results: Path) -> None:
     # Each host of a ring passes on all blocks but one: 32 layers, 4,096 bytes a token's K and V in bf16.
     sent = [count - 1 for count in (4, 8)]
     assert " / ".join(f"{n * 4096 * 4096 * 32 / 1e9:.1f} GB" for n in sent) in lines["`ring`"]
+
+
+def test_what_speed_costs_is_in_the_figure(apb: Any, tmp_path: Path) -> None:
+    def row(variant: str, tokens: int, index: int, flops: float, log_prob: float, seeds: str = "report") -> Row:
+        about = {"model": "m", "task": "vt", "variant": variant, "tokens": tokens, "seeds": seeds, "index": index}
+        return about | {"prefill_flops": [flops], "log_prob": log_prob, "passing_bytes": 0, "sent_bytes": 0}
+
+    rows = [row("full", tokens, index, 10.0, -1.0) for tokens in (100, 200) for index in range(2)]
+    rows += [row("apb", tokens, index, 2.0, -1.5) for tokens in (100, 200) for index in range(2)]
+    rows += [row("apb", 400, 0, 2.0, -1.5, "choose"), row("full", 400, 0, 2.0, -1.5, "choose")]
+    rows += [row("star", 200, 7, 4.0, -1.2)]  # full attention did not answer that one
+    rows += [{**row(variant, 200, 0, 10.0, -1.0), "task": "niah"} for variant in ("full", "apb")]
+    for day, lines in (("2026-01-02", table(rows)), ("2026-01-01", [])):
+        (tmp_path / f"{day}-ruler").mkdir()
+        (tmp_path / f"{day}-ruler" / "summary.json").write_text(json.dumps({"table": lines}))
+    assert {(x["variant"], x["tokens"]) for x in read(tmp_path)["ruler"]} == {
+        (variant, tokens) for variant in ("full", "apb") for tokens in (100, 200)
+    }
+    figure = tmp_path / "figure.svg"
+    ran = apb("bench", "report", f"bench.results={tmp_path}", f"bench.figure={figure}", "bench.growth_hosts=[2]")
+    assert ran.document["rows"]["ruler"] == 6
+    assert f"![Log-probability against cost]({figure})" in ran.document["text"]
+    assert "m, 200 tokens, 2 task(s) of 1-2 samples" in figure.read_text()
+    lines = read(tmp_path)["ruler"]
+    ring = {**lines[0], "variant": "ring", "task": "vt"}
+    assert comparable([*lines, ring]) == lines  # ring was measured on one task of two
 
 
 def test_the_report_wants_a_place(tmp_path: Path) -> None:

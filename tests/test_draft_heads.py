@@ -163,7 +163,8 @@ def stepped(head: DraftHead, features: Tensor, ids: Tensor, positions: Tensor) -
 def agrees(head: DraftHead, weights: Weights, naive: Callable[..., Tensor]) -> Tensor:
     """Check the head's layer against ``naive`` and its keys and values against what it attends with."""
     rng = torch.Generator().manual_seed(5)
-    features = torch.randn(1, TOKENS, head.feature_width, generator=rng, dtype=torch.float64)
+    width = HIDDEN * max(1, len(head.taps))
+    features = torch.randn(1, TOKENS, width, generator=rng, dtype=torch.float64)
     ids = torch.randint(VOCAB, (1, TOKENS), generator=rng)
     positions = torch.tensor([0, 1, 2, 3, 700, 701, 702, 703, 704])
     out, attended = stepped(head, features, ids, positions)
@@ -186,7 +187,7 @@ def test_published_eagle_heads(target: Target, tmp_path: Path, bias: bool | None
     made = config() if bias is None else config(bias=bias)  # without the key, fc has a bias
     stored = weights | {"embed_tokens.weight": target.embedding_WE.clone()}
     head = load(write(tmp_path / "head", made, stored, name), target)
-    assert isinstance(head, EagleHead) and head.taps == () and head.feature_width == HIDDEN
+    assert isinstance(head, EagleHead) and head.taps == ()
     out = agrees(head, weights, eagle)
     torch.testing.assert_close(head.logits(out), out @ target.head_WE.T)
     few = head.with_vocab(torch.tensor([7, 3, 250]))
@@ -213,7 +214,7 @@ def test_published_eagle3_heads(target: Target, tmp_path: Path) -> None:
     drafted = [2, 5, 6, 40, 41, 299]
     weights = eagle3_file(drafted)
     head = load(write(tmp_path / "head", config(draft_vocab_size=6), weights), target)
-    assert head.taps == (2, 4, 5) and head.feature_width == 3 * HIDDEN and head.ids_V.tolist() == drafted
+    assert head.taps == (2, 4, 5) and head.ids_V.tolist() == drafted
     out = agrees(head, weights, eagle3)
     torch.testing.assert_close(head.logits(out), norm(out, weights["norm.weight"]) @ weights["lm_head.weight"].T)
     few = head.with_vocab(torch.tensor([299, 5]))

@@ -95,11 +95,6 @@ class DraftHead(nn.Module, ABC):
         self.target, self.window, self.sinks = target, window, sinks
         self.about: dict[str, str] = {}
 
-    @property
-    def feature_width(self) -> int:
-        """Width of the target's features that ``fuse`` takes."""
-        return self.target.shape.hidden * max(1, len(self.taps))
-
     def fuse(self, features_BSF: Tensor) -> Tensor:
         """Return what ``step`` takes of the target's features, (B, S, E)."""
         return features_BSF

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from apb import stored
 from apb.draft.base import SINKS, WINDOW, DraftHead, Target
 from apb.draft.eagle import EagleHead
 from burst.errors import UserError
@@ -40,18 +37,13 @@ def shipped() -> dict[str, Path]:
 
 def find(name: str) -> Path:
     """Return the file or folder that ``name`` means: a shipped head, else a path; raises UserError without one."""
-    known = shipped()
-    if name in known:
-        return known[name]
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    raise UserError(
-        f"there is no draft head '{name}'",
-        given=name,
-        allowed=f"{', '.join(known) or 'no shipped heads'}, or {_ALLOWED}",
-        remedy=f"Did you mean {' or '.join(near)}?" if near else "Check the path, or train one (apb train eagle).",
+    return stored.find(
+        name,
+        shipped(),
+        Path.exists,
+        problem="there is no draft head",
+        allowed=_ALLOWED,
+        remedy="Check the path, or train one (apb train eagle).",
     )
 
 
@@ -101,10 +93,7 @@ def save(file: Path, head: EagleHead, about: Mapping[str, str], dtype: torch.dty
         "config": json.dumps(config),
         "target_probe": json.dumps([round(x, 6) for x in _probe(head.target.embedding_WE).tolist()]),
     }
-    unfinished = file.with_suffix(".part")
-    save_file(tensors, unfinished, metadata=metadata)
-    unfinished.chmod(0o644)
-    os.replace(unfinished, file)
+    stored.write(file, tensors, metadata)
 
 
 def configuration(path: Path) -> dict[str, Any]:
@@ -114,7 +103,7 @@ def configuration(path: Path) -> dict[str, Any]:
             raise _damaged(path, "the folder lacks config.json")
         text: str | None = (path / "config.json").read_text(encoding="utf-8", errors="replace")
     else:
-        text = _metadata(path).get("config")
+        text = stored.metadata(path, _damaged).get("config")
     if text is None:
         raise _damaged(path, "it carries no configuration")
     try:
@@ -135,33 +124,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]
         if not found:
             raise _damaged(path, "the folder lacks its weights")
         weights = found[0]
-    tensors = {name.removeprefix("model."): tensor for name, tensor in _tensors(weights).items()}
-    return config, tensors, _metadata(weights)
-
-
-def _metadata(file: Path) -> dict[str, str]:
-    if file.suffix != ".safetensors":
-        return {}
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return dict(opened.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise _damaged(file, f"it cannot be read ({error})") from error
-
-
-def _tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
-                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
-        raise _damaged(file, f"it cannot be read ({error})") from error
-    except Exception as error:  # unpickling refuses in many ways, some by private types
-        raise _damaged(file, f"it is no plain state dict ({type(error).__name__})") from error
-    if not isinstance(state, Mapping):
-        raise _damaged(file, "it is no state dict")
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    tensors = {name.removeprefix("model."): tensor for name, tensor in stored.read(weights, _damaged).items()}
+    return config, tensors, stored.metadata(weights, _damaged)
 
 
 def _check_target(

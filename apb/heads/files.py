@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from apb import stored
 from apb.heads.base import Head, Keys, RetainingHeads
 from burst.errors import UserError
 
@@ -30,18 +26,13 @@ def shipped() -> dict[str, Path]:
 
 def find(name: str) -> Path:
     """Return the file that ``name`` means: shipped heads, else a path; raises UserError when there is none."""
-    known = shipped()
-    if name in known:
-        return known[name]
-    file = Path(name).expanduser()
-    if file.is_file():
-        return file
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    raise UserError(
-        f"there are no retaining heads '{name}'",
-        given=name,
-        allowed=f"{', '.join(known) or 'no shipped heads'}, or a file (.safetensors, or a torch state dict)",
-        remedy=f"Did you mean {' or '.join(near)}?" if near else "Check the path, or train heads for the model.",
+    return stored.find(
+        name,
+        shipped(),
+        Path.is_file,
+        problem="there are no retaining heads",
+        allowed="a file (.safetensors, or a torch state dict)",
+        remedy="Check the path, or train heads for the model.",
     )
 
 
@@ -57,7 +48,7 @@ def load(file: Path) -> RetainingHeads:
 
 @functools.lru_cache(maxsize=4)
 def _load(file: Path, version: tuple[int, ...]) -> RetainingHeads:
-    tensors, about = _read(file)
+    tensors, about = stored.read(file, _damaged), stored.metadata(file, _damaged)
     parts: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if found := _KEY.fullmatch(key):
@@ -93,28 +84,7 @@ def save(file: Path, heads: RetainingHeads, dtype: torch.dtype = torch.float16) 
         for name, tensor in parts.items():
             if tensor is not None:
                 tensors[f"model.layers.{layer}.self_attn.{name}"] = tensor.to(dtype).contiguous().cpu()
-    unfinished = file.with_suffix(".part")
-    metadata = {**heads.about, "format": FORMAT, "window": str(heads.window), "keys": heads.keys}
-    save_file(tensors, unfinished, metadata=metadata)
-    unfinished.chmod(0o644)
-    os.replace(unfinished, file)
-
-
-def _read(file: Path) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
-    try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
-                metadata: dict[str, str] = opened.metadata() or {}
-                names: list[str] = opened.keys()
-                return {name: opened.get_tensor(name) for name in names}, metadata
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
-        raise _damaged(file, f"it cannot be read ({error})") from error
-    except Exception as error:  # unpickling refuses in many ways, some by private types
-        raise _damaged(file, f"it is no plain state dict ({type(error).__name__})") from error
-    if not isinstance(state, Mapping):
-        raise _damaged(file, "it is no state dict")
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}, {}
+    stored.write(file, tensors, {**heads.about, "format": FORMAT, "window": str(heads.window), "keys": heads.keys})
 
 
 def _damaged(file: Path, what: str) -> UserError:

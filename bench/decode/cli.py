@@ -158,6 +158,19 @@ def _line(rows: Sequence[dict[str, Any]], plain: Mapping[tuple[str, int, int], d
     }
 
 
+def cells(line: Mapping[str, Any]) -> list[str]:
+    """Return a line's accepted length, rows, LM-head rows, draft, verify, own work a token, and bytes, to be read."""
+    return [
+        f"{line['accepted_length']:.2f}",
+        f"{line['rows_per_step']:.1f}",
+        f"{line['head_rows_per_step']:,.0f}",
+        seconds(line["draft_per_step_s"]),
+        seconds(line["verify_per_step_s"]) if line["verify_per_step_s"] else "-",
+        seconds(line["work_per_step_s"] / line["accepted_length"]),
+        size(round(line["bytes_per_step"])),
+    ]
+
+
 def _show(
     lines: Sequence[dict[str, Any]],
     left_out: Sequence[dict[str, Any]],
@@ -172,13 +185,7 @@ def _show(
         rows = [
             [
                 f"{x['decoder']}{' (chosen)' if x['decoder'] == chosen else ''}",
-                f"{x['accepted_length']:.2f}",
-                f"{x['rows_per_step']:.1f}",
-                f"{x['head_rows_per_step']:,.0f}",
-                seconds(x["draft_per_step_s"]),
-                seconds(x["verify_per_step_s"]) if x["verify_per_step_s"] else "-",
-                seconds(x["work_per_step_s"] / x["accepted_length"]),
-                size(round(x["bytes_per_step"])),
+                *cells(x),
                 f"{x['tokens_per_s']['median']:.1f}",
                 f"{x['speedup']['median']:.2f}x",
                 f"{x['same']}/{x['answers']}",

@@ -14,13 +14,7 @@ Line = dict[str, Any]
 def draw(lines: Sequence[Line], regions: Sequence[Line], folder: Path) -> list[str]:
     """Write the pictures there are numbers for; returns the files' names. Raises UserError without matplotlib."""
     figure = new_figure(7, 4)
-    axes = figure.subplots()
-    every = [x for x in lines if x["kind"] == "all"]
-    for name in dict.fromkeys(x["decoder"] for x in every):
-        points = sorted((x["context"], x["accepted_length"]) for x in every if x["decoder"] == name)
-        axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.set(xlabel="tokens before the question", ylabel="accepted length, bonus token counted", ylim=(0, None))
-    axes.legend(fontsize="small")
+    accepted(figure.subplots(), lines)
     figure.savefig(folder / "accepted.png", dpi=120)
     if not regions:
         return ["accepted.png"]
@@ -36,3 +30,14 @@ def draw(lines: Sequence[Line], regions: Sequence[Line], folder: Path) -> list[s
         panel.legend(fontsize="small")
     figure.savefig(folder / "trees-and-chains.png", dpi=120)
     return ["accepted.png", "trees-and-chains.png"]
+
+
+def accepted(axes: Any, lines: Sequence[Line]) -> None:
+    """Paint accepted length over context, all kinds of questions together."""
+    every = [x for x in lines if x["kind"] == "all"]
+    for name in dict.fromkeys(x["decoder"] for x in every):
+        points = sorted((x["context"], x["accepted_length"]) for x in every if x["decoder"] == name)
+        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.set_xticks(sorted({x["context"] for x in every}))
+    axes.set(xlabel="tokens before the question", ylabel="accepted length, bonus token counted", ylim=(0, None))
+    axes.legend(fontsize="small")

@@ -11,7 +11,7 @@ from bench import report
 from bench.prompts import base_setup
 from bench.readme.figure import draw
 from bench.readme.rows import read
-from bench.readme.tables import emulated, growth, measured
+from bench.readme.tables import decoders, emulated, growth, measured
 from burst.errors import UserError
 from launch.display import Display
 from launch.settings import in_range, typed
@@ -38,17 +38,17 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
     in_range("bench.growth_block", asked.growth_block, asked.growth_block >= 64, "64 or more")
     folder = Path(asked.results) if asked.results else report.dated("").parent
     rows = read(folder)
-    lines = [*emulated(rows["emulate"]), *measured(rows["throughput"])]
+    lines = [*emulated(rows["emulate"]), *measured(rows["throughput"]), *decoders(rows["decode"])]
     lines += growth(base_setup(config, display), asked.growth_hosts, asked.growth_block)
-    drawn = bool(asked.figure) and draw(rows["emulate"], rows["simulate"], Path(str(asked.figure)))
-    if drawn:
-        lines = ["", f"![Speed-ups, and where the time goes]({asked.figure})", *lines]
+    panels = draw(rows, Path(asked.figure)) if asked.figure else []
+    if panels:
+        lines = ["", f"![{', '.join(panels).capitalize()}]({asked.figure})", *lines]
     text = "\n".join(lines).strip("\n")
     display.raw(text + "\n")
     if asked.readme:
         splice(Path(asked.readme), text)
     counts = {kind: len(found) for kind, found in rows.items()}
-    return {"bench": "report", "rows": counts, "figure": asked.figure if drawn else None, "text": text}
+    return {"bench": "report", "rows": counts, "figure": asked.figure if panels else None, "text": text}
 
 
 def splice(file: Path, text: str) -> None:

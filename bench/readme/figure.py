@@ -1,40 +1,53 @@
-"""README's figure: what the rows have of speed-ups, where the time goes, growth with length and with hosts."""
+"""README's figure: what the rows have of speed-ups, where the time goes, growth, drafts, and what speed costs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from apb.strategies import STRATEGIES
+from bench.decode.cli import summary
+from bench.decode.pictures import accepted
 from bench.drawing import new_figure
 from bench.emulate.measure import PARTS
-from bench.readme.rows import Row, groups
+from bench.readme.rows import DECODING, Row, groups
+from bench.ruler.plots import comparable, frontier
 
+WIDE = 4  # panels side by side at most
 COLOURS = {"linear": "tab:blue", "attention": "tab:orange", "selection": "tab:green", "other": "tab:gray"}
 
 
-def draw(emulated: Sequence[Row], simulated: Sequence[Row], file: Path) -> bool:
-    """Write the panels that there are rows for; False when there are none. Raises UserError without matplotlib."""
-    panels: list[tuple[Any, Sequence[Row]]] = []
-    if emulated:
+def draw(found: Mapping[str, Sequence[Row]], file: Path) -> list[str]:
+    """Write the panels that there are rows for and return what they show. Raises UserError without matplotlib."""
+    panels: list[tuple[str, Any, Sequence[Row]]] = []
+    if emulated := found["emulate"]:
         keys = ("configuration.model.name", "hardware", "tokens", "configuration.network.name")
         latest = list(groups(emulated, *keys).values())[-1]
-        panels += [(_speed, latest), (_breakdown, latest)]
+        panels += [("speed-ups", _speed, latest), ("where the time goes", _breakdown, latest)]
     for over, held in (("tokens", "hosts"), ("hosts", "tokens")):
-        chosen = _series(simulated, over, held)
+        chosen = _series(found["simulate"], over, held)
         if chosen:
-            panels.append((partial(_lines, over=over, held=held), chosen))
+            panels.append((f"time over {over}", partial(_lines, over=over, held=held), chosen))
+    if found["decode"]:
+        panels.append(("accepted length", _accepted, list(groups(found["decode"], *DECODING).values())[-1]))
+    if found["ruler"]:
+        panels.append(("log-probability against cost", _frontier, _longest(found["ruler"])))
     if not panels:
-        return False
-    figure = new_figure(4.2 * len(panels), 3.6)
-    for axes, (paint, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        return []
+    down = -(-len(panels) // WIDE)
+    across = -(-len(panels) // down)
+    figure = new_figure(4.2 * across, 3.6 * down)
+    places = list(figure.subplots(down, across, squeeze=False).flat)
+    for axes, (_, paint, rows) in zip(places, panels, strict=False):
         paint(axes, rows)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(which="both", labelsize=7)
+    for axes in places[len(panels) :]:
+        axes.remove()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
-    return True
+    return [name for name, _, _ in panels]
 
 
 def _speed(axes: Any, rows: Sequence[Row]) -> None:
@@ -81,6 +94,32 @@ def _lines(axes: Any, rows: Sequence[Row], over: str, held: str) -> None:
     model = rows[0]["configuration"]["model"]["name"]
     axes.set_title(f"seconds to the first token, {fixed:,} {held}\n{model}, simulated", fontsize=8)
     axes.legend(fontsize=6)
+
+
+def _accepted(axes: Any, rows: Sequence[Row]) -> None:
+    accepted(axes, summary(rows))
+    axes.set_xlabel(axes.get_xlabel(), fontsize=8)
+    axes.set_ylabel("tokens a step", fontsize=8)
+    axes.set_title(f"accepted length, bonus token counted\n{rows[0]['model']}, {rows[0]['variant']}", fontsize=8)
+    axes.legend(fontsize=6)
+
+
+def _frontier(axes: Any, lines: Sequence[Row]) -> None:
+    lines = comparable(lines)
+    frontier(axes, lines)
+    axes.set_xlabel("busiest host's FLOPs, share of full's", fontsize=8)
+    axes.set_ylabel(axes.get_ylabel(), fontsize=7)
+    tasks, samples = len({line["task"] for line in lines}), {line["samples"] for line in lines}
+    each = "-".join(map(str, sorted({min(samples), max(samples)})))
+    what = f"{lines[0]['model']}, {lines[0]['tokens']:,} tokens, {tasks} task(s) of {each} samples"
+    axes.set_title(f"log-probability of the right answer, over cost\n{what}", fontsize=8)
+    axes.legend(fontsize=5)
+
+
+def _longest(lines: Sequence[Row]) -> list[Row]:
+    """The lines of the last model, at its greatest length."""
+    (*_, mine) = groups(lines, "model").values()
+    return groups(mine, "tokens")[max(line["tokens"] for line in mine),]
 
 
 def _series(rows: Sequence[Row], over: str, held: str) -> list[Row]:

@@ -7,13 +7,26 @@ from typing import Any
 
 from apb.plan import PrefillPlan
 from apb.setup import Setup
+from bench.decode.cli import ALL, cells, loops
+from bench.decode.cli import summary as of_decoders
 from bench.prompts import lengths, setups
-from bench.readme.rows import Row, groups
+from bench.readme.rows import DECODING, Row, groups
 from bench.throughput.cli import summary
 from launch.display import seconds, size
 
 QUERY = 64  # tokens of the question and its template in the growth table
 GROWING = ("apb", "spava", "star", "ring", "allgather", "ulysses")
+DECODED = (
+    "",
+    "accepted length, bonus token counted",
+    "rows verified a step",
+    "LM-head rows a step, drafting",
+    "draft a step",
+    "verify a step",
+    "drafting host's own work a token",
+    "all send a step",
+    "answers counted (loops left out)",
+)
 
 
 def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -78,6 +91,29 @@ def measured(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def decoders(rows: Sequence[Row]) -> list[str]:
+    """Return a table for the decode rows of every model, device and setting: all kinds of questions together."""
+    lines: list[str] = []
+    for values, here in groups(rows, *DECODING).items():
+        model, device, dtype, variant, _, sampling, new_tokens, placement = values
+        looped: dict[int, int] = {}
+        for x in loops(here):
+            looped[x["context"]] = looped.get(x["context"], 0) + x["loops"]
+        chosen = f"temperature {sampling[0]:g}" if sampling[0] else "greedy"
+        what = f"Decoders, {model}, {dtype}, {variant}, {placement}, {chosen}, up to {new_tokens} tokens an answer"
+        lines += ["", _about(what, device, here, "means over the steps of all answers"), ""]
+        counted = [x for x in of_decoders(here) if x["kind"] == ALL]
+        table = [
+            [f"{x['decoder']}, {x['context']:,} tokens", *cells(x), f"{x['answers']} ({looped[x['context']]})"]
+            for x in counted
+        ]
+        for context in sorted(looped.keys() - {x["context"] for x in counted}):
+            table.append([f"all, {context:,} tokens", *["-"] * (len(DECODED) - 2), f"0 ({looped[context]})"])
+        commands = dict.fromkeys(row["command"] for row in here)
+        lines += [*markdown(DECODED, table), "", *(f"`{command}`" for command in commands)]
+    return lines
+
+
 def growth(base: Setup, hosts: Sequence[int], block: int) -> list[str]:
     """Return how a host's memory and bytes grow when hosts are added at the same block; from plans alone."""
     cells = []
@@ -103,11 +139,11 @@ def _beside_weights(plan: PrefillPlan) -> int:
     return max(each["kv"] + each["activations"] for each in memories)
 
 
-def _about(what: str, device: str, rows: Sequence[Row]) -> str:
+def _about(what: str, device: str, rows: Sequence[Row], shown: str = "median (interquartile range)") -> str:
     versions = rows[-1]["versions"]
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     dates = ", ".join(dict.fromkeys(row["date"] for row in rows))
-    return f"{what}; {device}, torch {versions['torch']}; commit {commits}, {dates}; median (interquartile range):"
+    return f"{what}; {device}, torch {versions['torch']}; commit {commits}, {dates}; {shown}:"
 
 
 def _range(found: dict[str, Any], unit: str = "") -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -56,19 +56,33 @@ def _frontier(figure: Any, lines: Sequence[Line]) -> None:
     """The same difference, mean over tasks, against the busiest host's FLOPs and against the bytes of passing."""
     figure.set_size_inches(11, 4.5)
     left, right = figure.subplots(1, 2, sharey=True)
-    tasks = {line["task"] for line in lines}
-    for number, variant in enumerate(dict.fromkeys(line["variant"] for line in lines)):
-        mine = [line for line in lines if line["variant"] == variant]
-        if {line["task"] for line in mine} != tasks:
-            continue  # a mean over other tasks would not compare
-        y = fmean(line["less_full"] for line in mine)
-        style = {"marker": "osD^v<>PX*"[number % 10], "linestyle": "none", "label": variant}
-        left.plot(fmean(line["flops_share"] for line in mine), y, **style)
-        right.plot(fmean(line["passing_bytes"] for line in mine) / 1e6, y, **style)
-    left.set_xscale("log")
-    left.set_xlabel("prefill FLOPs of the busiest host, share of full attention's")
-    left.set_ylabel("log-probability per answer token, less full's")
+    frontier(left, lines)
+    _scatter(right, lines, lambda line: line["passing_bytes"] / 1e6)
     right.set_xlabel("passed between hosts before the question, MB")
     right.legend(fontsize=6, loc="lower right")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
+
+
+def frontier(axes: Any, lines: Sequence[Line]) -> None:
+    """Paint the difference over the busiest host's FLOPs, for the lines of one length and seed set."""
+    _scatter(axes, lines, lambda line: line["flops_share"])
+    axes.set_xscale("log")
+    axes.set_xlabel("prefill FLOPs of the busiest host, share of full attention's")
+    axes.set_ylabel("log-probability per answer token, less full's")
+
+
+def comparable(lines: Sequence[Line]) -> list[Line]:
+    """Return the lines of the variants that were measured on all tasks: means over other tasks would not compare."""
+    tasks = {line["task"] for line in lines}
+    seen = {variant: {x["task"] for x in lines if x["variant"] == variant} for variant in {x["variant"] for x in lines}}
+    return [line for line in lines if seen[line["variant"]] == tasks]
+
+
+def _scatter(axes: Any, lines: Sequence[Line], cost: Callable[[Line], float]) -> None:
+    """One point a variant: means over all tasks."""
+    lines = comparable(lines)
+    for number, variant in enumerate(dict.fromkeys(line["variant"] for line in lines)):
+        mine = [line for line in lines if line["variant"] == variant]
+        y = fmean(line["less_full"] for line in mine)
+        marker = "osD^v<>PX*"[number % 10]
+        axes.plot(fmean(cost(line) for line in mine), y, marker=marker, linestyle="none", label=variant)
+    axes.grid(alpha=0.3)

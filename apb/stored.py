@@ -1,0 +1,74 @@
+"""Files of small heads: which one a name means, and what is in safetensors and torch state dicts."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from burst.errors import UserError
+
+Damaged = Callable[[Path, str], UserError]  # the error that says what is wrong with a file
+
+
+def find(
+    name: str, shipped: Mapping[str, Path], there: Callable[[Path], bool], *, problem: str, allowed: str, remedy: str
+) -> Path:
+    """Return what ``name`` means: a shipped file, else a path that is ``there``; raises UserError when there is none.
+
+    The error states the ``problem`` with the name, what is ``allowed`` beside the shipped ones, and the nearest of
+    their names, else the ``remedy``.
+    """
+    if name in shipped:
+        return shipped[name]
+    path = Path(name).expanduser()
+    if there(path):
+        return path
+    near = difflib.get_close_matches(name, shipped, n=3, cutoff=0.5)
+    raise UserError(
+        f"{problem} '{name}'",
+        given=name,
+        allowed=f"{', '.join(shipped) or 'no shipped heads'}, or {allowed}",
+        remedy=f"Did you mean {' or '.join(near)}?" if near else remedy,
+    )
+
+
+def read(file: Path, damaged: Damaged) -> dict[str, Tensor]:
+    """Return the tensors of a file by name, on the CPU; raises ``damaged``'s error for what cannot be read."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
+        raise damaged(file, f"it cannot be read ({error})") from error
+    except Exception as error:  # unpickling refuses in many ways, some by private types
+        raise damaged(file, f"it is no plain state dict ({type(error).__name__})") from error
+    if not isinstance(state, Mapping):
+        raise damaged(file, "it is no state dict")
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def metadata(file: Path, damaged: Damaged) -> dict[str, str]:
+    """Return what a safetensors file says of itself, empty for others; raises ``damaged``'s error."""
+    if file.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return dict(opened.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise damaged(file, f"it cannot be read ({error})") from error
+
+
+def write(file: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+    """Write a safetensors file, ``about`` as metadata; whole or not at all."""
+    unfinished = file.with_suffix(".part")
+    save_file(dict(tensors), unfinished, metadata=dict(about))
+    unfinished.chmod(0o644)
+    os.replace(unfinished, file)
