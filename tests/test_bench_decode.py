@@ -219,7 +219,7 @@ def test_links_decide_between_trees_and_chains() -> None:
     ):
         line = {"context": 0, "decoder": name, "shape": kind, "accepted_length": length}
         lines.append(line | {"rows_per_step": rows, "work_per_step_s": work})
-    faster = {r["link"]: r for r in winners(lines, sizes, 8)}
+    faster = {r["link"]: r for r in winners(lines, sizes)}
     assert list(faster) == list(LINKS)
     assert faster["1 Gb/s, 100 us"]["faster"] == "chain"  # partial outputs of many rows take their time
     for link in faster.values():

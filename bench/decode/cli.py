@@ -84,7 +84,7 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
     wanted = {key for names in keys.values() for key in names.values()}
     rows = [row for row in kept if row["key"] in wanted]
     lines, left_out = summary(rows), loops(rows)
-    regions = winners([x for x in lines if x["kind"] == ALL], setup.shape, setup.hosts)
+    regions = winners([x for x in lines if x["kind"] == ALL], setup.shape)
     _show(lines, left_out, regions, label(decode.decoder), display)
     if asked.save:
         dated = Rows(report.dated("decode.jsonl"))
@@ -178,8 +178,8 @@ def _show(
     chosen: str,
     display: Display,
 ) -> None:
-    columns = ["", "accepted", "rows", "LM-head rows", "draft", "verify"]
-    columns += ["work a token", "sent", "tokens/s", "of plain", "same"]
+    columns = ["", "accepted", "rows", "head rows", "draft", "verify"]
+    columns += ["work/token", "sent", "tokens/s", "of plain", "same"]
     for kind, context in dict.fromkeys((x["kind"], x["context"]) for x in lines):
         here = [x for x in lines if (x["kind"], x["context"]) == (kind, context)]
         rows = [
@@ -198,8 +198,8 @@ def _show(
             where = f"{x['kind']}, {x['context']:,} tokens"
             display.note(f"{where}: {x['loops']} of {x['answers']} answers repeat themselves and are left out.")
     display.note(
-        "accepted: tokens a step, bonus token counted. rows: tokens verified a step. draft, verify, sent: a "
-        "step; bytes of all hosts. work a token: the drafting host's own, waiting left out. same: answers "
+        "A step is a verification. accepted: tokens a step, bonus token counted. rows: tokens verified. head rows: of the "
+        "draft's LM head. sent: bytes of all hosts. work/token: the drafting host's own, waiting left out. same: answers "
         "equal to plain decoding's.",
         style="dim",
     )
@@ -214,7 +214,7 @@ def _show(
             ]
             for r in regions
         ]
-        title = f"Tokens/s on {regions[0]['hosts']} host(s): measured compute, modelled links"
+        title = f"Tokens/s, this compute and modelled links among {regions[0]['hosts']} hosts"
         display.table(title, ["", "best tree", "best chain", "plain", "faster"], rows)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from apb.plan import ModelShape
 
 GBIT = 1e9 / 8
+HOSTS = 8  # among which exchanges are modelled, whatever the compute was measured on
 LINKS = {  # bytes a second into a host, seconds of an exchange
     "1 Gb/s, 100 us": (1 * GBIT, 100e-6),
     "10 Gb/s, 50 us": (10 * GBIT, 50e-6),
@@ -20,22 +21,22 @@ LINKS = {  # bytes a second into a host, seconds of an exchange
 }
 
 
-def step_s(line: dict[str, Any], shape: ModelShape, bandwidth: float, latency: float, hosts: int) -> float:
+def step_s(line: dict[str, Any], shape: ModelShape, bandwidth: float, latency: float) -> float:
     """Return the modelled seconds of a step of a decoder whose summary is ``line``."""
-    partials = (hosts - 1) * line["rows_per_step"] * shape.partial_row_bytes
+    partials = (HOSTS - 1) * line["rows_per_step"] * shape.partial_row_bytes
     return float(line["work_per_step_s"] + shape.layers * (latency + partials / bandwidth))
 
 
-def winners(lines: Sequence[dict[str, Any]], shape: ModelShape, hosts: int) -> list[dict[str, Any]]:
+def winners(lines: Sequence[dict[str, Any]], shape: ModelShape) -> list[dict[str, Any]]:
     """Return, for every context length and link, the fastest tree, the fastest chain, and plain decoding.
 
-    ``lines``: summaries of one model over all kinds, by context and decoder, their compute measured on as many hosts.
+    ``lines``: summaries of one model over all kinds, by context and decoder.
     """
     found = []
     for context in sorted({line["context"] for line in lines}):
         here = [line for line in lines if line["context"] == context]
         for name, (bandwidth, latency) in LINKS.items():
-            speed = {x["decoder"]: x["accepted_length"] / step_s(x, shape, bandwidth, latency, hosts) for x in here}
+            speed = {x["decoder"]: x["accepted_length"] / step_s(x, shape, bandwidth, latency) for x in here}
             trees, chains = ([x["decoder"] for x in here if x["shape"] == s] for s in ("tree", "chain"))
             if not trees or not chains:
                 continue
@@ -44,7 +45,7 @@ def winners(lines: Sequence[dict[str, Any]], shape: ModelShape, hosts: int) -> l
                 {
                     "context": context,
                     "link": name,
-                    "hosts": hosts,
+                    "hosts": HOSTS,
                     "tree": tree,
                     "tree_tokens_per_s": speed[tree],
                     "chain": chain,
