@@ -199,8 +199,8 @@ def _show(
             display.note(f"{where}: {x['loops']} of {x['answers']} answers repeat themselves and are left out.")
     display.note(
         "A step is a verification. accepted: tokens a step, bonus token counted. rows: tokens verified. head rows: "
-        "of the draft's LM head. sent: bytes of all hosts. work/token: the drafting host's own, waiting left out. same: "
-        "answers equal to plain decoding's.",
+        "of the draft's LM head. sent: bytes of all hosts. work/token: the drafting host's own, waiting left out. same:"
+        " answers equal to plain decoding's.",
         style="dim",
     )
     if regions:
