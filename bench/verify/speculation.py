@@ -28,9 +28,8 @@ SAMPLING = {"greedy": Sampling(), "sampled": Sampling(temperature=0.7, top_p=0.9
 
 def check(recorder: Recorder, model: str, data: tuple[str, ...] = ()) -> dict[str, Any]:
     """Answer generated questions, some behind long documents, and those of JSONL files, by every decoder."""
-    items = questions(KINDS, 8, (0,), None) + questions(KINDS, 1, (1_500,), None)
-    for file in data:
-        items += questions((), 200, (0,), file)
+    items = [item for file in data for item in questions((), 200, (0,), file)]
+    items += questions(KINDS, 8, (0,), None) + questions(KINDS, 1, (1_500,), None)
     for run, (hosts, dtype) in RUNS.items():
         setup = Setup.make(
             model, hosts=hosts, strategy="full" if hosts == 1 else "apb", device="cpu", dtype=dtype, draft=model
