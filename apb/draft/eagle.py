@@ -14,9 +14,6 @@ from torch import Tensor, nn
 
 from apb.draft.base import Attend, Attention, LayerShape, Mlp, Norm, SharedVocab, Target
 
-# Sizes of a fresh head's projections, where not 1.
-_STARTS = {"q_proj": 0.2, "k_proj": 0.2, "o_proj": 0.1, "down_proj": 0.1}
-
 
 class EagleLayer(nn.Module):
     """The decoder layer; the first of an EAGLE head has no input norm."""
@@ -38,7 +35,7 @@ class EagleHead(SharedVocab):
     """``layer(fc([embedding, feature]))``, drafting with the target's LM head; nothing is normed before it."""
 
     def __init__(self, shape: LayerShape, target: Target, *, fc_bias: bool, window: int | None, sinks: int) -> None:
-        super().__init__(shape, target, window, sinks)
+        super().__init__(target, window, sinks)
         self._shape = shape
         self.fc = nn.Linear(2 * shape.hidden_size, shape.hidden_size, bias=fc_bias)
         self.layers = nn.ModuleList([EagleLayer(shape, target)])
@@ -60,9 +57,8 @@ class EagleHead(SharedVocab):
         rng = torch.Generator().manual_seed(seed)
         for name, weight in head.named_parameters():
             if weight.dim() > 1:
-                # Nothing is normed before attention: queries and keys of full size would saturate its softmax for good.
-                size = next((s for part, s in _STARTS.items() if part in name), 1.0)
-                nn.init.normal_(weight, std=size * weight.shape[1] ** -0.5, generator=rng)
+                small = 0.1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+                nn.init.normal_(weight, std=small * weight.shape[1] ** -0.5, generator=rng)
         return head.to(target.device)
 
     def absorbing(self, scale: float, target: Target) -> EagleHead:
