@@ -35,7 +35,7 @@ class EagleHead(SharedVocab):
     """``layer(fc([embedding, feature]))``, drafting with the target's LM head; nothing is normed before it."""
 
     def __init__(self, shape: LayerShape, target: Target, *, fc_bias: bool, window: int | None, sinks: int) -> None:
-        super().__init__(target, window, sinks)
+        super().__init__(shape, target, window, sinks)
         self._shape = shape
         self.fc = nn.Linear(2 * shape.hidden_size, shape.hidden_size, bias=fc_bias)
         self.layers = nn.ModuleList([EagleLayer(shape, target)])
