@@ -31,7 +31,11 @@ def draw(found: Mapping[str, Sequence[Row]], file: Path) -> list[str]:
         if chosen:
             panels.append((f"time over {over}", partial(_lines, over=over, held=held), chosen))
     if found["decode"]:
-        panels.append(("accepted length", _accepted, list(groups(found["decode"], *DECODING).values())[-1]))
+        # The settings that were measured at most lengths; of those, the latest.
+        lengths = [
+            (len({row["context"] for row in mine}), mine) for mine in groups(found["decode"], *DECODING).values()
+        ]
+        panels.append(("accepted length", _accepted, max(reversed(lengths), key=lambda each: each[0])[1]))
     if found["ruler"]:
         panels.append(("log-probability against cost", _frontier, _longest(found["ruler"])))
     if not panels:
