@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from apb.draft.base import Attend, Attention, LayerShape, Mlp, Norm, SharedVocab, Target
 
+# Sizes of a fresh head's projections, where not 1.
+_STARTS = {"q_proj": 0.2, "k_proj": 0.2, "o_proj": 0.1, "down_proj": 0.1}
+
 
 class EagleLayer(nn.Module):
     """The decoder layer; the first of an EAGLE head has no input norm."""
@@ -57,8 +60,9 @@ class EagleHead(SharedVocab):
         rng = torch.Generator().manual_seed(seed)
         for name, weight in head.named_parameters():
             if weight.dim() > 1:
-                small = 0.1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-                nn.init.normal_(weight, std=small * weight.shape[1] ** -0.5, generator=rng)
+                # Nothing is normed before attention: queries and keys of full size would saturate its softmax for good.
+                size = next((s for part, s in _STARTS.items() if part in name), 1.0)
+                nn.init.normal_(weight, std=size * weight.shape[1] ** -0.5, generator=rng)
         return head.to(target.device)
 
     def absorbing(self, scale: float, target: Target) -> EagleHead:

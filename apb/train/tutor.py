@@ -22,6 +22,7 @@ from apb.train.unroll import Divergence, unroll
 from burst.errors import UserError
 
 _CLIP = 1.0  # largest gradient norm
+_SLOW = 0.1  # of the learning rate, for queries and keys
 _POOL = 16  # batches whose samples are sorted by length among themselves, so that little is padding
 
 
@@ -87,10 +88,13 @@ class Tutor:
         self._batches = [b for epoch in range(recipe.epochs) for b in self._epoch(epoch)]
         self._scale = float(torch.cat([s.features_SE[s.prompt :] for s in samples[:64]]).float().std())
         self._rows_VE = target.head_WE.to(torch.bfloat16)
-        matrices = [p for p in head.parameters() if p.dim() > 1]
+        # What an EAGLE head attends with is never normed: at full speed its softmax saturates within fifty steps.
+        slow = [p for name, p in head.named_parameters() if "q_proj" in name or "k_proj" in name]
+        matrices = [p for p in head.parameters() if p.dim() > 1 and all(p is not q for q in slow)]
         vectors = [p for p in head.parameters() if p.dim() == 1]
+        groups = [{"params": matrices, "speed": 1.0}, {"params": slow, "speed": _SLOW}]
         self._optimizers: tuple[torch.optim.Optimizer, ...] = (
-            torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.Muon(groups, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(vectors, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0),
         )
         self.step = 0
@@ -144,7 +148,7 @@ class Tutor:
         rate = min((self.step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * self.step / total)))
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = recipe.lr * rate
+                group["lr"] = recipe.lr * rate * group.get("speed", 1.0)
             optimizer.zero_grad(set_to_none=True)
         rng = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
         depth = recipe.depth if self.step >= total * (1 - recipe.unrolled) else 1
@@ -168,18 +172,19 @@ class Tutor:
             answer_BS[row, s.prompt - 1 : len(s.ids_S) - 1] = True
         noise_BSE = (torch.rand(features_BSE.shape, generator=rng) - 0.5) * (recipe.noise * self._scale)
         rows_VE = self._rows_VE[self._subset(rng)]
-        positions_S = self._positions(longest, rng).to(device)
-        ids_BS, features_BSE, answer_BS = ids_BS.to(device), features_BSE.to(device), answer_BS.to(device)
-        hidden_BSE = (features_BSE + noise_BSE.to(device))[:, :-1]
-        total, weights = features_BSE.new_zeros(()), 0.0
+        kept_S, positions_S = self._seen(longest - 1, min(s.prompt for s in samples), rng)
+        hidden_BSE = (features_BSE + noise_BSE)[:, kept_S].to(device)
+        true_BSE, ids_BS = features_BSE[:, kept_S + 1].to(device), ids_BS[:, kept_S].to(device)
+        answer_BS = answer_BS[:, kept_S].to(device)
+        total, weights = true_BSE.new_zeros(()), 0.0
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            outs = unroll(self._head, hidden_BSE, ids_BS[:, :-1], positions_S[:-1], depth)
+            outs = unroll(self._head, hidden_BSE, ids_BS, positions_S.to(device), depth)
             for step, out_BSE in enumerate(outs):
-                kept_BS = answer_BS[:, :-1].clone()
-                for _ in range(step):  # the chain began in the answer
-                    kept_BS[:, 1:] &= kept_BS[:, :-1].clone()
-                    kept_BS[:, 0] = False
-                out_NE, true_NE = out_BSE[kept_BS].float(), features_BSE[:, 1:][kept_BS]
+                chain_BS = answer_BS.clone()
+                for _ in range(step):  # it began in the answer
+                    chain_BS[:, 1:] &= chain_BS[:, :-1].clone()
+                    chain_BS[:, 0] = False
+                out_NE, true_NE = out_BSE[chain_BS].float(), true_BSE[chain_BS]
                 weight = recipe.decay**step
                 near = F.smooth_l1_loss(out_NE, true_NE)
                 total = total + weight * (recipe.feature_weight * near + self._divergence(out_NE, true_NE, rows_VE))
@@ -199,16 +204,20 @@ class Tutor:
         drawn = torch.randint(others, (self._recipe.negatives,), generator=rng).unique()
         return torch.cat([ranked_V[:vocab], ranked_V[vocab:][drawn]])
 
-    def _positions(self, tokens: int, rng: torch.Generator) -> Tensor:
-        """Return positions as in a long context: the first ones in their places, the others moved on, half the time.
+    def _seen(self, rows: int, prompt: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return which rows of the sequences the head sees, and at which positions.
 
-        Moves are uniform in their logarithm, up to the target's last position.
+        Half the time all, as they stand; else as from deep in a long context: behind the first positions a stretch of
+        the prompts is out of the window, and the rest has moved on, up to the target's last position. Moves are uniform
+        in their logarithm.
         """
-        positions_S = torch.arange(tokens)
-        room = self._target.shape.max_positions - tokens
-        if room > 1 and float(torch.rand((), generator=rng)) < 0.5:
-            positions_S[self._head.sinks :] += int(room ** float(torch.rand((), generator=rng)))
-        return positions_S
+        kept_S, sinks = torch.arange(rows), self._head.sinks
+        room = self._target.shape.max_positions - rows
+        deep, hidden, moved = torch.rand(3, generator=rng).tolist()
+        if deep < 0.5 or room < 1 or prompt <= sinks:
+            return kept_S, kept_S
+        kept_S = torch.cat([kept_S[:sinks], kept_S[sinks + int(hidden * (prompt - sinks)) :]])
+        return kept_S, torch.where(kept_S < sinks, kept_S, kept_S + int(room**moved))
 
 
 def _cut(items: Sequence[int], size: int) -> list[list[int]]:
