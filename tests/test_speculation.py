@@ -2,134 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
 import itertools
-import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
 from apb.decode import decoder
-from apb.decode.base import Decoded, DecodeRequest, Decoding, forward
+from apb.decode.base import DecodeRequest, Decoding
 from apb.decode.eagle2 import Eagle2
-from apb.decode.lookup import Lookup, Matcher
+from apb.decode.lookup import Lookup
 from apb.decode.placement import Links, gathering_pays
-from apb.decode.speculate import WORD_BYTES, decision_words, speculate, verify
+from apb.decode.speculate import WORD_BYTES, decision_words, verify
 from apb.decode.tree import Tree, root_only
-from apb.draft.base import DraftHead, LayerShape, share
-from apb.draft.draft import Draft
-from apb.draft.eagle import EagleHead
-from apb.draft.eagle3 import Eagle3Head
-from apb.draft.handoff import Handoff
-from apb.draft.spec import DraftSpec
-from apb.draft.vocab import bitmap
 from apb.host import Host, HostSpec, PrefillRequest
 from apb.kv.cache import CacheAttention, HostCache, LayerKV, Tail
-from apb.models.adapter import Adapter
-from apb.prompt import Prompt, Question
 from apb.requests import prefill_request
-from apb.strategies import strategy
 from burst.errors import UserError
 from burst.kernels.cpu import KERNEL
 from burst.transport import Transport, VirtualWorld
-from tests import tiny
+from tests.drafting import SAMPLED, Oracle, engine, model, prompt
 from tests.pool import Rank, shared_pool
-from tests.tiny import TinyEngine, byte_tokenizer, tiny_engine
-
-VOCAB = len(byte_tokenizer())
-SAMPLED: dict[str, Any] = {"temperature": 1.3, "top_p": 0.95, "seed": 7}
-WINDOW, SINKS = 24, 3
-LAYER = LayerShape(64, 96, 4, 2, 16, 1e-5)
-
-
-def draft_head(adapter: Adapter, seed: int = 1) -> DraftHead:
-    """Return a random EAGLE head for a model."""
-    torch.manual_seed(seed)
-    head = EagleHead(
-        LayerShape(64, 96, 4, 2, 16, 1e-5), adapter.draft_target(), fc_bias=True, window=WINDOW, sinks=SINKS
-    )
-    return head.to(adapter.dtype).eval().requires_grad_(False)
-
-
-@functools.cache
-def model(dtype: torch.dtype = torch.float64) -> Adapter:
-    """Return a model with a draft head, whose every token the tokenizer knows."""
-    adapter = tiny.adapt(
-        tiny.llama_config(vocab_size=VOCAB, max_position_embeddings=400), dtype
-    )  # fp64: random fp32 logits are nearly tied too often
-    adapter.draft = Draft(draft_head(adapter))
-    return adapter
-
-
-def ids(count: int, seed: int) -> tuple[int, ...]:
-    gen = torch.Generator().manual_seed(seed)
-    return tuple(torch.randint(2, VOCAB, (count,), generator=gen).tolist())
-
-
-def prompt(context: int = 149) -> Prompt:
-    return Prompt(ids(context, 4), 5, Question(ids(2, 1), ids(6, 2), ids(3, 3), None))
-
-
-def engine(hosts: int, name: str = "apb", window: int | None = WINDOW, adaptive: int = 0) -> TinyEngine:
-    """Return an engine with a draft head; ``adaptive``: ids that it drafts from, the prompt's among them; 0: all."""
-    adapter = copy.copy(model())  # the model stays shared
-    head = share(model().draft.head)
-    head.window = window
-    adapter.draft = Draft(head)
-    if adaptive:
-        ranked = torch.arange(VOCAB).flip(0)
-        adapter.draft = Draft(
-            head.with_vocab(torch.cat([torch.zeros(1, dtype=torch.int64), ranked[: adaptive - 1]])), ranked, (0,)
-        )
-    made = tiny_engine(adapter, strategy(name), hosts, "query" if strategy(name).takes_compressor else None)
-    handoff = Handoff(window, SINKS, 2, 16, 8, -(-VOCAB // 8) if adaptive else 0)
-    spec = dataclasses.replace(made.setup.spec, draft=DraftSpec("tiny"))
-    made.setup = dataclasses.replace(made.setup, spec=spec, handoff=handoff)
-    return made
-
-
-@dataclass(frozen=True)
-class Oracle:
-    """Drafts random trees, of which some path is the answer for some of its length."""
-
-    answer: tuple[int, ...]  # the tokens that will be decided, by position from ``start``
-    start: int
-    seed: int
-    tree_tokens: int = 12
-
-    name = "oracle"
-    needs_head = False
-    needs_history = False
-
-    def generate(self, decoding: Decoding) -> Decoded:
-        return speculate(decoding, OracleDrafter(self) if decoding.decides else None, self.tree_tokens)
-
-
-class OracleDrafter:
-    head_rows = 0
-
-    def __init__(self, oracle: Oracle) -> None:
-        self._oracle, self._random = oracle, random.Random(oracle.seed)
-
-    def draft(self, decided: Sequence[int], root: int, position: int, depth: int) -> Tree:
-        o, r = self._oracle, self._random
-        at = position - o.start
-        assert o.answer[at] == root and list(o.answer[: at + 1])[at + 1 - len(decided) :] == list(decided)
-        tree = root_only(root)
-        for _ in range(r.randrange(4)):
-            true = list(o.answer[at + 1 : at + 1 + r.randrange(6)])
-            wrong = [r.randrange(VOCAB) for _ in range(r.randrange(4))]
-            tree = tree.grafted((true + wrong)[:depth], o.tree_tokens)
-        return tree
-
-    def verified(self, rows: int, seconds: float) -> None:
-        assert rows >= 1 and seconds > 0
+from tests.tiny import TinyEngine
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
@@ -258,92 +154,6 @@ def test_the_last_positions_of_a_model_are_used_and_none_beyond() -> None:
         e.generate(handle, max_new_tokens=1, decode=Lookup())
 
 
-@pytest.mark.parametrize(("name", "hosts"), [("full", 1), ("apb", 3), ("spava", 2), ("ring", 4), ("ulysses", 2)])
-@pytest.mark.parametrize("window", [WINDOW, None, 1000, 3])
-def test_the_drafts_own_rows_are_those_of_its_window(name: str, hosts: int, window: int | None) -> None:
-    e = engine(hosts, name, window=window)
-    p = prompt()
-    assert p.question is not None
-    handle = e.prefill(p)
-    host = e.cluster.host(handle.owner)
-    draft = host._caches[handle.id].draft
-    assert draft is not None
-    context, total = len(p.context_ids), len(p.token_ids)
-    first = 0 if window is None else context - window
-    wanted = [at for at in range(context - 1) if at >= first or (window is not None and at < SINKS)]
-    assert list(draft.positions) == wanted + list(range(context, total - 1))
-    plan = e.setup.plan(p)
-    assert handle.metrics["bytes_by_kind"].get("draft", 0) == plan.bytes_by_kind(0).get("draft", 0)
-    rows = sum(1 for at in wanted if handle.locate(at)[0] != handle.owner)
-    assert plan.bytes_by_kind(0).get("draft", 0) == rows * 2 * 2 * 16 * 8
-    if name in ("apb", "spava"):  # features of an approximate pass are its own
-        return
-    features = dense_features(p)
-    at = torch.tensor(list(draft.positions))
-    ids_BS = torch.tensor([[p.token_ids[i + 1] for i in draft.positions]])
-    wanted_rows = draft.head.keys_values(features[at][None], ids_BS, at)
-    kept = draft.rows()
-    assert kept is not None
-    for found, want in zip((kept.k_BKTD, kept.v_BKTD), wanted_rows, strict=True):
-        known = slice(1 if wanted[0] == 0 else 0, None)  # the first token's feature is not among those
-        torch.testing.assert_close(found[:, :, known], want[:, :, known], atol=1e-11, rtol=1e-11)
-
-
-def dense_features(p: Prompt) -> torch.Tensor:
-    """Return the final norm's output of every prompt token but the first, run on one host as one question."""
-    e = engine(1, "full", window=None)
-    bare = e.prefill(Prompt(p.token_ids[:1], 1, None), chat=False)
-    seen: list[torch.Tensor] = []
-    draft = e.cluster.host(0)._caches[bare.id].draft
-    assert draft is not None
-    observe = draft.observe
-    draft.observe = lambda features, ids, start: (seen.append(features), observe(features, ids, start))  # type: ignore
-    cache = e.cluster.host(0)._caches[bare.id]
-    with torch.inference_mode():
-        forward(
-            e.cluster.host(0).adapter, e.cluster.host(0).kernel, e.cluster.world.transports[0], cache, p.token_ids[1:]
-        )
-    return torch.cat([seen[0][:1] * torch.nan, seen[0]])
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 64])
-@pytest.mark.parametrize(("name", "hosts"), [("full", 1), ("apb", 2), ("ring", 2)])
-def test_features_of_chunks_are_those_of_whole_blocks(name: str, hosts: int, chunk: int) -> None:
-    rows = []
-    for tokens in (None, chunk):
-        e = engine(hosts, name, window=None)
-        e.setup = dataclasses.replace(e.setup, chunk_tokens=tokens)
-        handle = e.prefill(prompt())
-        draft = e.cluster.host(handle.owner)._caches[handle.id].draft
-        assert draft is not None
-        kv = draft.rows()
-        assert kv is not None
-        rows.append(kv)
-    torch.testing.assert_close(rows[1].k_BKTD, rows[0].k_BKTD, atol=1e-11, rtol=1e-11)
-    torch.testing.assert_close(rows[1].v_BKTD, rows[0].v_BKTD, atol=1e-11, rtol=1e-11)
-
-
-def test_forks_and_gathered_caches_draft_too() -> None:
-    e = engine(3)
-    handle = e.prefill(prompt())
-    made = Eagle2(depth=3, width=4, tokens=14)
-    other = list(ids(9, 12))
-    asked = handle.fork(query=other)
-    want = e.generate(asked.fork(), max_new_tokens=20).token_ids
-    assert e.generate(asked, max_new_tokens=20, decode=made).token_ids == want
-    want = e.generate(handle.fork(), max_new_tokens=20).token_ids
-    for rank in range(3):
-        moved = handle.gather(rank)
-        got = e.generate(moved, max_new_tokens=20, decode=made)
-        assert got.token_ids == want and got.metrics["hosts_decoding"] == 1
-        draft = e.cluster.host(rank)._caches[moved.id].draft
-        assert draft is not None
-        # Straight after the prompt the last token's feature stays behind: its row is missing elsewhere.
-        last = len(prompt().token_ids) - 1
-        assert (last in draft.positions) == (rank == handle.owner)
-        assert draft.positions[-1] == last + 19 - 1 and set(range(last + 1, last + 18)) <= set(draft.positions)
-
-
 def test_placements_give_the_same_tokens() -> None:
     e = engine(3)
     handle = e.prefill(prompt())
@@ -371,24 +181,6 @@ def test_gathering_pays_for_long_answers_and_slow_links() -> None:
     waits = dataclasses.replace(fast, latency_s=1e-3)
     pays = [next(n for n in range(1, 10**6) if gathering_pays(waits, shape, shards, n, m)) for m in (1, 8)]
     assert pays[0] < pays[1]
-
-
-def test_a_vocabulary_that_adapts_has_the_prompts_ids() -> None:
-    e = engine(3, adaptive=40)
-    handle = e.prefill(prompt())
-    want = e.generate(handle.fork(), max_new_tokens=15).token_ids
-    got = e.generate(handle, max_new_tokens=15, decode=Eagle2(depth=3, width=4, tokens=14))
-    assert got.token_ids == want
-    draft = e.cluster.host(handle.owner)._caches[handle.id].draft
-    assert draft is not None
-    ids_V = draft.head.ids_V.tolist()
-    assert len(ids_V) == len(set(ids_V)) == 40 < len(set(prompt().token_ids))
-    assert set(ids_V) - {0} <= set(prompt().token_ids) and 0 in ids_V  # a stop token is always kept
-    peers, bits = 2, -(-VOCAB // 8)
-    assert handle.metrics["bytes_by_kind"]["draft"] == e.setup.plan(prompt()).bytes_by_kind(0)["draft"]
-    assert handle.metrics["bytes_by_kind"]["draft"] % 8 == peers * bits % 8
-    assert got.metrics["drafting"]["head_rows"] % 40 == 0
-    assert handle.gather(0).metrics["bytes_by_kind"]["gather"] > 0
 
 
 def answer_on_rank(me: Rank, requests: list[PrefillRequest], oracle: Oracle) -> tuple[list[int], dict[str, int], int]:
@@ -446,25 +238,6 @@ def test_a_decoder_that_needs_a_head_says_so() -> None:
     assert e.generate(handle, max_new_tokens=2, decode="lookup").token_ids
 
 
-def test_lookup_finds_what_followed_the_longest_match() -> None:
-    matcher = Matcher(torch.tensor([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3]), 2)
-    assert [matcher.after(place, 2) for place in matcher.places()] == [[4, 9], [5, 1]]
-    matcher.extend([7])
-    assert matcher.places() == [] and matcher.continuation(4) == []
-    matcher.extend([2, 3])  # the latest of equally long matches first
-    assert [matcher.after(place, 1) for place in matcher.places()] == [[7], [5], [4]]
-    cycle = Matcher(torch.arange(5000) % 7, 2)
-    cycle.extend([i % 7 for i in range(5000, 9000)])  # more than was made room for
-    assert cycle.continuation(1) == [9000 % 7]
-    assert cycle.after(cycle.places()[-1], 5) == [(9000 + i) % 7 for i in range(5)]
-
-
-def test_loops_go_on_and_long_texts_are_looked_through_in_bounds() -> None:
-    assert Matcher(torch.zeros(50, dtype=torch.int64), 1).continuation(8) == [0] * 8
-    assert Matcher(torch.arange(30) % 3, 2).continuation(7) == [0, 1, 2, 0, 1, 2, 0]
-    assert len(Matcher(torch.zeros(10_000, dtype=torch.int64), 1).places()) <= 64
-
-
 @pytest.mark.parametrize("decode", ["autoregressive", "lookup", "eagle2"])
 def test_an_interrupted_answer_leaves_a_cache_that_is_refused(decode: str) -> None:
     e = engine(3)
@@ -482,34 +255,6 @@ def test_an_interrupted_answer_leaves_a_cache_that_is_refused(decode: str) -> No
             use()
     handle.release()
     assert e.generate(other, max_new_tokens=20, decode=decode).token_ids == want
-
-
-@pytest.mark.parametrize("own_vocabulary", [False, True])
-def test_eagle3_heads_draft_too(own_vocabulary: bool) -> None:
-    adapter = copy.copy(model())
-    torch.manual_seed(2)
-    some = torch.arange(0, VOCAB, 2) if own_vocabulary else torch.arange(VOCAB)
-    head: DraftHead = Eagle3Head(LAYER, adapter.draft_target(), some, window=WINDOW, sinks=SINKS)
-    head = head.to(torch.float64).eval().requires_grad_(False)
-    ranked = some.flip(0)
-    adapter.draft = Draft(head.with_vocab(ranked[:30]), ranked, stop_ids=(0,), own_bits=bitmap(some, VOCAB))
-    e = tiny_engine(adapter, strategy("apb"), 3, "query")
-    spec = dataclasses.replace(e.setup.spec, draft=DraftSpec("tiny"))
-    handoff = Handoff(WINDOW, SINKS, 2, 16, 8, -(-VOCAB // 8))
-    e.setup = dataclasses.replace(e.setup, spec=spec, handoff=handoff)
-    handle = e.prefill(prompt())
-    want = e.generate(handle.fork(), max_new_tokens=16).token_ids
-    got = e.generate(handle, max_new_tokens=16, decode=Eagle2(depth=3, width=4, tokens=12))
-    assert got.token_ids == want
-    draft = e.cluster.host(handle.owner)._caches[handle.id].draft
-    assert draft is not None and len(draft.head.ids_V) == 30
-    assert set(draft.head.ids_V.tolist()) <= set(some.tolist())
-
-
-def test_a_head_for_three_taps_needs_three_layers() -> None:
-    shallow = tiny.adapt(tiny.llama_config(vocab_size=VOCAB, num_hidden_layers=2))
-    with pytest.raises(UserError, match="too few layers"):
-        Eagle3Head(LAYER, shallow.draft_target(), torch.arange(4), window=None, sinks=0)
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4, 8])
