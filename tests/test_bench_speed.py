@@ -12,6 +12,7 @@ import torch
 
 import bench.report
 from apb.compress import compressor
+from apb.costs import assumed
 from apb.strategies import strategy
 from bench.emulate.real import PinnedCluster
 from bench.prompts import lengths
@@ -163,9 +164,13 @@ def test_the_report_wants_a_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or cores() < 2, reason="needs two cores to pin to")
-def test_predictions_beside_real_processes(apb: Any) -> None:
-    ran = apb(*EMULATE, "bench.hosts=2", "bench.strategies=[star]", "bench.repeats=1", "bench.validate=true")
+def test_predictions_beside_real_processes(apb: Any, tmp_path: Path) -> None:
+    rates = tmp_path / "rates.json"
+    assumed("cpu").save(rates)
+    options = ("bench.hosts=2", "bench.strategies=[star]", "bench.repeats=1", "bench.validate=true")
+    ran = apb(*EMULATE, *options, f"bench.rates={rates}")
     (row,) = ran.document["validation"]
+    assert row["simulated_over_real"] > 0 and row["work_simulated_over_real"] > 0
     assert ran.code == 0 and row["strategy"] == "star" and row["predicted_s"]["median"] > 0 and row["real_s"]["n"] == 1
     assert row["within"] == abs(row["predicted_over_real"]["median"] - 1)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from apb.compress import compressor
-from apb.costs.network import Network
+from apb.costs import Network, load
 from apb.host import load_adapter
 from bench import report
 from bench.emulate.gantt import draw
@@ -42,6 +42,7 @@ class EmulateSettings:
     repeats: int
     threads: int
     validate: bool
+    rates: str | None
     save: bool
 
 
@@ -60,10 +61,12 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
     names = [n for n in asked.strategies if n != "full"] if asked.validate else asked.strategies
     everyone = setups(base, names, asked.hosts, chosen_compressor(config))
     if asked.validate:
-        links, compared = pairs(everyone, prompt, short, asked.hosts, asked.repeats, display)
+        rates = load(Path(asked.rates)) if asked.rates else None
+        links, compared = pairs(everyone, prompt, short, asked.repeats, rates, display)
         show(links, compared, display)
         return {
             "bench": "emulate",
+            "tokens": asked.tokens,
             "network": dataclasses.asdict(links),
             "validation": compared,
             **provenance(config, hardware(base)),

@@ -1,4 +1,4 @@
-"""What the emulator predicts beside what real processes take."""
+"""What the emulator, and given rates the simulator, predict beside what real processes take."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from apb.costs.network import Network
+from apb.costs import Network, Rates, cost
 from apb.engine import Engine
 from apb.host import load_adapter
 from apb.models.adapter import Adapter
@@ -18,6 +18,8 @@ from bench.emulate.real import PinnedCluster
 from bench.timing import ratio, spread
 from burst.timeline import interval
 from launch.display import Display, seconds
+
+SIMULATED = ("simulated_over_real", "work_simulated_over_real")
 
 
 class Seconds(NamedTuple):
@@ -34,12 +36,14 @@ def measured_network(cluster: PinnedCluster) -> Network:
 
 
 def pairs(
-    setups: Sequence[Setup], prompt: Prompt, short: Prompt, hosts: int, repeats: int, display: Display
+    setups: Sequence[Setup], prompt: Prompt, short: Prompt, repeats: int, rates: Rates | None, display: Display
 ) -> tuple[Network, list[dict[str, Any]]]:
     """Predict and measure each setup in turn, ``repeats`` times; returns the links and a row a strategy.
 
-    The prediction is the makespan as ordered, of hosts that ran one after another on one core.
+    The prediction is the makespan as ordered, of hosts that ran one after another on one core; with ``rates``, the
+    simulator's stands beside it.
     """
+    hosts = setups[0].hosts
     spec = replace(setups[0].spec, device="cpu")
     with display.waiting(f"Starting {hosts} gloo processes, each on a core"):
         cluster = PinnedCluster(spec, hosts)
@@ -57,18 +61,27 @@ def pairs(
                     found[name].append(pair)
     finally:
         cluster.close()
-    return network, [_row(name, measured) for name, measured in found.items()]
+    rows = []
+    for setup in setups:
+        row = _row(found[setup.strategy.name])
+        if rates is not None:
+            plan = setup.strategy.plan(prompt.lengths, hosts, setup.shape, setup.compressor)
+            simulated = cost(plan, rates, network)
+            row["simulated_over_real"] = simulated.seconds / row["real_s"]["median"]
+            row["work_simulated_over_real"] = sum(simulated.parts.values()) / row["real_work_s"]["median"]
+        rows.append({"strategy": setup.strategy.name, **row})
+    return network, rows
 
 
-def _row(name: str, measured: Sequence[tuple[Seconds, Seconds]]) -> dict[str, Any]:
+def _row(measured: Sequence[tuple[Seconds, Seconds]]) -> dict[str, Any]:
     predicted, real = zip(*measured, strict=True)
     wall = ratio([each.wall for each in predicted], [each.wall for each in real])
     return {
-        "strategy": name,
         "predicted_s": spread([each.wall for each in predicted]),
         "real_s": spread([each.wall for each in real]),
         "predicted_over_real": wall,
         "within": abs(wall["median"] - 1),
+        "real_work_s": spread([each.work for each in real]),
         "work_predicted_over_real": ratio([each.work for each in predicted], [each.work for each in real]),
     }
 
@@ -86,11 +99,15 @@ def show(network: Network, rows: Sequence[Mapping[str, Any]], display: Display) 
             "{:.3f}".format(row["predicted_over_real"]["median"]),
             "{:.3f} to {:.3f}".format(*row["predicted_over_real"]["iqr"]),
             "{:.3f}".format(row["work_predicted_over_real"]["median"]),
+            *("{:.3f}".format(row[key]) for key in SIMULATED if key in row),
         ]
         for row in rows
     ]
+    columns = ["", "predicted", "real", "ratio", "interquartile", "own work"]
+    if rows and SIMULATED[0] in rows[0]:
+        columns += ["simulated", "its own work"]
     title = "Predicted (emulated, as ordered) and real seconds to the first token's logits, pair by pair"
-    display.table(title, ["", "predicted", "real", "ratio", "interquartile", "own work"], lines)
+    display.table(title, columns, lines)
     display.note(
         "own work: the ratio for the busiest host's processor time alone, which other programs here change little.",
         style="dim",
