@@ -99,7 +99,7 @@ def show(network: Network, rows: Sequence[Mapping[str, Any]], display: Display) 
             "{:.3f}".format(row["predicted_over_real"]["median"]),
             "{:.3f} to {:.3f}".format(*row["predicted_over_real"]["iqr"]),
             "{:.3f}".format(row["work_predicted_over_real"]["median"]),
-            *("{:.3f}".format(row[key]) for key in SIMULATED if key in row),
+            *(f"{row[key]:.3f}" for key in SIMULATED if key in row),
         ]
         for row in rows
     ]
