@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from apb.draft import Target, load
+from apb.draft.eagle import EagleHead
+from apb.draft.files import find
 from apb.engine import versions
 from apb.train.eagle import Job, Trained, finished, train
 from apb.train.folder import digest
 from apb.train.tutor import Recipe
+from burst.errors import UserError
 from launch.arguments import Arguments
 from launch.display import Display, size
 from launch.document import corpus
@@ -26,6 +31,8 @@ class _Settings:
     prompts: int
     held_out: int
     longest: int
+    behind: int
+    start: str | None
     window: int
     sinks: int
     epochs: int
@@ -52,6 +59,8 @@ def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> di
         prompts=settings.prompts,
         held_out=settings.held_out,
         longest=settings.longest,
+        behind=settings.behind,
+        start_sha256=_hash(settings.start),
         window=settings.window,
         sinks=settings.sinks,
         seed=settings.seed,
@@ -69,19 +78,42 @@ def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> di
     trained = finished(folder, job)
     if trained is None:
         display.note(f"Working in {folder}: the same command goes on from there if it is interrupted.")
-        trained = _train(job, where, settings.threads, text, folder, display)
+        trained = _train(job, where, settings, text, folder, display)
     return _shown(trained, job, display)
 
 
-def _train(job: Job, where: Place, threads: int, text: str, folder: Path, display: Display) -> Trained:
+def _hash(start: str | None) -> str | None:
+    """What a job says of the head that it goes on from; raises UserError when there is no such file."""
+    if start is None:
+        return None
+    path = find(start)
+    files = sorted(path.glob("*.*")) if path.is_dir() else [path]
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+
+
+def _begin(start: str, target: Target) -> EagleHead:
+    """Return the head that training goes on from; raises UserError for one that is not EAGLE-1/2's."""
+    head = load(start, target)
+    if type(head) is not EagleHead:
+        raise UserError(
+            "training cannot go on from this head",
+            given=f"start={start}, a {type(head).__name__}",
+            allowed="an EAGLE-1/2 head",
+            remedy="Choose another, or train one from nothing (start=null).",
+        )
+    return head
+
+
+def _train(job: Job, where: Place, settings: _Settings, text: str, folder: Path, display: Display) -> Trained:
     from apb.models.loading import generation_stop_ids, load_tokenizer
     from apb.train.frequency import stop_tokens
 
     tokenizer = load_tokenizer(where.path)
-    adapter = where.load(job.dtype, threads, display)
+    adapter = where.load(job.dtype, settings.threads, display)
+    start = None if settings.start is None else _begin(settings.start, adapter.draft_target())
     stops = stop_tokens(tokenizer, generation_stop_ids(where.path))
     with display.progress() as on_progress:
-        return train(job, adapter, tokenizer, stops, text, folder, on_progress)
+        return train(job, adapter, tokenizer, stops, text, folder, on_progress, start)
 
 
 def _shown(trained: Trained, job: Job, display: Display) -> dict[str, Any]:

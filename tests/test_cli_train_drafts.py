@@ -51,6 +51,22 @@ def test_train_eagle_and_count_its_answers(apb: Any, roomy: str, text: Path, tmp
     assert vocab.load(lists / "freq_100.pt", VOCAB, counted["stop_ids"]).tolist() == ranked[:100].tolist()
 
 
+def test_training_goes_on_from_a_head_behind_long_texts(apb: Any, roomy: str, text: Path, tmp_path: Path) -> None:
+    words = ("train", "eagle", "-d", str(text), f"model={roomy}", *SMALL)
+    first = apb(*words, f"out={tmp_path / 'first'}").document
+    more = (*words, "prompts=130", f"start={first['file']}", f"out={tmp_path / 'more'}")
+    ran = apb(*more, "behind=300", "lr=1e-9")
+    assert ran.code == 0, ran.err
+    target = load_adapter(HostSpec(roomy, "float32", "cpu")).draft_target()
+    begun, ended = load(first["file"], target), load(ran.document["file"], target)
+    far = max(float((a - b).abs().max()) for a, b in zip(begun.parameters(), ended.parameters(), strict=True))
+    assert far < 1e-2 < float(begun.fc.weight.std())  # the types of both files, and hardly a step
+    assert ran.document["job"]["start_sha256"] is not None
+    apb(*more).refused("another job", "behind=0")
+    apb(*words, "behind=100000").refused("behind is out of range", "behind=100000")
+    apb(*words, f"start={tmp_path / 'absent'}").refused("there is no draft head")
+
+
 def test_train_frequency_of_a_text(apb: Any, roomy: str, text: Path, tmp_path: Path) -> None:
     words = ("train", "frequency", "-d", str(text), f"model={roomy}")
     ran = apb(*words, f"out={tmp_path}", "vocab=[16,64]")

@@ -17,7 +17,7 @@ from torch import Tensor
 from apb.draft import DraftHead, load, vocab
 from apb.draft.eagle import EagleHead
 from apb.train import eagle
-from apb.train.answers import REPEATED, Answer, answer
+from apb.train.answers import KEPT, REPEATED, Answer, answer
 from apb.train.eagle import Job, finished, train
 from apb.train.features import Sample, read, read_ids, write
 from apb.train.folder import digest
@@ -55,17 +55,21 @@ def greedy(prompt: tuple[int, ...], longest: int, stop: int) -> tuple[list[int],
                 return ids, hidden
 
 
-def test_answers_of_a_batch_are_those_of_each_alone() -> None:
+@pytest.mark.parametrize("common", [0, 1, KEPT - 1, KEPT + 1, 150])
+def test_answers_of_a_batch_are_those_of_each_alone(common: int) -> None:
+    before = random_ids(common, seed=99) if common else ()
     prompts = [random_ids(n, seed=n) for n in (3, 70, 12, 1, 40)]
-    free = [greedy(p, 12, stop=-1)[0] for p in prompts]
-    stop = free[1][74]  # so that one answer ends early, and its row leaves the batch
-    got = answer(tiny_llama(torch.float32), prompts, [0.0] * 5, longest=12, stop_ids=(stop,), seed=0, features=True)
+    free = [greedy((*before, *p), 12, stop=-1)[0] for p in prompts]
+    stop = free[1][common + 74]  # so that one answer ends early, and its row leaves the batch
+    adapter, zeros = tiny_llama(torch.float32), [0.0] * 5
+    got = answer(adapter, prompts, zeros, longest=12, stop_ids=(stop,), seed=0, features=True, before=before)
     assert len({len(a.ids) - a.prompt for a in got}) > 1
     for prompt, made in zip(prompts, got, strict=True):
-        ids, features = greedy(prompt, 12, stop)
-        assert made.ids == ids and made.prompt == len(prompt) and made.ended == (ids[-1] == stop)
-        assert made.features_SE is not None
-        torch.testing.assert_close(made.features_SE, features, atol=1e-4, rtol=1e-4)
+        ids, features = greedy((*before, *prompt), 12, stop)
+        kept = [i for i in range(len(ids)) if i < 8 or i >= common - (KEPT - 8)]
+        assert made.ids == [ids[i] for i in kept] and made.prompt == min(common, KEPT) + len(prompt)
+        assert made.ended == (ids[-1] == stop) and made.features_SE is not None
+        torch.testing.assert_close(made.features_SE, features[kept[:-1]], atol=1e-4, rtol=1e-4)
 
 
 def test_sampled_answers_follow_seed_and_temperature() -> None:

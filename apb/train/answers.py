@@ -1,7 +1,7 @@
 """The frozen model's own answers to many prompts at once, with the features that its LM head read at every token.
 
-Shapes: B sequences, S tokens of one pass (all sequences' side by side), T cached tokens, H query heads, K kv heads,
-G = H / K, D head dim, E hidden size, V vocabulary.
+Shapes: B sequences, S tokens of one pass (all sequences' side by side), T cached tokens, P tokens that all sequences
+have in common, H query heads, K kv heads, G = H / K, D head dim, E hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from apb.compress.base import Projections
 from apb.models.adapter import Adapter
+from burst.kernels import kernel
+from burst.merge import merge
 
+KEPT = 64  # tokens of what stands before all prompts that answers keep
+_FIRST = 8  # of these, its first ones
 REPEATED = 16  # tokens: an answer that says so many of them twice goes round in circles
 _CANDIDATES = 50  # most likely tokens that sampling chooses from
 _FULL = 0.85  # of the cache's rows still answering; below, the others are taken out, which moves everything
@@ -24,7 +27,10 @@ _GROWTH = 64  # tokens: the cache is moved this often
 
 @dataclass
 class Answer:
-    """Prompt and answer as one sequence; ``features_SE`` is that of every token but the last."""
+    """Prompt and answer as one sequence; ``features_SE`` is that of every token but the last.
+
+    Of what stands before all prompts alike, only ``KEPT`` tokens are in it, its first and its last ones.
+    """
 
     prompt: int  # tokens
     ids: list[int]
@@ -45,12 +51,32 @@ class Answer:
         return not (self.ended or self.circular)
 
 
-class _Cache:
-    """Stands in for a model's attention over sequences of unequal length, one row of the cache each."""
+class _Before:
+    """Stands in for a model's attention over what stands before all sequences, and keeps its keys and values."""
 
     needs_projections = False
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self) -> None:
+        self.kv: list[tuple[Tensor, Tensor]] = []  # (1, K, P, D) a layer
+
+    def __call__(
+        self, layer: int, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, projections: Projections | None
+    ) -> Tensor:
+        self.kv.append((k_BKSD, v_BKSD))
+        out_BHSD, _ = kernel("auto", q_BHSD.device, q_BHSD.dtype)(q_BHSD, k_BKSD, v_BKSD, causal=True, scale=scale)
+        return out_BHSD.transpose(1, 2)
+
+
+class _Cache:
+    """Stands in for a model's attention over sequences of unequal length, one row of the cache each.
+
+    What stands before them all is cached once: attention over it is merged with each sequence's own.
+    """
+
+    needs_projections = False
+
+    def __init__(self, layers: int, before: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self._before = before
         self._kv: list[tuple[Tensor, Tensor] | None] = [None] * layers
         self.row_S = self.at_S = torch.empty(0, dtype=torch.int64)  # where each token of a pass goes
         self.lengths_B = torch.empty(0, dtype=torch.int64)  # cached tokens, this pass's included
@@ -66,9 +92,14 @@ class _Cache:
         k_BKTD[self.row_S, :, self.at_S] = k_BKSD[0].transpose(0, 1)
         v_BKTD[self.row_S, :, self.at_S] = v_BKSD[0].transpose(0, 1)
         q_SHD = q_BHSD[0].transpose(0, 1)
-        if len(self.row_S) == len(self.lengths_B):
-            return self._next(q_SHD, k_BKTD, v_BKTD, scale)[None]
-        return self._prompts(q_SHD, k_BKTD, v_BKTD, scale)[None]
+        first = len(self.row_S) != len(self.lengths_B)
+        out_SHD, lse_SH = (self._prompts if first else self._next)(q_SHD, k_BKTD, v_BKTD, scale)
+        if not self._before:
+            return out_SHD[None]
+        attend = kernel("auto", q_BHSD.device, q_BHSD.dtype)
+        before = attend(q_BHSD, *self._before[layer], causal=False, scale=scale)
+        out_BHSD, _ = merge([before, (out_SHD.transpose(0, 1)[None], lse_SH.T[None])], q_BHSD.dtype)
+        return out_BHSD.transpose(1, 2)
 
     def keep(self, rows_B: Tensor) -> None:
         """Forget every sequence but these."""
@@ -82,23 +113,22 @@ class _Cache:
                 new[:, :, : old.shape[2]] = old
         return grown
 
-    def _next(self, q_SHD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float) -> Tensor:
+    def _next(self, q_SHD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """One token a sequence: two small products are several times faster here than fused attention."""
         q_BKGD = q_SHD.unflatten(1, (k_BKTD.shape[1], -1))
         hidden_BT = torch.arange(k_BKTD.shape[2], device=q_SHD.device) >= self.lengths_B[:, None]
         scores_BKGT = (q_BKGD @ k_BKTD.transpose(-1, -2)).float() * scale
-        weights_BKGT = scores_BKGT.masked_fill_(hidden_BT[:, None, None], -torch.inf).softmax(-1)
-        out_BKGD: Tensor = weights_BKGT.to(v_BKTD.dtype) @ v_BKTD
-        return out_BKGD.flatten(1, 2)
+        scores_BKGT.masked_fill_(hidden_BT[:, None, None], -torch.inf)
+        out_BKGD: Tensor = scores_BKGT.softmax(-1).to(v_BKTD.dtype) @ v_BKTD
+        return out_BKGD.flatten(1, 2), scores_BKGT.logsumexp(-1).flatten(1, 2)
 
-    def _prompts(self, q_SHD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float) -> Tensor:
+    def _prompts(self, q_SHD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         batch, longest = len(self.lengths_B), int(self.lengths_B.max())
         q_BHTD = q_SHD.new_zeros(batch, q_SHD.shape[1], longest, q_SHD.shape[2])
         q_BHTD[self.row_S, :, self.at_S] = q_SHD
-        out_BHTD = F.scaled_dot_product_attention(
-            q_BHTD, k_BKTD[:, :, :longest], v_BKTD[:, :, :longest], is_causal=True, scale=scale, enable_gqa=True
-        )
-        return out_BHTD[self.row_S, :, self.at_S]
+        attend = kernel("auto", q_SHD.device, q_SHD.dtype)
+        out_BHTD, lse_BHT = attend(q_BHTD, k_BKTD[:, :, :longest], v_BKTD[:, :, :longest], causal=True, scale=scale)
+        return out_BHTD[self.row_S, :, self.at_S], lse_BHT[self.row_S, :, self.at_S]
 
 
 def answer(
@@ -110,15 +140,25 @@ def answer(
     stop_ids: Sequence[int],
     seed: int,
     features: bool,
+    before: Sequence[int] = (),
 ) -> list[Answer]:
     """Return an answer of at most ``longest`` tokens to every prompt; temperature 0 is greedy.
 
     Sampling chooses among the 50 most likely tokens. An answer ends with a stop token, or before it repeats 16 tokens.
+    ``before`` are tokens that stand before every prompt; they run once.
     """
     device = adapter.device
     rng = torch.Generator(device).manual_seed(seed)
-    answers = [Answer(len(ids), list(ids), None) for ids in prompts]
-    cache = _Cache(adapter.shape.layers)
+    common = _Before()
+    kept = [*range(len(before))] if len(before) <= KEPT else [*range(_FIRST), *range(_FIRST - KEPT, 0)]
+    begun = [before[i] for i in kept]
+    answers = [Answer(len(begun) + len(ids), [*begun, *ids], None) for ids in prompts]
+    begun_E: list[Tensor] = []
+    if before:
+        with torch.inference_mode():
+            ids_P = torch.tensor(before, device=device)
+            begun_E = [adapter.hidden(ids_P, torch.arange(len(before), device=device), common)[kept]]
+    cache = _Cache(adapter.shape.layers, common.kv)
     lengths_B = cache.lengths_B = torch.tensor([len(ids) for ids in prompts], device=device)
     cache.row_S = torch.arange(len(prompts), device=device).repeat_interleave(lengths_B)
     cache.at_S = torch.cat([torch.arange(len(ids), device=device) for ids in prompts])
@@ -127,8 +167,8 @@ def answer(
     going = set(rows)
     with torch.inference_mode():
         ids_S = torch.tensor([i for ids in prompts for i in ids], device=device)
-        hidden_SE = adapter.hidden(ids_S, cache.at_S, cache)
-        made = [[part] for part in hidden_SE.split([len(ids) for ids in prompts])] if features else []
+        hidden_SE = adapter.hidden(ids_S, len(before) + cache.at_S, cache)
+        made = [[*begun_E, part] for part in hidden_SE.split([len(ids) for ids in prompts])] if features else []
         hidden_BE = hidden_SE[lengths_B.cumsum(0) - 1]
         for count in range(longest):
             token_B = _choose(adapter.head(hidden_BE), temperature_B, rng)
@@ -144,7 +184,7 @@ def answer(
                 token_B, lengths_B, temperature_B = token_B[kept_B], lengths_B[kept_B], temperature_B[kept_B]
             cache.row_S, cache.at_S = torch.arange(len(rows), device=device), lengths_B
             lengths_B = cache.lengths_B = lengths_B + 1
-            hidden_BE = adapter.hidden(token_B, cache.at_S, cache)
+            hidden_BE = adapter.hidden(token_B, len(before) + cache.at_S, cache)
             if features:
                 for i, part_E in zip(rows, hidden_BE.unbind(), strict=True):
                     if i in going:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from apb.draft import DraftHead, load, save, vocab
+from apb.draft.eagle import EagleHead
 from apb.models.adapter import Adapter
 from apb.train import features
 from apb.train.features import Sample
@@ -30,6 +32,8 @@ _AT_ONCE = 128  # prompts that are answered at once, and kept in one file; half 
 _TURNS = ("general", "code", "math", "general", "code", "math", "general", "code", "general", "code")
 _TEXT_TURN = 12  # one file in so many is about passages of the text
 _WARM, _WARM_TURN = 0.7, 3  # one answer in three is sampled at this temperature, the others are greedy
+_LEAST_BEHIND = 0.25  # of ``behind``; lengths are uniform in their logarithm
+_ROOM = 512  # tokens for a template and a question, a passage's among them
 _EVERY = 200  # steps between checkpoints
 _GAP = 40  # training answers on which the gap to held-out ones is measured
 
@@ -37,13 +41,16 @@ _GAP = 40  # training answers on which the gap to held-out ones is measured
 @dataclass(frozen=True)
 class Job:
     """What is trained from what. ``prompts`` and ``held_out`` (of each kind) are counts, ``longest`` is an answer's
-    length in tokens; the text's hash stands for the text."""
+    length in tokens, ``behind`` the most tokens of text that half of the questions stand behind; hashes stand for the
+    text and for the head that training goes on from."""
 
     model: str
     text_sha256: str
     prompts: int = 4224
     held_out: int = 40
     longest: int = 160
+    behind: int = 0
+    start_sha256: str | None = None
     window: int = 512
     sinks: int = 4
     seed: int = 0
@@ -54,6 +61,7 @@ class Job:
         for key in ("prompts", "held_out"):
             within(key, getattr(self, key), getattr(self, key) >= 1, "1 or more")
         within("longest", self.longest, self.longest >= 8, "8 or more")
+        within("behind", self.behind, self.behind >= 0, "0 or more")
         within("window", self.window, self.window >= 8, "8 or more")
         within("sinks", self.sinks, self.sinks >= 0, "0 or more")
         within("seed", self.seed, self.seed >= 0, "0 or more")
@@ -77,13 +85,22 @@ def train(
     text: str,
     folder: Path,
     on_progress: OnProgress,
+    start: EagleHead | None = None,
 ) -> Trained:
-    """Train a head for the model behind ``adapter`` in ``folder`` and return the final files there.
+    """Train a head for the model behind ``adapter`` in ``folder``, from ``start`` on, and return the final files there.
 
     What is found in the folder is not done again: answers, and training up to its last checkpoint; a run that was
-    killed ends with the weights of one that was not. Raises UserError when the folder is another job's.
+    killed ends with the weights of one that was not. Raises UserError when the folder is another job's, or when neither
+    the text nor the model's positions are enough for ``behind``.
     """
     claim(folder, asdict(job))
+    most = adapter.shape.max_positions
+    within(
+        "behind",
+        job.behind,
+        not job.behind or job.behind + job.longest + _ROOM <= most,
+        f"0 to {most - job.longest - _ROOM}",
+    )
     interview = Interview(adapter, tokenizer, stop_ids, job.longest)
     questions = Questions(text, job.seed)
     files = _ask(job, interview, questions, folder / _SAMPLES, on_progress)
@@ -92,7 +109,7 @@ def train(
     ids = [answer_S for file in files for answer_S in features.read_ids(file)]
     counts_W = vocab.count(ids, adapter.shape.vocab)
     ranked_W = vocab.rank(counts_W, stop_ids)
-    tutor = Tutor(job.recipe, adapter.draft_target(), samples, ranked_W, job.window, job.sinks)
+    tutor = Tutor(job.recipe, adapter.draft_target(), samples, ranked_W, job.window, job.sinks, start)
     head = tutor.run(
         folder / _CHECKPOINT, _EVERY, lambda done, total, loss: on_progress("Training the head", done, total)
     )
@@ -132,13 +149,24 @@ def _ask(job: Job, interview: Interview, questions: Questions, folder: Path, on_
     folder.mkdir(exist_ok=True)
     plan = list(_plan(job.prompts))
     files = [folder / f"{number:05d}.safetensors" for number in range(len(plan))]
+    text = interview.encode(questions.text) if job.behind else ()
+    within("behind", job.behind, job.behind <= len(text), f"0 to {len(text)}, the tokens of the text")
     for number, (file, (kinds, first)) in enumerate(zip(files, plan, strict=True)):
         if not file.exists():
             on_progress("Asking the model", number, len(plan))
             asked = [questions.question(first + i, kind) for i, kind in enumerate(kinds)]
-            interview.write(file, asked, [_WARM if i % _WARM_TURN == 2 else 0.0 for i in range(len(asked))], number)
+            warm = [_WARM if i % _WARM_TURN == 2 else 0.0 for i in range(len(asked))]
+            interview.write(file, asked, warm, number, _stretch(text, number, job) if number % 2 == 0 else ())
     on_progress("Asking the model", len(plan), len(plan))
     return files
+
+
+def _stretch(text: Sequence[int], number: int, job: Job) -> Sequence[int]:
+    """Return what the questions of a file stand behind: between a quarter of the asked length and all of it."""
+    rng = random.Random(f"behind {job.seed} {number}")
+    size = int(job.behind * _LEAST_BEHIND ** rng.random())
+    at = rng.randrange(len(text) - size + 1)
+    return text[at : at + size]
 
 
 def _plan(prompts: int) -> list[tuple[list[str], int]]:

@@ -27,7 +27,11 @@ class Interview:
     def prompt(self, question: str) -> tuple[int, ...]:
         """Return the prompt that asks this."""
         head, tail = self._frame
-        return (*head, *encode(self._tokenizer, question, special=False), *tail)
+        return (*head, *self.encode(question), *tail)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Return a text's tokens."""
+        return encode(self._tokenizer, text, special=False)
 
     def finish(self, questions: Sequence[Question], seed: int) -> list[str]:
         """Return the questions' texts; the model, as the user, finishes those that only begin."""
@@ -35,25 +39,43 @@ class Interview:
         begun = [i for i, q in enumerate(questions) if q.open]
         if begun:
             head, _ = self._frame
-            prompts = [(*head, *encode(self._tokenizer, texts[i], special=False)) for i in begun]
+            prompts = [(*head, *self.encode(texts[i])) for i in begun]
             ends = self._answer([p or (0,) for p in prompts], [_DARING] * len(begun), _INVENTED, seed, False)
             for i, end in zip(begun, ends, strict=True):
                 ids = end.ids[end.prompt : len(end.ids) - end.ended]
                 texts[i] = (texts[i] + self._tokenizer.decode(ids)).strip() or "Hello"
         return texts
 
-    def ask(self, questions: Sequence[str], temperatures: Sequence[float], seed: int) -> list[Answer]:
-        """Return an answer, with features, to each question."""
-        prompts = [self.prompt(q) for q in questions]
-        return self._answer(prompts, temperatures, self._longest, seed, True)
+    def ask(
+        self, questions: Sequence[str], temperatures: Sequence[float], seed: int, passage: Sequence[int] = ()
+    ) -> list[Answer]:
+        """Return an answer, with features, to each question; every one stands behind the ``passage``'s tokens."""
+        if not passage:
+            return self._answer([self.prompt(q) for q in questions], temperatures, self._longest, seed, True)
+        head, tail = self._frame
+        rest = [(*self.encode(f"\n\n{q}"), *tail) for q in questions]
+        return self._answer(rest, temperatures, self._longest, seed, True, (*head, *passage))
 
-    def write(self, file: Path, questions: Sequence[Question], temperatures: Sequence[float], seed: int) -> None:
+    def write(
+        self,
+        file: Path,
+        questions: Sequence[Question],
+        temperatures: Sequence[float],
+        seed: int,
+        passage: Sequence[int] = (),
+    ) -> None:
         """Ask questions and keep prompts, answers and features in a file."""
         texts = self.finish(questions, seed)
-        features.write(file, self.ask(texts, temperatures, seed), [q.kind for q in questions], texts)
+        features.write(file, self.ask(texts, temperatures, seed, passage), [q.kind for q in questions], texts)
 
     def _answer(
-        self, prompts: Sequence[Sequence[int]], temperatures: Sequence[float], longest: int, seed: int, kept: bool
+        self,
+        prompts: Sequence[Sequence[int]],
+        temperatures: Sequence[float],
+        longest: int,
+        seed: int,
+        kept: bool,
+        before: Sequence[int] = (),
     ) -> list[Answer]:
         return answer(
             self._adapter,
@@ -63,6 +85,7 @@ class Interview:
             stop_ids=self._stop_ids,
             seed=seed,
             features=kept,
+            before=before,
         )
 
     @functools.cached_property

@@ -70,6 +70,11 @@ class Questions:
         self._texts = {False: text[:at], True: text[at:]}
         self._seed = seed
 
+    @property
+    def text(self) -> str:
+        """The part of the text that is trained on."""
+        return self._texts[False]
+
     def question(self, number: int, kind: str, *, held_out: bool = False) -> Question:
         """Return question ``number`` of a kind."""
         rng = random.Random(f"{'held out' if held_out else 'train'} {self._seed} {kind} {number}")

@@ -68,7 +68,7 @@ class Recipe:
 class Tutor:
     """Trains a head for ``target`` on samples; what is resumed ends with the weights of what was never interrupted.
 
-    ``ranked_V`` are the target's ids, most frequent first.
+    ``ranked_V`` are the target's ids, most frequent first. Training goes on from ``start``, or from random weights.
     """
 
     def __init__(
@@ -79,12 +79,16 @@ class Tutor:
         ranked_V: Tensor,
         window: int,
         sinks: int,
+        start: EagleHead | None = None,
     ) -> None:
         self._recipe, self._target, self._samples, self._ranked_V = recipe, target, samples, ranked_V
         # Embeddings are far smaller than features: while it learns, the head sees them at about the size of one.
         self._gain = 1.0 / float(target.embedding_WE.float().std())
         scaled = replace(target, embedding_scale=target.embedding_scale * self._gain)
         self._head = head = EagleHead.fresh(scaled, window=window, sinks=sinks, seed=recipe.seed)
+        if start is not None:
+            self._head = head = start.absorbing(1 / self._gain, scaled).float().requires_grad_(True)
+            head.window, head.sinks = window, sinks
         self._batches = [b for epoch in range(recipe.epochs) for b in self._epoch(epoch)]
         self._scale = float(torch.cat([s.features_SE[s.prompt :] for s in samples[:64]]).float().std())
         self._rows_VE = target.head_WE.to(torch.bfloat16)
