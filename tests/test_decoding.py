@@ -127,14 +127,14 @@ def answer_on_rank(me: Rank, requests: list[PrefillRequest]) -> tuple[list[int],
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_answer_as_virtual_hosts_do(world: int) -> None:
-    e, p = engine(world), prompt()
+    pool, e, p = shared_pool(world), engine(world), prompt()
     handle, plan = e.prefill(p), e.setup.plan(p)
     want = [
         *e.generate(handle, max_new_tokens=2).token_ids,
         *e.generate(handle, max_new_tokens=4, temperature=1.0, seed=3).token_ids,
     ]
     requests = [prefill_request("a", p, plan, e.setup.compressor, rank) for rank in range(world)]
-    answers = shared_pool(world).run(answer_on_rank, requests)
+    answers = pool.run(answer_on_rank, requests)
     total: Counter[str] = Counter()
     for tokens, moved, sent in answers:
         assert tokens == want and moved == want[2:]

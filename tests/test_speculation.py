@@ -194,12 +194,12 @@ def answer_on_rank(me: Rank, requests: list[PrefillRequest], oracle: Oracle) -> 
 
 
 def test_processes_verify_as_virtual_hosts_do() -> None:
-    e, p = engine(4), prompt()
+    pool, e, p = shared_pool(4), engine(4), prompt()
     handle, plan = e.prefill(p), e.setup.plan(p)
     want = e.generate(handle.fork(), max_new_tokens=20).token_ids
     oracle = Oracle(want, handle.next_position, seed=5)
     requests = [prefill_request("a", p, plan, e.setup.compressor, rank) for rank in range(4)]
-    answers = shared_pool(4).run(answer_on_rank, requests, oracle)
+    answers = pool.run(answer_on_rank, requests, oracle)
     assert all(tokens == list(want) for tokens, _, _ in answers)
     rows = answers[-1][2]
     virtual = e.generate(handle, max_new_tokens=20, decode=oracle).metrics
