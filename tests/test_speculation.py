@@ -23,7 +23,8 @@ from apb.requests import prefill_request
 from burst.errors import UserError
 from burst.kernels.cpu import KERNEL
 from burst.transport import Transport, VirtualWorld
-from tests.drafting import SAMPLED, Oracle, engine, model, prompt
+from tests.asking import SAMPLED
+from tests.drafting import Oracle, engine, model, prompt
 from tests.pool import Rank, shared_pool
 from tests.tiny import TinyEngine
 
