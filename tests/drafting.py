@@ -93,10 +93,10 @@ class OracleDrafter:
     head_rows = 0
 
     def __init__(self, oracle: Oracle) -> None:
-        self._oracle, self._random = oracle, random.Random(oracle.seed)
+        self.oracle, self._random = oracle, random.Random(oracle.seed)
 
     def draft(self, decided: Sequence[int], root: int, position: int, depth: int) -> Tree:
-        o, r = self._oracle, self._random
+        o, r = self.oracle, self._random
         at = position - o.start
         assert o.answer[at] == root and list(o.answer[: at + 1])[at + 1 - len(decided) :] == list(decided)
         tree = root_only(root)
