@@ -20,8 +20,10 @@ from launch.ray_watch import Watch
 # Logical CPUs of a Ray started here: slots for hosts, of several engines side by side; not cores.
 SLOTS = 64
 REACH_S = 10.0  # for a machine to accept a connection
+NOTICE_S = 1.0  # a cluster with room gives it sooner
 STORE_BYTES = 256 * 2**20  # prompts and logits go through Ray's object store; keys and values never do
 
+_log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _users = 0  # clusters that stand on a Ray that we started
 _watch: Watch | None = None
@@ -160,7 +162,10 @@ class Placement:
 
 
 def place(hosts: int, on_gpu: bool, timeout_s: float) -> Placement:
-    """Find room for the hosts, spread over machines; raises UserError when there is none in ``timeout_s``."""
+    """Find room for the hosts, spread over machines; raises UserError when there is none in ``timeout_s``.
+
+    Machines may still join, and others leave: what is waited for is logged as a warning.
+    """
     ray = load_ray()
     from ray.util import placement_group, placement_group_table
 
@@ -170,7 +175,11 @@ def place(hosts: int, on_gpu: bool, timeout_s: float) -> Placement:
     group = placement_group([bundle] * hosts, strategy="SPREAD")
     found = Placement(group, (), (), "", {})
     try:
-        ready = group.wait(timeout_s)
+        ready = group.wait(min(NOTICE_S, timeout_s))
+        if not ready and timeout_s > NOTICE_S:
+            there = _found(int(ray.cluster_resources().get(kind, 0)), free, hosts, kind)
+            _log.warning("%s; waiting up to %.0f s for more", there, timeout_s)
+            ready = group.wait(timeout_s - NOTICE_S)
         if ready:
             at = placement_group_table(group)["bundles_to_node_id"]
             here = ray.get_runtime_context().get_node_id()
@@ -195,11 +204,14 @@ def _address(ray: Any, node_id: str) -> str:
     return str(next(n["NodeManagerAddress"] for n in ray.nodes() if n["NodeID"] == node_id))
 
 
+def _found(total: int, free: int, hosts: int, kind: str) -> str:
+    return f"the Ray cluster has {total} {kind}s ({free} free), {hosts} hosts asked, one {kind} each"
+
+
 def _no_room(total: int, free: int, hosts: int, kind: str, timeout_s: float) -> UserError:
     one_gpu = " To put several hosts on one GPU, set cluster=virtual." if kind == "GPU" else ""
     return UserError(
-        f"the Ray cluster has {total} {kind}s ({free} free), {hosts} hosts asked, one {kind} each; "
-        f"no room within {timeout_s:.0f} s",
+        f"{_found(total, free, hosts, kind)}; no room within {timeout_s:.0f} s",
         given=f"cluster.hosts={hosts}",
         allowed=f"up to {total}",
         remedy=f"Lower cluster.hosts, add machines to the cluster, or wait until others leave it.{one_gpu}",

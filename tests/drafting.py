@@ -8,7 +8,6 @@ import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -21,13 +20,12 @@ from apb.draft.eagle import EagleHead
 from apb.draft.handoff import Handoff
 from apb.draft.spec import DraftSpec
 from apb.models.adapter import Adapter
-from apb.prompt import Prompt, Question
+from apb.prompt import Prompt
 from apb.strategies import strategy
-from tests import tiny
-from tests.tiny import TinyEngine, byte_tokenizer, tiny_engine
+from tests import asking, tiny
+from tests.asking import VOCAB
+from tests.tiny import TinyEngine, tiny_engine
 
-VOCAB = len(byte_tokenizer())
-SAMPLED: dict[str, Any] = {"temperature": 1.3, "top_p": 0.95, "seed": 7}
 WINDOW, SINKS = 24, 3
 LAYER = LayerShape(64, 96, 4, 2, 16, 1e-5)
 
@@ -51,13 +49,9 @@ def model(dtype: torch.dtype = torch.float64) -> Adapter:
     return adapter
 
 
-def ids(count: int, seed: int) -> tuple[int, ...]:
-    gen = torch.Generator().manual_seed(seed)
-    return tuple(torch.randint(2, VOCAB, (count,), generator=gen).tolist())
-
-
 def prompt(context: int = 149) -> Prompt:
-    return Prompt(ids(context, 4), 5, Question(ids(2, 1), ids(6, 2), ids(3, 3), None))
+    """Return a random prompt."""
+    return asking.prompt(context=context)
 
 
 def engine(hosts: int, name: str = "apb", window: int | None = WINDOW, adaptive: int = 0) -> TinyEngine:
@@ -99,10 +93,10 @@ class OracleDrafter:
     head_rows = 0
 
     def __init__(self, oracle: Oracle) -> None:
-        self._oracle, self._random = oracle, random.Random(oracle.seed)
+        self.oracle, self._random = oracle, random.Random(oracle.seed)
 
     def draft(self, decided: Sequence[int], root: int, position: int, depth: int) -> Tree:
-        o, r = self._oracle, self._random
+        o, r = self.oracle, self._random
         at = position - o.start
         assert o.answer[at] == root and list(o.answer[: at + 1])[at + 1 - len(decided) :] == list(decided)
         tree = root_only(root)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from burst.transport import VirtualWorld
 from burst.transport.process_group import ProcessGroupTransport
 
 _FORK = multiprocessing.get_context("fork")
@@ -94,10 +95,22 @@ class Pool:
 
 @functools.cache
 def shared_pool(world: int) -> Pool:
-    """Return the pool of that size that all tests share; it ends with the test session."""
+    """Return the pool of that size that all tests share; it ends with the test session.
+
+    Take it before virtual hosts run: processes are forked when it is first asked for, and a fork takes along locks that
+    threads hold.
+    """
     pool = Pool(world)
     atexit.register(pool.close)
     return pool
+
+
+def on_both(
+    world: int, on_process: Callable[..., Any], on_virtual: Callable[..., Any], *args: Any
+) -> tuple[list[Any], list[Any]]:
+    """Return what ``on_process(rank, ...)`` gives on processes, and ``on_virtual(transport, ...)`` on virtual ranks."""
+    found = shared_pool(world).run(on_process, *args)
+    return found, VirtualWorld(world).run(lambda t: on_virtual(t, *args))
 
 
 def _free_port() -> int:

@@ -19,9 +19,8 @@ from apb.strategies import strategy
 from apb.strategies.budget import critical_flops, sent_bytes
 from bench.twin import Twin, twin
 from burst.errors import UserError
-from burst.transport import VirtualWorld
 from tests import scorers, tiny
-from tests.pool import shared_pool
+from tests.pool import on_both
 from tests.test_passing import requests
 from tests.test_plans import LENGTHS, SHAPE
 from tests.test_spava import LARGE, SMALL, prefill_in_process, prefill_on_one
@@ -208,8 +207,7 @@ def test_processes_tell_each_other_their_rows(name: str) -> None:
     plan = strategy(name, passing_coverage=0.3).plan(prompt.lengths, world, shape, scorer)
     assert plan.coverage
     made = requests(prompt, plan)
-    found = shared_pool(world).run(prefill_in_process, made)
-    want = VirtualWorld(world).run(lambda t: prefill_on_one(t, made))
+    found, want = on_both(world, prefill_in_process, prefill_on_one, made)
     for rank, (kv, sent) in enumerate(found):
         torch.testing.assert_close(torch.from_numpy(kv), want[rank][0], atol=1e-5, rtol=1e-5)
         assert sent == want[rank][1] and sent["rows"] == plan.prefill_bytes(rank)["rows"]

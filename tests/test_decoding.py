@@ -1,9 +1,8 @@
-"""Asking and answering over sharded caches: query phase, decoding, sampling, forks, gathering, text."""
+"""Answering over sharded and gathered caches: query phase, decoding, stops, what cannot be generated."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections import Counter
 from typing import Any
 
@@ -14,42 +13,13 @@ from apb.decode.autoregressive import Autoregressive
 from apb.decode.base import DecodeRequest
 from apb.decode.sampling import Sampling
 from apb.host import Host, HostSpec, PrefillRequest
-from apb.models.adapter import Adapter
-from apb.prompt import Prompt, Question
 from apb.requests import prefill_request
-from apb.strategies import strategy
 from bench.twin import twin
 from burst.errors import UserError
 from tests import tiny
+from tests.asking import HOSTS, SAMPLED, decoded, engine, ids, model, prompt
 from tests.pool import Rank, shared_pool
-from tests.tiny import TinyEngine, byte_tokenizer, tiny_engine
-
-HOSTS = 4
-
-
-@functools.cache
-def model(dtype: torch.dtype = torch.float32) -> Adapter:
-    """Return a model whose every token the tokenizer knows."""
-    return tiny.adapt(tiny.llama_config(vocab_size=len(byte_tokenizer()), max_position_embeddings=400), dtype)
-
-
-def ids(count: int, seed: int) -> tuple[int, ...]:
-    gen = torch.Generator().manual_seed(seed)
-    return tuple(torch.randint(2, len(byte_tokenizer()), (count,), generator=gen).tolist())
-
-
-def prompt(question: bool = True, context: int = 150) -> Prompt:
-    asked = Question(ids(2, 1), ids(6, 2), ids(3, 3), None)
-    return Prompt(ids(context, 4), 5, asked if question else None)
-
-
-def engine(hosts: int = HOSTS, name: str = "apb", compress: str | None = "query", **options: Any) -> TinyEngine:
-    made = strategy(name, **options)
-    return tiny_engine(model(), made, hosts, None if name in ("star", "full") else compress)
-
-
-SAMPLED: dict[str, Any] = {"temperature": 1.3, "top_p": 0.95, "seed": 7}
-
+from tests.tiny import byte_tokenizer
 
 # -- over shards ----------------------------------------------------------------------------------------
 
@@ -127,77 +97,19 @@ def answer_on_rank(me: Rank, requests: list[PrefillRequest]) -> tuple[list[int],
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_answer_as_virtual_hosts_do(world: int) -> None:
-    e, p = engine(world), prompt()
+    pool, e, p = shared_pool(world), engine(world), prompt()
     handle, plan = e.prefill(p), e.setup.plan(p)
     want = [
         *e.generate(handle, max_new_tokens=2).token_ids,
         *e.generate(handle, max_new_tokens=4, temperature=1.0, seed=3).token_ids,
     ]
     requests = [prefill_request("a", p, plan, e.setup.compressor, rank) for rank in range(world)]
-    answers = shared_pool(world).run(answer_on_rank, requests)
+    answers = pool.run(answer_on_rank, requests)
     total: Counter[str] = Counter()
     for tokens, moved, sent in answers:
         assert tokens == want and moved == want[2:]
         total.update(sent)
     assert total == plan.bytes_by_kind(11, 6, 5)
-
-
-# -- forks ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["apb", "spava", "star"])
-def test_asking_later_equals_asking_an_unconditioned_cache_afresh(name: str) -> None:
-    e = engine(name=name, compress="norm")
-    first, second = list(ids(5, 11)), list(ids(9, 12))
-    bare = e.prefill(prompt(question=False), chat=False)
-    assert bare.conditioned_on is None
-    a, b = bare.fork(query=first), bare.fork(query=second)
-    answer = e.generate(a, max_new_tokens=5).token_ids
-    for handle, query in ((a.fork(query=second), second), (b.fork(query=first), first)):
-        fresh = e.prefill(prompt(question=False), chat=False).fork(query=query)
-        torch.testing.assert_close(handle.logits(), fresh.logits(), atol=0, rtol=0)
-        assert handle.token_ids == prompt(False).context_ids + tuple(query)
-    assert a.generated == list(answer)
-    assert e.generate(bare.fork(query=first), max_new_tokens=5).token_ids == answer
-
-
-def test_a_fork_of_a_conditioned_cache_keeps_saying_so() -> None:
-    e, p = engine(), prompt()
-    handle = e.prefill(p, chat=False)
-    assert p.question is not None
-    assert handle.conditioned_on == p.question.ids
-    other = handle.fork(query=list(ids(4, 13)))
-    result = e.generate(other, max_new_tokens=2)
-    assert result.metrics["conditioned_on"] == p.question.ids and result.metrics["forked"]
-    assert result.metrics["query_tokens"] == 4
-
-
-def test_a_fork_without_a_query_goes_its_own_way_from_here() -> None:
-    e = engine()
-    parent = e.prefill(prompt())
-    e.generate(parent, max_new_tokens=4)
-    twins = [parent.fork() for _ in range(2)]
-    for cost in ("prefill_s", "request_s", "bytes_by_kind"):  # the prefill's, not the copying's
-        assert twins[0].metrics[cost] == parent.metrics[cost]
-    want = e.generate(twins[0], max_new_tokens=8, **SAMPLED).token_ids
-    assert len(parent.generated) == 4
-    assert e.generate(twins[1], max_new_tokens=8, **SAMPLED).token_ids == want
-    assert e.generate(parent, max_new_tokens=8, **SAMPLED).token_ids == want
-    e.release(twins[0])
-    assert e.generate(parent, max_new_tokens=1).token_ids
-
-
-@pytest.mark.parametrize("chat", [True, False])
-@pytest.mark.parametrize("ready", [True, False], ids=["prompt", "text"])
-def test_a_later_question_is_put_as_the_first_one_was(chat: bool, ready: bool) -> None:
-    e = engine()
-    made = e.setup.prompt("the sea and the stars", "the king?", chat=chat)
-    handle = e.prefill(made) if ready else e.prefill("the sea and the stars", "the king?", chat=chat)
-    asked = handle.fork(query="the hill?").prompt.question
-    assert asked is not None
-    assert decoded(asked.query_ids) == ("\n\nthe hill?\nbot:" if chat else "\n\nthe hill?")
-    with pytest.raises(UserError, match="its own question"):
-        e.prefill(made, "the hill?")
 
 
 # -- generating -----------------------------------------------------------------------------------------
@@ -238,10 +150,6 @@ def test_a_stop_token_ends_the_ids_and_is_not_in_the_text(hosts: int) -> None:
     assert result.finish_reason == "stop"
     assert result.token_ids == free.token_ids[: at + 1]
     assert result.text == "".join(pieces) == decoded(free.token_ids[:at])
-
-
-def decoded(tokens: tuple[int, ...]) -> str:
-    return byte_tokenizer().decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def test_stop_strings_end_the_text_before_them() -> None:
@@ -310,45 +218,3 @@ def test_what_cannot_be_generated_is_refused() -> None:
     e.cluster.epoch += 1
     with pytest.raises(UserError, match="cache is gone"):
         e.generate(asked)
-
-
-def test_caches_of_another_engine_or_released_are_refused() -> None:
-    e, other = engine(), engine()
-    mine, theirs = e.prefill(prompt()), other.prefill(prompt())
-    assert mine.id == theirs.id
-    copy = mine.fork()
-    mine.release()
-    mine.release()
-    theirs.release()
-    for call in (mine.logits, mine.fork, mine.gather, lambda: e.generate(theirs), lambda: other.generate(copy)):
-        with pytest.raises(UserError, match="not on the engine's hosts"):
-            call()
-    assert [len(e.cluster.host(r)._caches) for r in range(HOSTS)] == [1] * HOSTS
-    e.close()
-    e.close()
-    for closed in (lambda: e.generate(copy), lambda: e.prefill(prompt())):
-        with pytest.raises(UserError, match="engine is closed"):
-            closed()
-    copy.release()
-
-
-def test_the_handle_knows_where_every_position_lies() -> None:
-    e = engine()
-    handle = e.prefill(prompt())
-    lengths = [length for _, length in handle.blocks]
-    assert lengths == [38, 38, 37, 37]
-    want = [(h, i) for h, length in enumerate(lengths) for i in range(length)]
-    want += [(3, 37 + i) for i in range(11)]
-    for generated, cached in ((0, 161), (3, 163), (1, 164)):  # the last token's KV comes with the next one
-        if generated:
-            e.generate(handle, max_new_tokens=generated)
-            want += [(3, i) for i in range(len(want) - 113, cached - 113)]
-        assert [handle.locate(p) for p in range(cached)] == want
-        held = Counter(host for host, _ in want)
-        for rank in range(HOSTS):  # what the hosts really hold
-            cache = e.cluster.host(rank)._caches[handle.id]
-            assert cache.context[0].k_BKTD.shape[2] + len(cache.tail) == held[rank]
-        for position in (-1, cached, handle.next_position):
-            with pytest.raises(UserError, match="no such position"):
-                handle.locate(position)
-    assert handle.next_position == 165 and e.generate(handle.fork(), max_new_tokens=1).token_ids

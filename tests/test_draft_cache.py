@@ -20,7 +20,8 @@ from apb.prompt import Prompt
 from apb.strategies import strategy
 from burst.errors import UserError
 from tests import tiny
-from tests.drafting import LAYER, SINKS, VOCAB, WINDOW, engine, ids, model, prompt
+from tests.asking import VOCAB, ids
+from tests.drafting import LAYER, SINKS, WINDOW, engine, model, prompt
 from tests.tiny import tiny_engine
 
 

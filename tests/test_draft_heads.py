@@ -94,12 +94,12 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
     return x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight
 
 
-def turned(x_SHD: Tensor, positions: list[int]) -> Tensor:
+def turned(x_SHD: Tensor, positions: list[float], theta: float = THETA) -> Tensor:
     half = HEAD_DIM // 2
     out = x_SHD.clone()
     for s, position in enumerate(positions):
         for i in range(half):
-            angle = position * THETA ** (-i / half)
+            angle = position * theta ** (-i / half)
             a, b = x_SHD[s, :, i], x_SHD[s, :, i + half]
             out[s, :, i] = a * math.cos(angle) - b * math.sin(angle)
             out[s, :, i + half] = b * math.cos(angle) + a * math.sin(angle)
@@ -173,6 +173,47 @@ def agrees(head: DraftHead, weights: Weights, naive: Callable[..., Tensor]) -> T
     for made, given in zip(head.keys_values(head.fuse(features), ids, positions), attended, strict=True):
         torch.testing.assert_close(made, given, atol=0, rtol=0)
     return out
+
+
+# -- positions ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("named", "theta", "slower"),
+    [
+        ({}, THETA, 1.0),  # nothing named: as the target
+        ({"rope_theta": None, "rope_scaling": None}, THETA, 1.0),
+        ({"rope_theta": 500.0, "rope_scaling": None}, 500.0, 1.0),
+        ({"rope_theta": 500, "rope_scaling": {"type": "linear", "factor": 4.0}}, 500.0, 4.0),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, THETA, 2.0),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 700.0}}, 700.0, 1.0),
+    ],
+)
+def test_a_head_turns_to_positions_as_its_own_configuration_says(
+    target: Target, tmp_path: Path, named: dict[str, Any], theta: float, slower: float
+) -> None:
+    head = load(write(tmp_path / "head", config(bias=False) | named, eagle_weights(False, False)), target)
+    features, ids = torch.randn(1, TOKENS, HIDDEN, dtype=torch.float64), torch.arange(TOKENS)[None]
+    at = [0, 1, 2, 3, 700, 701, 702, 703, 704]
+    still, _ = head.keys_values(features, ids, torch.zeros(TOKENS, dtype=torch.int64))  # not turned at all
+    keys, _ = head.keys_values(features, ids, torch.tensor(at))
+    want = turned(still[0].transpose(0, 1), [position / slower for position in at], theta).transpose(0, 1)
+    torch.testing.assert_close(keys[0], want, atol=1e-4, rtol=1e-4)  # angles are fp32
+    _, attended = stepped(head, features, ids, torch.tensor(at))
+    torch.testing.assert_close(attended[0], keys, atol=0, rtol=0)
+
+
+def test_a_head_of_a_scaled_target_is_scaled_only_if_it_says_so(tmp_path: Path) -> None:
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 64
+    own = llama_config(num_hidden_layers=LAYERS, vocab_size=VOCAB, rope_theta=THETA, rope_scaling=scaling)
+    scaled = adapt(own, torch.float64).draft_target()
+    features, ids = torch.randn(1, TOKENS, HIDDEN, dtype=torch.float64), torch.arange(TOKENS)[None]
+    found = []
+    for i, named in enumerate(({}, {"rope_theta": THETA, "rope_scaling": scaling}, {"rope_theta": THETA})):
+        made = write(tmp_path / str(i), config(bias=False) | named, eagle_weights(False, False))
+        found.append(load(made, scaled).keys_values(features, ids, torch.arange(900, 900 + TOKENS))[0])
+    assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2])
 
 
 # -- formats --------------------------------------------------------------------------------------------
@@ -278,6 +319,12 @@ def without(weights: Weights, name: str) -> Weights:
         ({"num_hidden_layers": 2}, "2 layers"),
         ({"num_attention_heads": 0}, "configuration"),
         ({"intermediate_size": None}, "configuration"),
+        ({"rope_theta": 0.0}, "rope_theta=0.0"),
+        ({"rope_theta": "large"}, "rope_theta='large'"),
+        ({"rope_theta": 1e4, "rope_scaling": {"type": "longrope"}}, "rope_type='longrope'"),
+        ({"rope_theta": 1e4, "rope_scaling": {"factor": 2.0}}, "rope_scaling"),
+        ({"rope_theta": 1e4, "rope_scaling": {"type": "linear"}}, "configuration lacks or misstates 'factor'"),
+        ({"rope_theta": 1e4, "rope_scaling": [2.0]}, "rope_scaling"),
         ({"intermediate_size": 97}, "mlp.gate_proj.weight is (96, 64)"),
         ({}, "lacks the tensor fc.bias"),  # no key bias, so there is one
     ],

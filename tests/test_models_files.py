@@ -13,7 +13,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from apb.models import (
@@ -74,15 +74,28 @@ def test_wrong_names_say_what_to_change(
 # The hub
 
 
-def test_hub_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error", [ConnectionError("no route"), HTTPError("no route"), ValueError("no route"), RuntimeError("no route")]
+)
+def test_hub_out_of_reach_says_what_to_do(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def refuse(*args: object, **options: object) -> None:
-        raise ConnectionError("no route")
+        raise error
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(UserError, match=r"could not be fetched .* no route") as caught:
         resolve("some-org/some-model")
     assert "give its path" in caught.value.remedy
+    assert str(caught.value).count("could not be fetched") == 1
+
+
+def test_a_bug_is_not_taken_for_a_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise AttributeError("a bug")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    with pytest.raises(AttributeError, match="a bug"):
+        resolve("some-org/some-model")
 
 
 def test_hub_lost_while_fetching_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

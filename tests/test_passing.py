@@ -22,7 +22,7 @@ from burst.kernels import Kernel
 from burst.transport import Handle, Message, VirtualWorld
 from burst.transport.process_group import ProcessGroupTransport, _Relay
 from burst.transport.virtual import VirtualTransport
-from tests.pool import Pool, Rank, shared_pool
+from tests.pool import Pool, Rank, on_both
 from tests.tiny import make_prompt, tiny_engine, tiny_llama
 
 LAYERS, CONTEXT, HOP_S = 3, 203, 0.02
@@ -261,14 +261,16 @@ def prefill_patiently(
     return {"events": events, "complaint": complaint}
 
 
+def delayed(me: Rank, made: list[PrefillRequest]) -> dict[str, Any]:
+    return prefill_patiently(me, Delayed, made, 10.0)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_hop_is_done_while_the_block_is_computed(world: int) -> None:
     prompt = make_prompt(CONTEXT)
     plan = plan_for(world)
     made = requests(prompt, plan)
-    answers = shared_pool(world).run(prefill_patiently, Delayed, made, 10.0)
-    hosts = VirtualWorld(world)
-    want = hosts.run(lambda t: virtual_kv(t, made))
+    answers, want = on_both(world, delayed, virtual_kv, made)
     for rank, answer in enumerate(answers):
         assert answer["complaint"] is None
         assert answer["calls"] == LAYERS

@@ -142,12 +142,14 @@ def test_a_host_that_is_killed(engine: Engine, cluster: RayCluster) -> None:
     assert gone(pids)
 
 
-def test_too_many_hosts(cluster: RayCluster) -> None:
+def test_too_many_hosts(cluster: RayCluster, caplog: pytest.LogCaptureFixture) -> None:
     import ray
 
     have = int(ray.cluster_resources()["CPU"])
     with pytest.raises(UserError, match=f"has {have} CPUs .* {have + 1} hosts asked") as error:
-        RayCluster(cluster._spec, have + 1, startup_timeout_s=1.0)
+        RayCluster(cluster._spec, have + 1, startup_timeout_s=2.0)
+    (waiting,) = [record.getMessage() for record in caplog.records if record.name == "launch.ray_session"]
+    assert f"has {have} CPUs" in waiting and f"{have + 1} hosts asked" in waiting and "up to 2 s" in waiting
     assert "cluster.hosts" in error.value.remedy
     assert ray.is_initialized()  # it belongs to the other cluster
 

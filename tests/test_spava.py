@@ -23,10 +23,10 @@ from apb.strategies.budget import critical_flops
 from apb.strategies.spava import Spava
 from bench.ruler.budget import fit
 from burst.errors import UserError
-from burst.transport import Transport, VirtualWorld
+from burst.transport import Transport
 from burst.transport.process_group import ProcessGroupTransport
 from tests import tiny
-from tests.pool import Rank, shared_pool
+from tests.pool import Rank, on_both
 from tests.test_compressors import pair
 from tests.test_passing import CONTEXT, LAYERS, Event, requests, virtual_events
 from tests.test_plans import LENGTHS, SHAPE
@@ -325,8 +325,8 @@ def test_processes_compute_what_virtual_hosts_do(name: str, options: dict[str, A
     prompt, world = make_prompt(CONTEXT), 4
     plan = strategy(name, **options).plan(prompt.lengths, world, tiny_llama(torch.float32).shape, compressor("query"))
     made = requests(prompt, plan)
-    want = VirtualWorld(world).run(lambda t: prefill_on_one(t, made))
-    for rank, (kv, sent) in enumerate(shared_pool(world).run(prefill_in_process, made)):
+    found, want = on_both(world, prefill_in_process, prefill_on_one, made)
+    for rank, (kv, sent) in enumerate(found):
         torch.testing.assert_close(torch.from_numpy(kv), want[rank][0], atol=1e-5, rtol=1e-5)
         assert sent.pop("agree") == 32 * (world - 1)
         assert sent == {kind: count for kind, count in plan.prefill_bytes(rank).items() if count}

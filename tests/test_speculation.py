@@ -5,25 +5,28 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from apb.decode import decoder
-from apb.decode.base import DecodeRequest, Decoding
+from apb.decode.base import Decoded, DecodeRequest, Decoding
 from apb.decode.eagle2 import Eagle2
 from apb.decode.lookup import Lookup
 from apb.decode.placement import Links, gathering_pays
-from apb.decode.speculate import WORD_BYTES, decision_words, verify
+from apb.decode.speculate import WORD_BYTES, decision_words, speculate, verify
 from apb.decode.tree import Tree, root_only
 from apb.host import Host, HostSpec, PrefillRequest
 from apb.kv.cache import CacheAttention, HostCache, LayerKV, Tail
+from apb.plan import TOKEN_BYTES
 from apb.requests import prefill_request
 from burst.errors import UserError
 from burst.kernels.cpu import KERNEL
 from burst.transport import Transport, VirtualWorld
-from tests.drafting import SAMPLED, Oracle, engine, model, prompt
+from tests.asking import SAMPLED
+from tests.drafting import Oracle, OracleDrafter, engine, model, prompt
 from tests.pool import Rank, shared_pool
 from tests.tiny import TinyEngine
 
@@ -142,6 +145,41 @@ def test_answers_end_where_they_would_without_drafts(options: dict[str, Any]) ->
         assert "".join(pieces) == got.text
 
 
+@dataclasses.dataclass(frozen=True)
+class Telltale(Oracle):
+    """An oracle that notes when it is asked for a draft."""
+
+    said: list[str] = dataclasses.field(default_factory=list)
+
+    def generate(self, decoding: Decoding) -> Decoded:
+        return speculate(decoding, TelltaleDrafter(self) if decoding.decides else None, self.tree_tokens)
+
+
+class TelltaleDrafter(OracleDrafter):
+    def draft(self, decided: Sequence[int], root: int, position: int, depth: int) -> Tree:
+        assert isinstance(self.oracle, Telltale)
+        self.oracle.said.append("draft")
+        return super().draft(decided, root, position, depth)
+
+
+@pytest.mark.parametrize("hosts", [1, 3])
+def test_the_first_token_is_told_before_anything_is_drafted(hosts: int) -> None:
+    e = engine(hosts, "full" if hosts == 1 else "apb")
+    handle = e.prefill(prompt(143))  # to which the first token is a whole character
+    want = e.generate(handle.fork(), max_new_tokens=6)
+    first = e.generate(handle.fork(), max_new_tokens=1)
+    decode = Telltale(want.token_ids, handle.next_position, seed=1)
+    got = e.generate(handle.fork(), max_new_tokens=6, decode=decode, on_token=decode.said.append)
+    assert got.token_ids == want.token_ids
+    assert decode.said[:2] == [first.text, "draft"]
+    # One that ends the answer is told, and nothing is drafted for it.
+    decode.said.clear()
+    e.stop_ids = first.token_ids
+    ended = e.generate(handle, max_new_tokens=6, decode=decode)
+    assert (ended.token_ids, ended.finish_reason, decode.said) == (first.token_ids, "stop", [])
+    assert ended.metrics["accepted_length"] is None
+
+
 def test_the_last_positions_of_a_model_are_used_and_none_beyond() -> None:
     e = engine(2)
     limit = e.setup.shape.max_positions
@@ -194,19 +232,20 @@ def answer_on_rank(me: Rank, requests: list[PrefillRequest], oracle: Oracle) -> 
 
 
 def test_processes_verify_as_virtual_hosts_do() -> None:
-    e, p = engine(4), prompt()
+    pool, e, p = shared_pool(4), engine(4), prompt()
     handle, plan = e.prefill(p), e.setup.plan(p)
     want = e.generate(handle.fork(), max_new_tokens=20).token_ids
     oracle = Oracle(want, handle.next_position, seed=5)
     requests = [prefill_request("a", p, plan, e.setup.compressor, rank) for rank in range(4)]
-    answers = shared_pool(4).run(answer_on_rank, requests, oracle)
+    answers = pool.run(answer_on_rank, requests, oracle)
     assert all(tokens == list(want) for tokens, _, _ in answers)
     rows = answers[-1][2]
     virtual = e.generate(handle, max_new_tokens=20, decode=oracle).metrics
     assert virtual["drafting"]["rows"] == rows
     for rank, (_, sent, _) in enumerate(answers):
         assert sent["partials"] == plan.partial_bytes(rows)
-        told = 3 * decision_words(oracle.tree_tokens) * WORD_BYTES * (virtual["drafting"]["steps"] + 1)
+        decisions = decision_words(oracle.tree_tokens) * WORD_BYTES * (virtual["drafting"]["steps"] + 1)
+        told = 3 * (TOKEN_BYTES + decisions)
         assert sent.get("token", 0) == (told if rank == 3 else 0)
 
 

@@ -17,7 +17,7 @@ from burst.topology import Link, Machine, Topology
 from burst.trace import Recorder
 from burst.transport import Transport, VirtualWorld
 from burst.transport.base import Message
-from tests.pool import Rank, shared_pool
+from tests.pool import Rank, on_both
 
 BANDWIDTH, LATENCY = 10.0, 0.5  # bytes and seconds
 
@@ -179,8 +179,8 @@ def on_gloo(rank: Rank) -> list[Event]:
 
 
 def test_real_ranks_are_recorded_as_virtual_ones() -> None:
-    virtual = VirtualWorld(3).run(gather_and_relay)
-    assert shared_pool(3).run(on_gloo) == virtual
+    real, virtual = on_both(3, on_gloo, gather_and_relay)
+    assert real == virtual
     assert virtual[1] == [
         Start(0, ((0, 12), (2, 12)), ((0, 12), (2, 12)), None, "all"),
         Finish(0),

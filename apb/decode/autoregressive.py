@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from apb.decode.base import GO_ON, Decoded, Decoding, forward
-
-_TOKEN_BITS = 32  # what the owner tells of the end stands above the token's own bits
 
 
 @dataclass(frozen=True)
@@ -27,13 +23,6 @@ class Autoregressive:
             if cache.undecoded is not None:
                 forward(d.adapter, d.kernel, d.transport, cache, [cache.undecoded])
                 cache.undecoded = None
-            word = torch.zeros(1, dtype=torch.int64, device=d.transport.device)
-            if d.decides:
-                assert cache.logits is not None
-                (token,), ending = d.cut([d.choose(cache.logits, position=cache.length)])
-                word[0] = token | ending << _TOKEN_BITS
-            d.transport.broadcast(word, cache.owner, kind="token", step=f"token {len(d.ids)}").wait()
-            ending, token = divmod(int(word), 1 << _TOKEN_BITS)
-            d.take([token])
+            ending = d.decide()
             if ending != GO_ON:
                 return d.finished(ending)

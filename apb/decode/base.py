@@ -18,6 +18,7 @@ from burst.kernels import Kernel
 from burst.transport import Transport
 
 GO_ON, STOP, LENGTH = 0, 1, 2  # what the owner tells of the end, with every decision
+_TOKEN_BITS = 32  # where a token is told alone, how it ends the answer stands above its own bits
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,21 @@ class Decoding:
             self.on_token(token)
         if tokens:
             self.cache.undecoded, self.cache.logits = tokens[-1], None
+
+    def decide(self) -> int:
+        """Decide the next token from the cache's logits, tell it to all, and return how it ends the answer.
+
+        Every host calls this.
+        """
+        word = torch.zeros(1, dtype=torch.int64, device=self.transport.device)
+        if self.decides:
+            assert self.cache.logits is not None
+            (token,), ending = self.cut([self.choose(self.cache.logits, position=self.cache.length)])
+            word[0] = token | ending << _TOKEN_BITS
+        self.transport.broadcast(word, self.cache.owner, kind="token", step=f"token {len(self.ids)}").wait()
+        ending, token = divmod(int(word), 1 << _TOKEN_BITS)
+        self.take([token])
+        return ending
 
     def finished(self, ending: int, drafting: Drafting | None = None) -> Decoded:
         """Return what came out."""

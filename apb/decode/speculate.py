@@ -54,21 +54,23 @@ def speculate(d: Decoding, drafter: Drafter | None, tree_tokens: int) -> Decoded
     cache = d.cache
     assert d.decides == (drafter is not None)
     done = Drafting()
-    rows, decided, features_MF = list[int](), list[int](), None
-    if cache.undecoded is None and d.decides:
-        assert cache.logits is not None
-        decided = [d.choose(cache.logits, position=cache.length)]
+    rows, decided, told, features_MF, ending = list[int](), list[int](), list[int](), None, GO_ON
+    if cache.undecoded is None:  # the prompt decides a token: nobody waits for a draft to hear of it
+        ending, told = d.decide(), d.ids[-1:]
+        if ending != GO_ON:
+            return d.finished(ending, done if d.decides else None)
     while True:
         words = torch.zeros(decision_words(tree_tokens), dtype=torch.int32, device=d.transport.device)
         tree = None
         if drafter is not None:
-            decided, ending = d.cut(decided)
             if done.steps:
+                decided, ending = d.cut(decided)
                 _keep(d, rows[: len(decided)], decided, features_MF)
                 done.decided += len(decided)
             if ending == GO_ON:
                 started = time.perf_counter()
-                tree = _draft(d, drafter, decided)
+                tree = _draft(d, drafter, told, decided)
+                told = []
                 done.draft_s += time.perf_counter() - started
             _write(words, decided, ending, tree, tree_tokens)
         d.transport.broadcast(words, cache.owner, kind="token", step=f"token {len(d.ids)}").wait()
@@ -120,15 +122,17 @@ def verify(
     return logits_MV, features.value_SF if cache.draft is not None else None
 
 
-def _draft(d: Decoding, drafter: Drafter, decided: Sequence[int]) -> Tree:
-    """Return the next tree; its root has been decided just now, or before this call."""
+def _draft(d: Decoding, drafter: Drafter, told: Sequence[int], decided: Sequence[int]) -> Tree:
+    """Return the next tree, under the token decided last.
+
+    ``told``: what all know already, only the drafter does not; ``decided``: what nobody else knows, nor the cache yet.
+    """
     root = decided[-1] if decided else d.cache.undecoded
     assert root is not None
-    # After a verification the decided tokens are not counted yet; straight after the prompt none is verified.
-    position = d.cache.length + (len(decided) if d.cache.undecoded is not None else 0)
+    position = d.cache.length + len(decided)
     left = d.request.max_new_tokens - len(d.ids) - len(decided)
     # A path of left - 1 drafts and its bonus token end the answer: what is deeper could never be taken.
-    tree = drafter.draft(decided, root, position, left - 1) if left > 1 else root_only(root)
+    tree = drafter.draft([*told, *decided], root, position, left - 1) if left > 1 else root_only(root)
     assert max(tree.depths) < left
     return tree
 

@@ -20,6 +20,7 @@ from apb.plan import ModelShape
 
 # q (B, H, S, D), k and v (B, K, S, D) of new rows -> attention output (B, H, S, D)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Rotate = Callable[[Tensor, Tensor], Tensor]
 
 WINDOW, SINKS = 512, 4  # tokens: what heads see whose file does not say; published ones were trained on 2,048
 
@@ -28,7 +29,9 @@ WINDOW, SINKS = 512, 4  # tokens: what heads see whose file does not say; publis
 class Target:
     """What a draft head shares with its target model; nothing here is copied.
 
-    ``rotate(x_BHSD, positions)`` turns queries or keys to their positions, (S,) or (B, S), as the target does.
+    ``rotate(x_BHSD, positions)`` turns queries or keys to their positions, (S,) or (B, S), as the target does, and
+    ``rotation(parameters)`` makes a function that does so by other RoPE parameters (transformers' names); it raises
+    KeyError, TypeError or ValueError for parameters that lack something.
     """
 
     name: str  # the model's class
@@ -37,7 +40,8 @@ class Target:
     head_WE: Tensor
     embedding_scale: float  # what embedded tokens are multiplied with
     logit_scale: float  # what the LM head's products are multiplied with
-    rotate: Callable[[Tensor, Tensor], Tensor]
+    rotate: Rotate
+    rotation: Callable[[Mapping[str, Any]], Rotate]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -166,7 +170,7 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Projections round an attention that somebody else computes; ``inputs`` is the width that they read."""
 
-    def __init__(self, shape: LayerShape, inputs: int, rotate: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, shape: LayerShape, inputs: int, rotate: Rotate) -> None:
         super().__init__()
         s = shape
         self._head_dim, self._rotate = s.head_dim, rotate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ _ARCHITECTURES = (
     ("fc.weight", "apb.draft.eagle:EagleHead"),
 )
 _PASSED_OVER = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")  # the target's own, or read apart
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _PROBES = 32  # embedded values that tell one base model from another
 _TOLERANCE = 0.05  # of their mean size: number types differ by less, base models by more
 
@@ -70,6 +72,8 @@ def load(name: str | Path, target: Target) -> DraftHead:
         raise _damaged(path, "it lacks the tensor d2t")
     module, _, name_of = kind.partition(":")
     try:
+        if config["draft_rope"] is not None:
+            target = dataclasses.replace(target, rotate=target.rotation(config["draft_rope"]))
         head: DraftHead = getattr(importlib.import_module(module), name_of).of(
             config, tensors, target, config["draft_window"], config["draft_sinks"]
         )
@@ -97,7 +101,10 @@ def save(file: Path, head: EagleHead, about: Mapping[str, str], dtype: torch.dty
 
 
 def configuration(path: Path) -> dict[str, Any]:
-    """Return the configuration of the head in ``path``, its window and sinks among it; raises UserError."""
+    """Return the configuration of the head in ``path``, its window, sinks and RoPE parameters among it.
+
+    Raises UserError for one that cannot be read, or asks for positions that are not honoured.
+    """
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise _damaged(path, "the folder lacks config.json")
@@ -113,7 +120,31 @@ def configuration(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise _damaged(path, "its configuration is no JSON object")
     own = config.get("draft_window", config.get("sliding_window") or WINDOW)
-    return config | {"draft_window": own, "draft_sinks": int(config.get("draft_sinks", SINKS))}
+    try:
+        rope = _rope(config)
+    except (TypeError, ValueError) as error:
+        raise _damaged(path, f"its configuration names {error}") from error
+    return config | {"draft_window": own, "draft_sinks": int(config.get("draft_sinks", SINKS)), "draft_rope": rope}
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the RoPE parameters that a configuration names; None: the target's.
+
+    Published heads were trained with their own. Raises TypeError or ValueError for what is not honoured.
+    """
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    found = config.get(key) or {}
+    if not isinstance(found, dict):
+        raise TypeError(f"{key}={found!r}, which is no JSON object")
+    theta = found.get("rope_theta", config.get("rope_theta"))
+    if theta is None and not found:
+        return None
+    if theta is not None and (not isinstance(theta, int | float) or theta <= 0):
+        raise ValueError(f"rope_theta={theta!r}, which is no number above 0")
+    kind = found.get("rope_type", found.get("type", None if set(found) - {"rope_theta"} else "default"))
+    if kind not in _ROPE_TYPES:
+        raise ValueError(f"rope_type={kind!r} in {key}, and {', '.join(_ROPE_TYPES)} can be used")
+    return found | {"rope_type": kind} | ({} if theta is None else {"rope_theta": float(theta)})
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:

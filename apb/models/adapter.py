@@ -6,9 +6,10 @@ Shapes: B batch, S tokens, H query heads, K kv heads, D head dim (R rotary, P no
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from apb.compress.base import Projections
-from apb.draft.base import Target
+from apb.draft.base import Rotate, Target
 from apb.draft.draft import Draft
 from apb.models.chunked import Finished, InChunks, chunkable
 from apb.models.honoured import PlainCall, check_config, check_keywords, check_model
@@ -28,6 +29,7 @@ IMPLEMENTATION = "apb"
 
 # Projections of the layer under way, and features; virtual ranks are threads, so each has its own.
 _captured = threading.local()
+_LASTING = ("rope_theta", "partial_rotary_factor")  # the model's own where a draft head names no other
 FINAL = -1  # the final norm's output among the features
 
 
@@ -197,9 +199,18 @@ class Adapter:
     def draft_target(self) -> Target:
         """Return what draft heads share with this model."""
 
-        def rotate(x_BHSD: Tensor, positions: Tensor) -> Tensor:
-            cos, sin = self._base.rotary_emb(x_BHSD, positions if positions.dim() == 2 else positions[None])
-            return self._rotated(x_BHSD, cos, sin, 0)
+        def turning(rotary: nn.Module) -> Rotate:
+            def rotate(x_BHSD: Tensor, positions: Tensor) -> Tensor:
+                cos, sin = rotary(x_BHSD, positions if positions.dim() == 2 else positions[None])
+                return self._rotated(x_BHSD, cos, sin, 0)
+
+            return rotate
+
+        def rotation(parameters: Mapping[str, Any]) -> Rotate:
+            config = copy.deepcopy(self._model.config)
+            kept = {key: config.rope_parameters[key] for key in _LASTING if key in config.rope_parameters}
+            config.rope_parameters = {**kept, **parameters}
+            return turning(type(self._base.rotary_emb)(config=config).to(self.device))
 
         return Target(
             name=self.name,
@@ -208,7 +219,8 @@ class Adapter:
             head_WE=self._model.get_output_embeddings().weight.detach(),
             embedding_scale=float(getattr(self._model.config, "embedding_multiplier", 1.0)),
             logit_scale=self.logit_scale,
-            rotate=rotate,
+            rotate=turning(self._base.rotary_emb),
+            rotation=rotation,
         )
 
     @property

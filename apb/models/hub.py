@@ -26,14 +26,13 @@ def download(name: str, on_progress: Progress) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    wanted = list(_WANTED)
+    wanted, failures = list(_WANTED), _failures()
     try:
         try:
             files = [f.rfilename for f in huggingface_hub.HfApi().model_info(name, timeout=_TIMEOUT_S).siblings or []]
         except (GatedRepoError, RepositoryNotFoundError):
             raise
-        # The hub's client passes on what its HTTP library raises, and that library changes between versions.
-        except Exception as error:
+        except failures as error:
             return _cached(name, error)
         if not any("/" not in file and file.endswith(".safetensors") for file in files):
             wanted.append("*.bin")
@@ -47,16 +46,27 @@ def download(name: str, on_progress: Progress) -> Path:
             "is gated",
             f"Accept its licence at https://huggingface.co/{name} and log in with 'hf auth login'.",
         ) from error
-    except UserError:
-        raise
     except RepositoryNotFoundError as error:
         raise _error(
             name,
             "does not exist on the Hugging Face hub, or is private",
             "Check the spelling of 'organisation/model', or log in with 'hf auth login'.",
         ) from error
-    except Exception as error:
+    except UserError:  # itself a ValueError
+        raise
+    except failures as error:
         raise _unreachable(name, error) from error
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """Return what the hub's client raises when something cannot be had.
+
+    Beside its own errors it passes on its HTTP library's, which changes between versions (``HTTPError`` is whichever it
+    has), those of a proxy's page that is no JSON (ValueError), and its fast downloader's (RuntimeError).
+    """
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError
+
+    return OSError, HTTPError, EntryNotFoundError, ValueError, RuntimeError
 
 
 def _cached(name: str, error: Exception) -> Path:
@@ -64,7 +74,7 @@ def _cached(name: str, error: Exception) -> Path:
 
     try:
         return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
-    except Exception:
+    except _failures():
         raise _unreachable(name, error) from error
 
 
