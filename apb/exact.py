@@ -35,6 +35,8 @@ class ExactAttention:
         self._transport, self._kernel, self._on_layer = transport, kernel, on_layer
         self._schedule = plan.spread.program(plan.shape, transport.nodes)
         transport.open(self._schedule.channels)
+        if self._schedule.heads:  # now: the first layer would wait for the device
+            self._schedule.places(transport.rank, transport.device)
 
     def __call__(
         self,

@@ -284,6 +284,7 @@ class Host:
         with torch.inference_mode():
             call()
         self._finished()  # what is still queued belongs to this call's time
+        t.settle()
         return HostReport(
             work_s=t.clock() - work - (t.waited_s - waited),
             wall_s=time.perf_counter() - wall,

@@ -5,11 +5,13 @@ Shapes: S tokens of anchor and blocks, Q question tokens, F feature width of the
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_left
+
 import torch
 from torch import Tensor
 
 from apb.chunks import LocalAttention, spans
-from apb.draft.handoff import positions
 from apb.exact import ExactAttention
 from apb.kv.cache import CacheAttention, HostCache
 from apb.models.adapter import Adapter
@@ -29,17 +31,24 @@ class Passes:
         device = adapter.device
         self._ids_S = torch.tensor(anchor_ids + block_ids, device=device)
         beside = (self._host.anchor_start, self._host.anchor_start + self._host.anchor_len)
-        ranges = [torch.arange(start, stop) for start, stop in (beside, *self._host.spans)]
-        self._positions_S = torch.cat(ranges).to(device)
+        ranges = [torch.arange(start, stop, device=device) for start, stop in (beside, *self._host.spans)]
+        self._positions_S = torch.cat(ranges)
         self._taps: tuple[int, ...] | None = None
-        self._rows = torch.empty(0, dtype=torch.int64, device=device)  # whose features are taken over
+        self._wanted: list[int] = []  # rows whose features are taken over, ascending
         if plan.draft is not None:
             assert adapter.draft is not None
             self._taps = adapter.draft.head.taps
-            wanted = torch.tensor(positions(plan.draft.spans(self._host.spans, plan.lengths.context)), device=device)
-            # The anchor's copies of these positions stand before the block's own tokens, which ascend.
-            behind = self._host.anchor_len
-            self._rows = behind + torch.searchsorted(self._positions_S[behind:], wanted)
+            held, wanted = self._host.spans, plan.draft.spans(self._host.spans, plan.lengths.context)
+            # The anchor's copies of these positions stand before the block's own tokens.
+            firsts = itertools.accumulate((stop - start for start, stop in held), initial=self._host.anchor_len)
+            self._wanted = [
+                row
+                for first, (start, stop) in zip(firsts, held, strict=False)
+                for a, b in wanted
+                if start <= a < stop
+                for row in range(first + a - start, first + b - start)
+            ]
+        self._rows = torch.tensor(self._wanted, dtype=torch.int64, device=device)
 
     def blocks(self, attention: BlockAttention) -> Tensor | None:
         """Run anchor and blocks; return the features (rows, F), None without a draft head."""
@@ -51,7 +60,8 @@ class Passes:
         assert plan.chunk_tokens is not None
         parts = []
         for start, stop in spans(self._host.block_len, plan.chunk_tokens):
-            inside = self._rows[(self._rows >= start) & (self._rows < stop)] - start
+            first, last = bisect_left(self._wanted, start), bisect_left(self._wanted, stop)
+            inside = self._rows[first:last] - start
             with self._adapter.capturing(self._taps, inside) as features:
                 self._adapter.run(self._ids_S[start:stop], self._positions_S[start:stop], attention)
             parts += [features.value_SF] if self._taps is not None else []

@@ -48,7 +48,7 @@ class Execution:
         self.rank, self.block = transport.rank, schedule.block_of(transport.rank)
         self.heads = schedule.heads_of(transport.rank)
         self.caller, self.working = dict(own), dict(own)
-        self.split = HeadSplit(schedule, transport.rank) if schedule.heads else None
+        self.split = HeadSplit(schedule, transport.rank, transport.device) if schedule.heads else None
         self._sinks = sinks if sinks is None or self.heads is None else sinks[self.heads.q_start : self.heads.q_stop]
         self._resume, self._label = resume, label
         self._total = Accumulator()

@@ -5,8 +5,10 @@ Shapes: B batch, H query heads, S queries, E value dim.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -27,8 +29,9 @@ class Accumulator:
 
     The order is the caller's, so a schedule gives the same bits however late a part arrives. An empty part is
     ``out`` 0 and ``lse`` -inf and leaves the rest as it was; a NaN in a part stays visible in the result.
-    **The first part is adopted, not copied**: later parts are merged into its memory. Use ``merge`` for
-    tensors that must stay as they are. ``ready`` says whether there is a part yet.
+    **The first part is adopted, not copied**: it must stay as it is until the next one is added, and later parts may
+    be merged into its memory. Use ``merge`` for tensors that must stay as they are. ``ready`` says whether there is a
+    part yet. On CUDA devices a merge is one Triton kernel (``burst/fused.py``) where Triton is installed.
 
     Source: Ring Attention's merge in its sigmoid form, which cannot overflow, with a guard for empty parts.
     """
@@ -49,22 +52,23 @@ class Accumulator:
         assert lse.shape == out.shape[:-1], f"lse {tuple(lse.shape)} does not fit out {tuple(out.shape)}"
         if self._out_BHSE is None or self._lse_BHS is None:
             assert rows is None, "the first part must cover every query"
-            acc = accumulate_dtype(out.dtype)
-            self._out_BHSE, self._lse_BHS = out.to(acc), lse.to(acc)
+            # Not widened yet: a lone part never has to be, and a merge does it in passing.
+            self._out_BHSE, self._lse_BHS = out, lse.to(accumulate_dtype(out.dtype))
             return
-        out, lse = out.to(self._out_BHSE.dtype), lse.to(self._lse_BHS.dtype)
+        lse = lse.to(self._lse_BHS.dtype)
         if rows is None:
             assert out.shape == self._out_BHSE.shape, f"{tuple(out.shape)} is not {tuple(self._out_BHSE.shape)}"
-            self._lse_BHS = _merge_into(self._out_BHSE, self._lse_BHS, out, lse)
+            self._out_BHSE, self._lse_BHS = _merge_pair(self._out_BHSE, self._lse_BHS, out, lse)
             return
+        self._out_BHSE = self._out_BHSE.to(accumulate_dtype(self._out_BHSE.dtype))
         out_rows, lse_rows = self._out_BHSE[:, :, rows], self._lse_BHS[:, :, rows]
         assert out.shape == out_rows.shape, f"{tuple(out.shape)} is not {tuple(out_rows.shape)}"
-        lse_rows.copy_(_merge_into(out_rows, lse_rows, out, lse))
+        lse_rows.copy_(_merge_pair(out_rows, lse_rows, out, lse)[1])
 
     def finish(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Return ``out`` (B, H, S, E), rounded once to ``dtype``, and ``lse`` (B, H, S) in fp32 or fp64."""
         assert self._out_BHSE is not None and self._lse_BHS is not None, "finish() before the first add()"
-        return self._out_BHSE.to(dtype or self._out_BHSE.dtype), self._lse_BHS
+        return self._out_BHSE.to(dtype or accumulate_dtype(self._out_BHSE.dtype)), self._lse_BHS
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -80,10 +84,22 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype | None = No
     return total.finish(dtype)
 
 
-def _merge_into(out_BHSE: Tensor, lse_BHS: Tensor, part_BHSE: Tensor, part_lse_BHS: Tensor) -> Tensor:
-    """Merge the part into ``out_BHSE`` in place and return the new lse."""
+def _merge_pair(out_BHSE: Tensor, lse_BHS: Tensor, part_BHSE: Tensor, part_lse_BHS: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the merged out, in the type of sums and in place where ``out_BHSE`` has it, and the new lse."""
+    acc = lse_BHS.dtype
+    differentiated = torch.is_grad_enabled() and (out_BHSE.requires_grad or part_BHSE.requires_grad)
+    if out_BHSE.is_cuda and acc == torch.float32 and not differentiated and _has_triton():
+        from burst.fused import merge_pair
+
+        return merge_pair(out_BHSE, lse_BHS, part_BHSE, part_lse_BHS)
+    out_BHSE, part_BHSE = out_BHSE.to(acc), part_BHSE.to(acc)
     # -inf - -inf is NaN: an empty part weighs nothing, whatever it meets. (sigmoid(x - -inf) is 1, rightly.)
     weight_BHS = torch.sigmoid(part_lse_BHS - lse_BHS).masked_fill(part_lse_BHS == -math.inf, 0.0)
     # lerp is exact at weights 0 and 1 and needs no temporary of out's size.
     out_BHSE.lerp_(part_BHSE, weight_BHS.unsqueeze(-1))
-    return torch.logaddexp(lse_BHS, part_lse_BHS)
+    return out_BHSE, torch.logaddexp(lse_BHS, part_lse_BHS)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -24,10 +24,10 @@ TOKENS = 2
 class HeadSplit:
     """One rank's part in its head group. Source: DeepSpeed-Ulysses; heads dealt unevenly are ours."""
 
-    def __init__(self, schedule: Schedule, rank: int) -> None:
+    def __init__(self, schedule: Schedule, rank: int, device: torch.device) -> None:
         self._schedule, self._rank = schedule, rank
         self._first = rank - rank % schedule.members
-        self._places = [self._place(self._first + m) for m in range(schedule.members)]
+        self._places = schedule.places(rank, device)
 
     def heads_of(self, own: Mapping[str, Tensor], member: int) -> dict[str, Tensor]:
         """Return a member's heads of all own tensors: views (B, h, S, D)."""
@@ -37,7 +37,7 @@ class HeadSplit:
     def rows_of(self, results: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
         """Return a rank's rows of the group's tensors: copies (B, h, S, D)."""
         place = self._places[rank - self._first]
-        return {name: x.index_select(TOKENS, place.to(x.device)) for name, x in results.items()}
+        return {name: x.index_select(TOKENS, place) for name, x in results.items()}
 
     def gather(self, own: Mapping[str, Tensor], arrived: Arrived, role: Role) -> dict[str, Tensor]:
         """Put all members' rows of this rank's heads together: (B, h, W, D) each, in the group's order."""
@@ -47,7 +47,7 @@ class HeadSplit:
         out = {name: x.new_empty((*x.shape[:TOKENS], rows, x.shape[3])) for name, x in mine.items()}
         for m, part in enumerate(arrived):
             for name, x in (mine if m == me else part or {}).items():
-                out[name].index_copy_(TOKENS, self._places[m].to(x.device), x)
+                out[name].index_copy_(TOKENS, self._places[m], x)
         return out
 
     def scatter(self, results: Mapping[str, Tensor], arrived: Arrived, role: Role, form: Form) -> dict[str, Tensor]:
@@ -93,11 +93,6 @@ class HeadSplit:
         for heads, part in parts:
             whole[:, heads.q_start : heads.q_stop] = part
         return whole
-
-    def _place(self, rank: int) -> Tensor:
-        """Return where a member's rows stand in the group's local order, int64 (S,)."""
-        block = self._schedule.block_of(rank)
-        return self._schedule.blocks.rows(block, self._schedule.layout.positions(rank))
 
 
 def _span(name: str, heads: Heads) -> slice:

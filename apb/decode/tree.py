@@ -147,10 +147,12 @@ def best(x_RN: Tensor, count: int) -> Tensor:
 
     ``torch.topk`` takes any of equal entries, another one on another device or at another size.
     """
+    n = x_RN.shape[1]
     least_R1 = x_RN.topk(count, dim=-1).values[:, -1:]
-    above_RN, equal_RN = x_RN > least_R1, x_RN == least_R1
-    missing_R1 = count - above_RN.sum(-1, keepdim=True)
-    kept_RN = above_RN | (equal_RN & (equal_RN.cumsum(-1) <= missing_R1))
-    index_RC = kept_RN.nonzero()[:, 1].view(len(x_RN), count)
+    # Numbers that fall with the index, larger where x is above the least one: no two alike, and the device is never
+    # asked how many there are.
+    from_end_N = torch.arange(n, 0, -1, dtype=torch.int32, device=x_RN.device)
+    key_RN = torch.where(x_RN > least_R1, n + from_end_N, torch.where(x_RN == least_R1, from_end_N, 0))
+    index_RC = (n - 1 - (key_RN.topk(count, dim=-1).values - 1) % n).long()
     order_RC = x_RN.gather(1, index_RC).sort(dim=-1, descending=True, stable=True).indices
     return index_RC.gather(1, order_RC)

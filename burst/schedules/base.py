@@ -29,6 +29,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
+import torch
+from torch import Tensor
+
 from burst.layouts import Layout
 from burst.masks import Piece
 
@@ -230,6 +233,24 @@ class Schedule:
                 q_block, kv_block, causal=self.causal, window=self.window, keys=self.key_blocks
             )
         return found
+
+    def places(self, rank: int, device: torch.device) -> tuple[Tensor, ...]:
+        """Where the rows of each member of a rank's head group stand in the group's local order, int64 (S,).
+
+        Kept on the device: a layer that moved them there would wait for it.
+        """
+        first = rank - rank % self.members
+        found = self._places.get((first, device))
+        if found is None:
+            block = self.block_of(rank)
+            group = range(first, first + self.members)
+            rows = (self.blocks.rows(block, self.layout.positions(member)) for member in group)
+            found = self._places[first, device] = tuple(x.to(device) for x in rows)
+        return found
+
+    @cached_property
+    def _places(self) -> dict[tuple[int, torch.device], tuple[Tensor, ...]]:
+        return {}
 
     @cached_property
     def _masks(self) -> dict[tuple[int, int], tuple[Piece, ...]]:

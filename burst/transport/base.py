@@ -117,6 +117,9 @@ class Transport(ABC):
     def open(self, channels: Sequence[str]) -> None:  # noqa: B027 - most transports need nothing
         """Prepare channels on all ranks together, in this order; a backend without channels has nothing to do."""
 
+    def settle(self) -> None:  # noqa: B027 - most transports know at once
+        """Bring ``waited_s`` up to date once the device has done all that it was given."""
+
     def mark(self, step: str, peer: int) -> None:
         """Tell the observer that the caller's own work on ``peer``'s data begins (event ``compute``)."""
         self._observe("compute", step, peer)
