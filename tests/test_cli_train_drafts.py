@@ -61,7 +61,9 @@ def test_training_goes_on_from_a_head_behind_long_texts(apb: Any, roomy: str, te
     begun, ended = load(first["file"], target), load(ran.document["file"], target)
     far = max(float((a - b).abs().max()) for a, b in zip(begun.parameters(), ended.parameters(), strict=True))
     assert far < 1e-2 < float(begun.fc.weight.std())  # the types of both files, and hardly a step
-    assert ran.document["job"]["start_sha256"] is not None
+    assert ran.document["job"]["start_sha256"] is not None and "behind" in ran.err
+    behind = [name for name in ran.document["accepted"]["static"] if " behind " in name]
+    assert [name.split()[0] for name in behind] == ["general", "math", "code"]
     apb(*more).refused("another job", "behind=0")
     apb(*words, "behind=100000").refused("behind is out of range", "behind=100000")
     apb(*words, f"start={tmp_path / 'absent'}").refused("there is no draft head")

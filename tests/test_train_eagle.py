@@ -17,14 +17,14 @@ from torch import Tensor
 from apb.draft import DraftHead, load, vocab
 from apb.draft.eagle import EagleHead
 from apb.train import eagle
-from apb.train.answers import KEPT, REPEATED, Answer, answer
+from apb.train.answers import FIRST, KEPT, REPEATED, Answer, answer
 from apb.train.eagle import Job, finished, train
 from apb.train.features import Sample, read, read_ids, write
 from apb.train.folder import digest
 from apb.train.questions import _SECTIONS, KINDS, Questions, _part
 from apb.train.tutor import Recipe, Tutor
 from apb.train.unroll import Divergence, unroll, visible
-from apb.train.walk import TreeSize, accepted_length, walk
+from apb.train.walk import TreeSize, _Answers, accepted_length, walk
 from burst.errors import UserError
 from tests.tiny import VOCAB, byte_tokenizer, random_ids, tiny_llama
 
@@ -66,7 +66,7 @@ def test_answers_of_a_batch_are_those_of_each_alone(common: int) -> None:
     assert len({len(a.ids) - a.prompt for a in got}) > 1
     for prompt, made in zip(prompts, got, strict=True):
         ids, features = greedy((*before, *prompt), 12, stop)
-        kept = [i for i in range(len(ids)) if i < 8 or i >= common - (KEPT - 8)]
+        kept = [i for i in range(len(ids)) if i < FIRST or i >= common - (KEPT - FIRST)]
         assert made.ids == [ids[i] for i in kept] and made.prompt == min(common, KEPT) + len(prompt)
         assert made.ended == (ids[-1] == stop) and made.features_SE is not None
         torch.testing.assert_close(made.features_SE, features[kept[:-1]], atol=1e-4, rtol=1e-4)
@@ -232,6 +232,20 @@ def test_the_walk_is_that_of_trees_written_out(window: int | None) -> None:
     assert accepted_length(found) > 1.2  # some guesses were right
     chain_of_one = walk(head, samples, TreeSize(depth=1, top_k=1, tokens=2))
     assert sum(w.steps for w in chain_of_one) > sum(w.steps for w in found)
+
+
+@pytest.mark.parametrize("sinks", [0, FIRST - 1])
+def test_the_walk_behind_tokens_that_a_sample_lacks(sinks: int) -> None:
+    head = head_of(5, sinks).with_vocab(torch.arange(0, VOCAB, 40))
+    whole = [dataclasses.replace(followed(head, seed, 60), prompt=40) for seed in range(6)]
+    rows = [*range(FIRST), *range(FIRST + 20, 60)]
+    short = [dataclasses.replace(s, prompt=20, ids_S=s.ids_S[rows], features_SE=s.features_SE[rows]) for s in whole]
+    size = TreeSize(depth=3, top_k=2, tokens=7)
+    found = walk(head, whole, size)
+    assert walk(head, short, size, hidden=20) == found and accepted_length(found) > 1.2
+    answer = _Answers(head, whole, 0).out_BSE[:, 40:]
+    torch.testing.assert_close(_Answers(head, short, 20).out_BSE[:, 20:], answer)
+    assert sinks == 0 or not torch.allclose(_Answers(head, short, 0).out_BSE[:, 20:], answer)  # their distance matters
 
 
 def test_a_vocabulary_of_its_own_for_each_answer() -> None:

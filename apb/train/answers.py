@@ -18,7 +18,7 @@ from burst.kernels import kernel
 from burst.merge import merge
 
 KEPT = 64  # tokens of what stands before all prompts that answers keep
-_FIRST = 8  # of these, its first ones
+FIRST = 8  # of these, its first ones
 REPEATED = 16  # tokens: an answer that says so many of them twice goes round in circles
 _CANDIDATES = 50  # most likely tokens that sampling chooses from
 _FULL = 0.85  # of the cache's rows still answering; below, the others are taken out, which moves everything
@@ -29,7 +29,7 @@ _GROWTH = 64  # tokens: the cache is moved this often
 class Answer:
     """Prompt and answer as one sequence; ``features_SE`` is that of every token but the last.
 
-    Of what stands before all prompts alike, only ``KEPT`` tokens are in it, its first and its last ones.
+    Of what stands before all prompts alike, only the ``FIRST`` and the last tokens are in it.
     """
 
     prompt: int  # tokens
@@ -141,23 +141,24 @@ def answer(
     seed: int,
     features: bool,
     before: Sequence[int] = (),
+    kept: int = KEPT,
 ) -> list[Answer]:
     """Return an answer of at most ``longest`` tokens to every prompt; temperature 0 is greedy.
 
     Sampling chooses among the 50 most likely tokens. An answer ends with a stop token, or before it repeats 16 tokens.
-    ``before`` are tokens that stand before every prompt; they run once.
+    ``before`` are tokens that stand before every prompt; they run once, and answers keep ``kept`` of them.
     """
     device = adapter.device
     rng = torch.Generator(device).manual_seed(seed)
     common = _Before()
-    kept = [*range(len(before))] if len(before) <= KEPT else [*range(_FIRST), *range(_FIRST - KEPT, 0)]
-    begun = [before[i] for i in kept]
+    rows = [*range(len(before))] if len(before) <= kept else [*range(FIRST), *range(FIRST - kept, 0)]
+    begun = [before[i] for i in rows]
     answers = [Answer(len(begun) + len(ids), [*begun, *ids], None) for ids in prompts]
     begun_E: list[Tensor] = []
     if before:
         with torch.inference_mode():
             ids_P = torch.tensor(before, device=device)
-            begun_E = [adapter.hidden(ids_P, torch.arange(len(before), device=device), common)[kept]]
+            begun_E = [adapter.hidden(ids_P, torch.arange(len(before), device=device), common)[rows]]
     cache = _Cache(adapter.shape.layers, common.kv)
     lengths_B = cache.lengths_B = torch.tensor([len(ids) for ids in prompts], device=device)
     cache.row_S = torch.arange(len(prompts), device=device).repeat_interleave(lengths_B)

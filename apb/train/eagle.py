@@ -19,6 +19,7 @@ from apb.draft import DraftHead, load, save, vocab
 from apb.draft.eagle import EagleHead
 from apb.models.adapter import Adapter
 from apb.train import features
+from apb.train.answers import FIRST
 from apb.train.features import Sample
 from apb.train.folder import OnProgress, claim, within
 from apb.train.interview import Interview
@@ -32,6 +33,7 @@ _AT_ONCE = 128  # prompts that are answered at once, and kept in one file; half 
 _TURNS = ("general", "code", "math", "general", "code", "math", "general", "code", "general", "code")
 _TEXT_TURN = 12  # one file in so many is about passages of the text
 _WARM, _WARM_TURN = 0.7, 3  # one answer in three is sampled at this temperature, the others are greedy
+_BEHIND = " behind "  # in the names of sets
 _LEAST_BEHIND = 0.25  # of ``behind``; lengths are uniform in their logarithm
 _ROOM = 512  # tokens for a template and a question, a passage's among them
 _EVERY = 200  # steps between checkpoints
@@ -63,7 +65,8 @@ class Job:
         within("longest", self.longest, self.longest >= 8, "8 or more")
         within("behind", self.behind, self.behind >= 0, "0 or more")
         within("window", self.window, self.window >= 8, "8 or more")
-        within("sinks", self.sinks, self.sinks >= 0, "0 or more")
+        most = FIRST - 1 if self.behind else self.sinks  # a first token's row holds the next token, too
+        within("sinks", self.sinks, 0 <= self.sinks <= most, f"0 to {most} with behind" if self.behind else "0 or more")
         within("seed", self.seed, self.seed >= 0, "0 or more")
 
 
@@ -105,6 +108,8 @@ def train(
     questions = Questions(text, job.seed)
     files = _ask(job, interview, questions, folder / _SAMPLES, on_progress)
     held_out = _held_out(job, interview, questions, folder / _HELD_OUT, on_progress)
+    passage = _held_out_passage(job, interview, questions)
+    hidden = interview.hidden(passage, _kept(job))
     samples = [s for file in files for s in features.read(file) if len(s.ids_S) > s.prompt + 1]
     ids = [answer_S for file in files for answer_S in features.read_ids(file)]
     counts_W = vocab.count(ids, adapter.shape.vocab)
@@ -115,7 +120,7 @@ def train(
     )
     save(folder / _UNMEASURED, head, {})
     drafting = load(folder / _UNMEASURED, adapter.draft_target())  # in the model's type, as it will be used
-    accepted = _measured(drafting, ranked_W, held_out, samples[:_GAP], stop_ids, on_progress)
+    accepted = _measured(drafting, ranked_W, held_out, samples[:_GAP], hidden, stop_ids, on_progress)
     about = {"model": job.model, "job": json.dumps(asdict(job)), "accepted_length": json.dumps(accepted)}
     save_ids(folder / ANSWERS, ids)
     vocab.save(folder / RANKED, ranked_W)
@@ -184,7 +189,8 @@ def _plan(prompts: int) -> list[tuple[list[str], int]]:
 def _held_out(
     job: Job, interview: Interview, questions: Questions, folder: Path, on_progress: OnProgress
 ) -> dict[str, list[Sample]]:
-    """Return held-out answers by kind, greedy ones and, under ``KIND at 0.7``, sampled ones."""
+    """Return held-out answers by kind, greedy ones, sampled ones under ``KIND at 0.7``, and greedy ones to the same
+    questions behind a long text under ``KIND behind N``."""
     folder.mkdir(exist_ok=True)
     asked = {kind: [questions.question(i, kind, held_out=True) for i in range(job.held_out)] for kind in KINDS}
     asked["free"] = questions.free()[: job.held_out]
@@ -197,7 +203,24 @@ def _held_out(
             interview.write(file, chosen, [temperature] * len(chosen), job.seed)
         out[name] = features.read(file)
     on_progress("Asking held-out questions", len(sets), len(sets))
+    if passage := _held_out_passage(job, interview, questions):
+        file = folder / "behind.safetensors"
+        if not file.exists():
+            everything = [q for kind in KINDS for q in asked[kind]]
+            interview.write(file, everything, [0.0] * len(everything), job.seed, passage, _kept(job))
+        for kind in KINDS:
+            out[f"{kind}{_BEHIND}{len(passage)}"] = [s for s in features.read(file) if s.kind == kind]
     return out
+
+
+def _held_out_passage(job: Job, interview: Interview, questions: Questions) -> Sequence[int]:
+    """Return the end of the held-out text, ``behind`` tokens of it or all that there are."""
+    return interview.encode(questions.held_out_text)[-job.behind :] if job.behind else ()
+
+
+def _kept(job: Job) -> int:
+    """Return how many tokens before a held-out question are kept: all that a head may see."""
+    return FIRST + job.window
 
 
 def _measured(
@@ -205,10 +228,14 @@ def _measured(
     ranked_W: Tensor,
     held_out: Mapping[str, Sequence[Sample]],
     seen: Sequence[Sample],
+    hidden: int,
     stop_ids: Sequence[int],
     on_progress: OnProgress,
 ) -> dict[str, Any]:
-    """Return accepted lengths by set of prompts, and what the draft vocabulary costs by kind."""
+    """Return accepted lengths by set of prompts, and what the draft vocabulary costs by kind.
+
+    Answers behind a long text lack ``hidden`` of its tokens.
+    """
     size = TreeSize()
     quarter_V = ranked_W[: len(ranked_W) // 4]
     sets = {**held_out, "training": seen}
@@ -225,7 +252,8 @@ def _measured(
         on_progress("Measuring the walk", done, len(runs))
         fair = [s for s in sets[name] if not s.circular and len(s.ids_S) > s.prompt + 1]
         out["circular"][name] = len(sets[name]) - len(fair)
-        walked = walk(drafting, fair, size, adapted if vocabulary == "adaptive" else None)
+        adapting = adapted if vocabulary == "adaptive" else None
+        walked = walk(drafting, fair, size, adapting, hidden if _BEHIND in name else 0)
         out.setdefault(vocabulary, {})[name] = round(accepted_length(walked), 4)
     on_progress("Measuring the walk", len(runs), len(runs))
     out["mean"] = round(sum(out["static"][kind] for kind in KINDS) / len(KINDS), 4)

@@ -10,7 +10,7 @@ from typing import Any
 from apb.models.adapter import Adapter
 from apb.prompt import encode, template
 from apb.train import features
-from apb.train.answers import Answer, answer
+from apb.train.answers import KEPT, Answer, answer
 from apb.train.questions import Question
 
 _INVENTED = 40  # tokens of a question that the model finishes, at most
@@ -47,14 +47,24 @@ class Interview:
         return texts
 
     def ask(
-        self, questions: Sequence[str], temperatures: Sequence[float], seed: int, passage: Sequence[int] = ()
+        self,
+        questions: Sequence[str],
+        temperatures: Sequence[float],
+        seed: int,
+        passage: Sequence[int] = (),
+        kept: int = KEPT,
     ) -> list[Answer]:
-        """Return an answer, with features, to each question; every one stands behind the ``passage``'s tokens."""
+        """Return an answer, with features, to each question; every one stands behind the ``passage``'s tokens, of which
+        answers keep ``kept``, the template's before them included."""
         if not passage:
             return self._answer([self.prompt(q) for q in questions], temperatures, self._longest, seed, True)
         head, tail = self._frame
         rest = [(*self.encode(f"\n\n{q}"), *tail) for q in questions]
-        return self._answer(rest, temperatures, self._longest, seed, True, (*head, *passage))
+        return self._answer(rest, temperatures, self._longest, seed, True, (*head, *passage), kept)
+
+    def hidden(self, passage: Sequence[int], kept: int) -> int:
+        """Return how many of the tokens before a question its answer does not keep."""
+        return max(0, len(self._frame[0]) + len(passage) - kept)
 
     def write(
         self,
@@ -63,10 +73,11 @@ class Interview:
         temperatures: Sequence[float],
         seed: int,
         passage: Sequence[int] = (),
+        kept: int = KEPT,
     ) -> None:
         """Ask questions and keep prompts, answers and features in a file."""
         texts = self.finish(questions, seed)
-        features.write(file, self.ask(texts, temperatures, seed, passage), [q.kind for q in questions], texts)
+        features.write(file, self.ask(texts, temperatures, seed, passage, kept), [q.kind for q in questions], texts)
 
     def _answer(
         self,
@@ -74,8 +85,9 @@ class Interview:
         temperatures: Sequence[float],
         longest: int,
         seed: int,
-        kept: bool,
+        with_features: bool,
         before: Sequence[int] = (),
+        kept: int = KEPT,
     ) -> list[Answer]:
         return answer(
             self._adapter,
@@ -84,8 +96,9 @@ class Interview:
             longest=longest,
             stop_ids=self._stop_ids,
             seed=seed,
-            features=kept,
+            features=with_features,
             before=before,
+            kept=kept,
         )
 
     @functools.cached_property

@@ -75,6 +75,11 @@ class Questions:
         """The part of the text that is trained on."""
         return self._texts[False]
 
+    @property
+    def held_out_text(self) -> str:
+        """The part that is not."""
+        return self._texts[True]
+
     def question(self, number: int, kind: str, *, held_out: bool = False) -> Question:
         """Return question ``number`` of a kind."""
         rng = random.Random(f"{'held out' if held_out else 'train'} {self._seed} {kind} {number}")

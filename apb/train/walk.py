@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from apb.draft.base import DraftHead
+from apb.train.answers import FIRST
 from apb.train.features import Sample
 from apb.train.unroll import visible
 
@@ -45,14 +46,15 @@ def accepted_length(walked: Sequence[Walked]) -> float:
 class _Answers:
     """What the head makes of all true features at once: keys and values of every pair, and outputs as roots."""
 
-    def __init__(self, head: DraftHead, samples: Sequence[Sample]) -> None:
+    def __init__(self, head: DraftHead, samples: Sequence[Sample], hidden: int) -> None:
         self.head = head
         device, dtype = head.target.device, head.target.dtype
         self.ids_BS = pad_sequence([s.ids_S.long() for s in samples], batch_first=True).to(device)
         features_BSE = pad_sequence([s.features_SE for s in samples], batch_first=True).to(device, dtype)
         after_BS = self.ids_BS.roll(-1, dims=1)
         hidden_BSE = head.fuse(features_BSE)
-        self.positions_S = torch.arange(hidden_BSE.shape[1], device=device)
+        rows_S = torch.arange(hidden_BSE.shape[1], device=device)
+        self.positions_S = torch.where(rows_S < FIRST, rows_S, rows_S + hidden)
         mask_SS = visible(self.positions_S, head.window, head.sinks)
 
         def attend(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> Tensor:
@@ -65,13 +67,18 @@ class _Answers:
 
 @torch.inference_mode()
 def walk(
-    head: DraftHead, samples: Sequence[Sample], size: TreeSize, vocab_of: Callable[[Sample], Tensor] | None = None
+    head: DraftHead,
+    samples: Sequence[Sample],
+    size: TreeSize,
+    vocab_of: Callable[[Sample], Tensor] | None = None,
+    hidden: int = 0,
 ) -> list[Walked]:
     """Return what each answer took: every step drafts a tree at the last token and jumps by what it got right and one.
 
-    ``vocab_of`` gives each answer a draft vocabulary of its own, of ids that the head's has.
+    ``vocab_of`` gives each answer a draft vocabulary of its own, of ids that the head's has. ``hidden`` tokens, which
+    the samples lack, stand behind their ``FIRST`` ones; the head must see neither them nor the last one before them.
     """
-    answers = _Answers(head, samples)
+    answers = _Answers(head, samples, hidden)
     if vocab_of is not None:
         answers.allowed_BV = torch.stack([torch.isin(head.ids_V, vocab_of(s)) for s in samples])
     at_B = torch.tensor([s.prompt - 1 for s in samples])  # the pair whose output is the root's: its token is known
@@ -94,7 +101,8 @@ def _draft(answers: _Answers, rows_B: Tensor, at_B: Tensor, size: TreeSize) -> T
     batch = len(rows_B)
     k_BKSD, v_BKSD = (x[rows_B] for x in answers.kv)
     positions_S = answers.positions_S
-    back_BS = at_B[:, None] - positions_S
+    root_B = positions_S[at_B]
+    back_BS = root_B[:, None] - positions_S
     seen_BS = back_BS >= 0
     hidden_BCE = answers.out_BSE[rows_B, at_B][:, None]
     score_BC = torch.zeros(batch, 1)
@@ -123,7 +131,7 @@ def _draft(answers: _Answers, rows_B: Tensor, at_B: Tensor, size: TreeSize) -> T
         above_BCN = above_BCN.gather(1, source_BC[..., None].expand(-1, -1, above_BCN.shape[-1]))
         own_BCC = torch.eye(k, dtype=torch.bool).expand(batch, k, k)
         above_BCN = torch.cat([above_BCN, own_BCC], dim=-1)
-        at_level_B = at_B + 1 + level
+        at_level_B = root_B + 1 + level
         window_BS = seen_BS
         if head.window is not None:
             near_BS = at_level_B[:, None] - positions_S < head.window
