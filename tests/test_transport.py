@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +105,29 @@ def test_a_relay_hands_every_block_to_every_later_rank(run: Run, rows: list[int]
         assert buffers == [[h + 1.0] * rows[h] for h in range(rank)]
         own = sum(rows[: rank + 1]) * 4 if rank < world - 1 else 0
         assert bytes_sent == ({"passed": own} if own else {})
+
+
+def exchange_and_forget(t: Transport) -> list[bool]:
+    """Pass a block on, gather, wait, and forget all; returns which buffers are still in memory."""
+    gc.collect()
+    gc.disable()  # what refers to itself would stay until it is collected, with a layer's keys and values
+    try:
+        buffers = [torch.empty(3) for _ in range(t.rank)]
+        first, last = t.rank == 0, t.rank == t.world - 1
+        own, src, dst = number(t.rank), None if first else t.rank - 1, None if last else t.rank + 1
+        t.relay(own, buffers, src=src, dst=dst, kind="k", step="chain").wait()
+        parts = t.all_gather(own, [own.shape] * t.world, kind="k", step="all").wait()
+        left = [weakref.ref(x) for x in (own, *buffers, *parts)]
+        del own, buffers, parts
+        t.agree("done", step="all have received")
+        return [ref() is not None for ref in left]
+    finally:
+        gc.enable()
+
+
+def test_nothing_holds_a_block_that_has_arrived(run: Run) -> None:
+    for left in run(exchange_and_forget):
+        assert not any(left)
 
 
 def relay_then_overwrite(t: Transport) -> list[float]:
