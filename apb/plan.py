@@ -270,10 +270,11 @@ class PrefillPlan:
         together = host.tokens_run if self.chunk_tokens is None else min(self.chunk_tokens, host.tokens_run)
         fused = self.fused and self.chunk_tokens is None
         tokens = together + self.lengths.query if fused else max(together, self.lengths.query)
-        # Per token: residual, norm and output of the hidden size; then either the MLP's gate, up and product, or
-        # attention's q, k, v before and after RoPE with two fp32 partial outputs.
+        # Per token: embedding, which transformers keeps, the layer's input, residual and norm of the hidden size, and
+        # the rotation; then either the MLP's gate, up and product, or attention's q, k, v before and after RoPE with
+        # two fp32 partial outputs.
         attention = (3 * s.q_heads + 4 * s.kv_heads) * s.head_dim * s.element_size + 2 * s.q_heads * s.head_dim * 4
-        widest = 3 * s.hidden * s.element_size + max(3 * s.intermediate * s.element_size, attention)
+        widest = (4 * s.hidden + 2 * s.head_dim) * s.element_size + max(3 * s.intermediate * s.element_size, attention)
         anchor = self.anchor_len if self.shared_anchor is not None else host.anchor_len
         passing = (self.passing_rows(rank) + anchor) * s.kv_row_bytes * 2
         if self.spread is not None:

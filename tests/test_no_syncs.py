@@ -19,27 +19,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from apb.compress import compressor
 from apb.compress.retaining import Retaining
 from apb.draft.draft import Draft
 from apb.draft.handoff import Handoff
-from apb.draft.spec import DraftSpec
 from apb.heads import Head, RetainingHeads
-from apb.host import Host, HostSpec
 from apb.models.adapter import Adapter
-from apb.requests import prefill_request
-from apb.setup import Setup
 from apb.strategies import strategy
-from burst.kernels import cuda
-from burst.kernels.base import Checked
-from burst.transport import Transport, VirtualWorld
+from burst.transport import VirtualWorld
+from tests import unreal
 from tests.drafting import SINKS, WINDOW, draft_head
-from tests.tiny import adapt, byte_tokenizer, llama_config, make_prompt, tiny_engine, tiny_llama
+from tests.tiny import adapt, llama_config, make_prompt, tiny_engine, tiny_llama
 
 UPLOADS = (torch.tensor, torch.as_tensor, torch.from_numpy)
 EXACT = ("full", "ring", "burst", "allgather", "ulysses", "usp")
 SELECTING = ("query", "norm", "snapkv", "expected", "recent", "retaining")
-KERNEL = Checked("cuda", cuda.attend, cuda.backward)  # without its check that tensors are on a GPU
 
 
 class NoValues(TorchDispatchMode):
@@ -83,8 +76,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             return forward(self, module, ids_S, positions_S, attention, **options)
 
     monkeypatch.setattr(Adapter, "_forward", run)
-    monkeypatch.setattr(cuda, "_has_flash", lambda device: True)
-    monkeypatch.setattr(Transport, "agree", lambda self, text, **options: None)  # reads what was gathered: see below
+    unreal.pretend(monkeypatch)
     yield passes
 
 
@@ -92,24 +84,9 @@ def prefill(
     name: str, select: str | None = None, chunk: int | None = None, draft: bool = False, **options: Any
 ) -> None:
     """Prefill 400 tokens and a question on hosts without values."""
-    adapter, hosts = device_adapter(), 1 if name == "full" else 4
-    spec = HostSpec("tiny", "bfloat16", "cpu", draft=DraftSpec("tiny") if draft else None)
-    scorer = compressor(select) if select else None
     handoff = Handoff(WINDOW, SINKS, 2, 16, 2, 0) if draft else None
-    setup = Setup(
-        spec, adapter.shape, byte_tokenizer(), strategy(name, **options), scorer, hosts, chunk_tokens=chunk,
-        handoff=handoff,
-    )  # fmt: skip
-    prompt = make_prompt(400)
-    plan = setup.plan(prompt)
-
-    def run(t: Transport) -> None:
-        host = Host(spec, t, adapter)
-        host.kernel = KERNEL
-        with torch.inference_mode():
-            host._prefill(prefill_request("it", prompt, plan, scorer, t.rank))
-
-    VirtualWorld(hosts, device="meta").run(run)
+    hosts = 1 if name == "full" else 4
+    unreal.prefill(device_adapter(), make_prompt(400), hosts, name, select, chunk=chunk, handoff=handoff, **options)
 
 
 def test_the_modes_see_reads_and_uploads() -> None:

@@ -204,8 +204,9 @@ class VirtualWorld:
                 )
             into.tensor.copy_(out.tensor)
             out.done = into.done = True
-            if into.then is not None:
-                into.then()
+            then, into.then = into.then, None  # it knows the operations, this one too: nobody would free its buffer
+            if then is not None:
+                then()
 
 
 def run_virtual(world: int, fn: Callable[[Transport], T], **options: object) -> list[T]:
