@@ -282,7 +282,7 @@ class PrefillPlan:
         return {
             "weights": s.total_params * s.element_size,
             "kv": kept * s.kv_row_bytes * s.layers,
-            "activations": tokens * widest + passing + host.tokens_run * (2 * TOKEN_BYTES + self.whole_row_bytes(rank)),
+            "activations": tokens * widest + passing + host.tokens_run * self.whole_row_bytes(rank),
         }
 
     def whole_row_bytes(self, rank: int) -> int:
