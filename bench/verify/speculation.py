@@ -19,7 +19,7 @@ from apb.train.questions import KINDS
 from bench.decode.questions import Asked, questions
 from bench.verify.runner import Recorder
 
-NEW_TOKENS = 32
+NEW_TOKENS = 24
 TIE = 1e-4  # of the top two logits, or of the random number to the edge of its token's interval
 TIES = 1 / 200  # prompts that a tie may befall
 WAYS: dict[str, Decoder] = {"tree": Eagle2(), "chain": Eagle2(width=1, depth=5, tokens=6), "lookup": Lookup()}
@@ -30,7 +30,7 @@ SAMPLING = {"greedy": Sampling(), "sampled": Sampling(temperature=0.7, top_p=0.9
 def check(recorder: Recorder, model: str, data: tuple[str, ...] = ()) -> dict[str, Any]:
     """Answer generated questions, some behind long documents, and those of JSONL files.
 
-    The first run takes all questions greedily by tree, every second one sampled, every eighth by chain and lookup too;
+    The first run takes all questions greedily by tree, every fourth one sampled, every eighth by chain and lookup too;
     the others take every sixteenth of a file's, every fourth generated one, and those behind long documents.
     """
     items = [item for file in data for item in questions((), 200, (0,), file)]
@@ -45,7 +45,7 @@ def check(recorder: Recorder, model: str, data: tuple[str, ...] = ()) -> dict[st
             else [i for i in items if i.context or i.number % (4 if i.kind in KINDS else 16) == 0]
         )
         pairs = [
-            (item, how) for item in asked for how in SAMPLING if how == "greedy" or item.context or item.number % 2 == 0
+            (item, how) for item in asked for how in SAMPLING if how == "greedy" or item.context or item.number % 4 == 0
         ]
         if all(f"speculation/{run}/{item.key}/{how}" in recorder.done for item, how in pairs):
             continue
