@@ -22,9 +22,11 @@ from apb.decode.text import TextStream
 from apb.draft.handoff import hand_over, move
 from apb.draft.spec import DraftSpec
 from apb.exact import ExactAttention
+from apb.graphs import Capture, CudaCapture
 from apb.kv.cache import CacheAttention, HostCache, Tail
 from apb.kv.gather import gather
 from apb.models.adapter import Adapter
+from apb.models.graphed import GraphedAdapter
 from apb.passes import BlockAttention, Passes
 from apb.plan import PrefillPlan
 from apb.prefill import PrefillAttention
@@ -47,6 +49,7 @@ class HostSpec:
     draft: DraftSpec | None = None
     timeout_s: float = 600.0  # every wait's deadline
     config: Mapping[str, Any] | None = None  # random weights of this configuration; model_path is then only a name
+    graphs: bool = True  # decode steps as CUDA graphs, on CUDA devices
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,9 @@ class Host:
         self.spec, self.transport = spec, transport
         self.adapter = adapter if adapter is not None else load_adapter(spec)
         self.kernel = kernel(spec.kernel, device=self.adapter.device, dtype=self.adapter.dtype)
+        graphs = spec.graphs and self.adapter.device.type == "cuda" and self.adapter.fixed
+        self.capture: Capture | None = CudaCapture(self.adapter.device) if graphs else None
+        self._graphed: GraphedAdapter | None = None
         self.on_event: OnEvent = lambda event: None
         self._caches: dict[str, HostCache] = {}
         self._tokenizer: Any = None
@@ -159,7 +165,7 @@ class Host:
             looks = request.stop and self.transport.rank == cache.owner
             stream = TextStream(self.tokenizer, request.stop) if looks else None
             decoding = Decoding(
-                self.adapter,
+                self._stepping(request.decoder.tree_tokens),
                 self.kernel,
                 self.transport,
                 cache,
@@ -167,6 +173,7 @@ class Host:
                 stream,
                 on_token=lambda token: self._say(kind="token", id=token),
                 clock=time.perf_counter,
+                capture=self.capture,
             )
             report.append(request.decoder.generate(decoding))
 
@@ -204,6 +211,15 @@ class Host:
 
             self._tokenizer = load_tokenizer(Path(self.spec.model_path))
         return self._tokenizer
+
+    def _stepping(self, rows: int) -> Adapter:
+        """Return the model for steps of one token, or ``rows``."""
+        if self.capture is None:
+            return self.adapter
+        if self._graphed is None:
+            self._graphed = GraphedAdapter(self.adapter, self.capture)
+        self._graphed.sizes = {1, rows}
+        return self._graphed
 
     def _prefill(self, request: PrefillRequest) -> None:
         plan = request.plan

@@ -20,9 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from apb.compress.retaining import Retaining
+from apb.decode.eagle2 import Eagle2, _Drafter
+from apb.decode.tree import capacity
+from apb.draft.cache import DraftCache
 from apb.draft.draft import Draft
 from apb.draft.handoff import Handoff
+from apb.draft.steps import HeadSteps
 from apb.heads import Head, RetainingHeads
+from apb.kv.cache import LayerKV
 from apb.models.adapter import Adapter
 from apb.strategies import strategy
 from burst.transport import VirtualWorld
@@ -132,6 +137,19 @@ def test_prefills_in_chunks(name: str, watched: list[str]) -> None:
 def test_other_routes(options: dict[str, str], watched: list[str]) -> None:
     prefill("apb", "query", **options)
     assert watched
+
+
+def test_a_tree_grows_without_waiting() -> None:
+    draft = device_adapter().draft
+    assert draft is not None
+    like = draft.head.target.embedding_WE
+    rows = LayerKV(*(like.new_empty(1, 2, 30, 16) for _ in range(2)))
+    cache = DraftCache(draft, rows, range(30), 30, None)
+    drafter = _Drafter(Eagle2(depth=4, width=3, tokens=10), cache, None, HeadSteps(draft.head))
+    out_BSE, log_probs_FV = like.new_empty(1, 1, 64), like.new_empty(1, len(like)).float()
+    with torch.inference_mode(), NoUploads(), NoValues():
+        pool = drafter._grow(out_BSE, log_probs_FV, 30, 4)
+    assert len(pool) == capacity(4, 3) and pool.tokens_N.device.type == "meta"
 
 
 def test_what_must_wait_is_known(watched: list[str]) -> None:

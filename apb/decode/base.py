@@ -11,6 +11,7 @@ from torch import Tensor
 
 from apb.decode.sampling import Sampling
 from apb.decode.text import TextStream
+from apb.graphs import Capture
 from apb.kv.cache import CacheAttention, HostCache
 from apb.models.adapter import Adapter
 from burst.errors import UserError
@@ -96,6 +97,7 @@ class Decoding:
     stream: TextStream | None
     on_token: Callable[[int], None]
     clock: Callable[[], float]
+    capture: Capture | None = None  # where steps run as graphs
     ids: list[int] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
 

@@ -19,8 +19,9 @@ from apb.decode.base import Decoded, Decoding, refused
 from apb.decode.lookup import Matcher
 from apb.decode.speculate import speculate
 from apb.decode.stride import Stride
-from apb.decode.tree import ROOT, Pool, Tree, build, capacity, expand, rerank, root_only
+from apb.decode.tree import Pool, Tree, build, capacity, expand, rerank, root_only
 from apb.draft.cache import DraftCache
+from apb.draft.steps import HeadSteps
 from apb.kv.cache import LayerKV
 from burst.errors import UserError, choose
 from burst.kernels.reference import attend
@@ -81,26 +82,30 @@ class Eagle2:
             assert decoding.cache.draft is not None
             decoding.cache.draft.adapt()
             matcher = Matcher(decoding.request.history, LOOKUP_MATCH) if self.lookup else None
-            drafter = _Drafter(self, decoding.cache.draft, matcher)
+            steps = HeadSteps(decoding.cache.draft.head, decoding.capture)
+            drafter = _Drafter(self, decoding.cache.draft, matcher, steps)
         return speculate(decoding, drafter, self.tokens)
 
 
 class _Drafter:
-    def __init__(self, options: Eagle2, cache: DraftCache, matcher: Matcher | None) -> None:
-        self._options, self._cache, self._matcher = options, cache, matcher
+    def __init__(self, options: Eagle2, cache: DraftCache, matcher: Matcher | None, steps: HeadSteps) -> None:
+        self._options, self._cache, self._matcher, self._steps = options, cache, matcher, steps
         self._stride = Stride(options.tokens) if options.tree == "auto" else None
-        self.head_rows = 0
+
+    @property
+    def head_rows(self) -> int:
+        return self._steps.computed
 
     def draft(self, decided: Sequence[int], root: int, position: int, depth: int) -> Tree:
         chain: Sequence[int] = ()
         if self._matcher is not None:
             self._matcher.extend(decided)
             chain = self._matcher.continuation(min(depth, self._options.tokens // LOOKUP_SHARE))
-        out_BSE = self._cache.root(root, position)
-        if out_BSE is None:  # the cache has come from another host: one step without drafts brings the feature
+        found = self._cache.root(root, position, self._steps)
+        if found is None:  # the cache has come from another host: one step without drafts brings the feature
             return root_only(root).grafted(chain, self._options.tokens)
         levels = min(self._options.depth, depth)
-        pool = self._grow(out_BSE, position, levels)
+        pool = self._grow(*found, position, levels)
         count = self._options.tokens - 1 - len(chain)
         if self._stride is not None:
             values = pool.values_N.sort(descending=True).values[:count].tolist()
@@ -112,28 +117,23 @@ class _Drafter:
         if self._stride is not None:
             self._stride.measured(rows, seconds)
 
-    def _grow(self, out_BSE: Tensor, position: int, levels: int) -> Pool:
-        """Return the candidates below the root, whose output of the head is given; all levels' nodes are candidates."""
+    def _grow(self, out_BSE: Tensor, log_probs_FV: Tensor, position: int, levels: int) -> Pool:
+        """Return the candidates below the root, of which the head's results are given; all levels' are candidates.
+
+        Nothing here waits for a device: a tree's shape is only read once it is chosen.
+        """
         head, top_k, device = self._cache.head, self._options.width, out_BSE.device
         keys = _Keys(self._cache.visible(position))
-        pool = expand(None, self._log_probs(out_BSE), top_k)
+        pool = expand(None, log_probs_FV, top_k)
         seen_FN = torch.zeros(1, 0, dtype=torch.bool, device=device)
-        row_of = {ROOT: 0}  # where the nodes expanded last stand in out_BSE
         for level in range(1, levels):
-            nodes: list[int] = pool.frontier.tolist()
-            parents_F = torch.tensor([row_of[p] for p in pool.parents_N[pool.frontier].tolist()], device=device)
-            seen_FN = torch.cat([seen_FN[parents_F], torch.eye(len(nodes), dtype=torch.bool, device=device)], dim=1)
+            nodes, parents_F = len(pool.frontier), pool.rows_F
+            seen_FN = torch.cat([seen_FN[parents_F], torch.eye(nodes, dtype=torch.bool, device=device)], dim=1)
             ids_BF = head.ids_V[pool.tokens_N[pool.frontier]][None]
-            at_F = torch.full((len(nodes),), position - 1 + level, device=device)
-            out_BSE = head.step(out_BSE[:, parents_F], ids_BF, at_F, keys.attention(seen_FN))
-            row_of = {node: row for row, node in enumerate(nodes)}
-            pool = expand(pool, self._log_probs(out_BSE), top_k)
+            at_F = torch.full((nodes,), position - 1 + level, device=device)
+            out_BSE, log_probs_FV = self._steps(out_BSE[:, parents_F], ids_BF, at_F, keys.attention(seen_FN))
+            pool = expand(pool, log_probs_FV, top_k)
         return replace(pool, tokens_N=head.ids_V[pool.tokens_N])
-
-    def _log_probs(self, out_BSE: Tensor) -> Tensor:
-        logits_FV = self._cache.head.logits(out_BSE)[0]
-        self.head_rows += logits_FV.numel()
-        return logits_FV.float().log_softmax(dim=-1)
 
 
 class _Keys:

@@ -19,12 +19,14 @@ ROOT = -1  # parent of a pool's first level
 @dataclass(frozen=True)
 class Pool:
     """Every candidate so far. ``values_N``: log-probability of the path to it, fp32, never above its parent's;
-    ``parents_N``: candidates, or ROOT; ``frontier``: those that are grown next. Parents stand before their children."""
+    ``parents_N``: candidates, or ROOT; ``frontier``: those that are grown next; ``rows_F``: where the parent of each of
+    them stood in the frontier before. Parents stand before their children."""
 
     tokens_N: Tensor
     values_N: Tensor
     parents_N: Tensor
     frontier: Tensor
+    rows_F: Tensor
 
     def __len__(self) -> int:
         return len(self.tokens_N)
@@ -91,7 +93,8 @@ def expand(pool: Pool | None, log_probs_FV: Tensor, top_k: int) -> Pool:
     log_probs_FV = log_probs_FV.float().clamp(max=0.0)
     if pool is None:
         none = torch.empty(0, dtype=torch.int64, device=log_probs_FV.device)
-        pool = Pool(none, none.float(), none, none.new_tensor([ROOT]))
+        root = torch.full((1,), ROOT, device=log_probs_FV.device)
+        pool = Pool(none, none.float(), none, root, none)
         before_F = log_probs_FV.new_zeros(1)
     else:
         before_F = pool.values_N[pool.frontier]
@@ -99,12 +102,13 @@ def expand(pool: Pool | None, log_probs_FV: Tensor, top_k: int) -> Pool:
     tokens_FK = best(log_probs_FV, min(top_k, log_probs_FV.shape[1]))
     values = (before_F[:, None] + log_probs_FV.gather(1, tokens_FK)).flatten()
     parents = pool.frontier.repeat_interleave(tokens_FK.shape[1])
-    first = len(pool)
+    grown_F = best(values[None], min(top_k, len(values)))[0]
     return Pool(
         torch.cat([pool.tokens_N, tokens_FK.flatten()]),
         torch.cat([pool.values_N, values]),
         torch.cat([pool.parents_N, parents]),
-        first + best(values[None], min(top_k, len(values)))[0],
+        len(pool) + grown_F,
+        grown_F // tokens_FK.shape[1],
     )
 
 

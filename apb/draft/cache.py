@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from apb.draft.draft import Draft
+from apb.draft.steps import HeadSteps
 from apb.draft.vocab import bitmap
 from apb.kv.cache import LayerKV, Tail
 from burst.kernels.reference import attend
@@ -88,8 +89,9 @@ class DraftCache:
             ids_BS = torch.tensor([ids], device=hidden_BSE.device)
             self._append(*self.head.keys_values(hidden_BSE[:, :-1], ids_BS, at_S), first)
 
-    def root(self, token: int, position: int) -> Tensor | None:
-        """Run the last token's pair, now that the next one is decided, and return the head's output (1, 1, E).
+    def root(self, token: int, position: int, run: HeadSteps) -> tuple[Tensor, Tensor] | None:
+        """Run the last token's pair, now that the next one is decided; return the head's output (1, 1, E) and the
+        log-probabilities (1, V).
 
         ``position``: that of ``token``. None when the last token's feature is not here.
         """
@@ -105,7 +107,7 @@ class DraftCache:
 
         device = hidden_BSE.device
         ids_BS, at_S = torch.tensor([[token]], device=device), torch.tensor([position - 1], device=device)
-        return self.head.step(hidden_BSE, ids_BS, at_S, attention)
+        return run(hidden_BSE, ids_BS, at_S, attention)
 
     def visible(self, position: int) -> LayerKV:
         """Return the rows that a draft under the token at ``position`` sees: sinks, and the window before it."""

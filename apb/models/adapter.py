@@ -114,6 +114,12 @@ class Features:
             self.parts[tap] = rows_SE.clone() if self.rows is None else rows_SE.index_select(0, self.rows)
 
 
+def active_features() -> Features | None:
+    """Return what this thread is keeping features in."""
+    features: Features | None = getattr(_captured, "features", None)
+    return features
+
+
 class Adapter:
     """One loaded model: runs tokens at explicit positions through attention that we supply.
 
@@ -153,6 +159,12 @@ class Adapter:
         dtype: torch.dtype = self._model.dtype
         return dtype
 
+    @property
+    def fixed(self) -> bool:
+        """Whether what layers launch depends on nothing but the number of tokens; experts are chosen by values."""
+        config = self._model.config.get_text_config()
+        return not any(getattr(config, name, 0) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+
     def run(self, ids_S: Tensor, positions_S: Tensor, attention: Attention, chunk: int | None = None) -> None:
         """Run tokens through all layers for the keys and values they leave with ``attention``.
 
@@ -161,7 +173,7 @@ class Adapter:
         if chunk is None or chunk >= len(ids_S):
             self._forward(self._base, ids_S, positions_S, attention)
             return
-        features: Features | None = getattr(_captured, "features", None)
+        features = active_features()
         last = None if features is not None and not features.taps else self.shape.layers - 1
         chunks = InChunks(attention, attention.needs_projections, last, chunk)
         with contextlib.suppress(Finished):
@@ -170,12 +182,12 @@ class Adapter:
     @contextlib.contextmanager
     def capturing(self, taps: tuple[int, ...] | None, rows: Tensor | None = None) -> Iterator[Features]:
         """Keep the features of the tokens that are run meanwhile, once; ``taps`` None keeps nothing."""
-        features = Features(taps or (), rows)
+        features, before = Features(taps or (), rows), active_features()
         _captured.features = features if taps is not None else None
         try:
             yield features
         finally:
-            _captured.features = None
+            _captured.features = before
 
     def logits(self, ids_S: Tensor, positions_S: Tensor, attention: Attention) -> Tensor:
         """Run tokens and return the last one's next-token logits (V,), fp32 (fp64 for fp64 models)."""
@@ -315,7 +327,7 @@ class Adapter:
 
 def _feature_hook(layer: int) -> Any:
     def hook(_module: nn.Module, inputs: tuple[Any, ...], given: dict[str, Any]) -> None:
-        features: Features | None = getattr(_captured, "features", None)
+        features = active_features()
         if features is not None:
             features.keep(layer, inputs[0] if inputs else given["hidden_states"])
 
@@ -323,7 +335,7 @@ def _feature_hook(layer: int) -> Any:
 
 
 def _keep_final(_module: nn.Module, _inputs: Any, output: Any) -> None:
-    features: Features | None = getattr(_captured, "features", None)
+    features = active_features()
     if features is not None:
         features.keep(FINAL, output.last_hidden_state)
 
