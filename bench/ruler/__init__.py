@@ -21,7 +21,7 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "niah_multivalue": ("needles:Needles", {"hay": "essay", "values": 4}),
     "niah_multiquery": ("needles:Needles", {"hay": "essay", "keys": 5, "queries": 4}),
     "vt": ("tracking:Tracking", {}),
-    "vt_1hop": ("tracking:Tracking", {"chains": 4, "hops": 1, "asked": "value", "letters": 3}),
+    "vt_1hop": ("tracking:Tracking", {"chains": 2, "hops": 1, "asked": "value", "letters": 3}),
     "cwe": ("counting:CommonWords", {}),
     "fwe": ("counting:FrequentWords", {}),
     "reading": ("reading:Reading", {}),
