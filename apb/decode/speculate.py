@@ -71,7 +71,7 @@ def speculate(d: Decoding, drafter: Drafter | None, tree_tokens: int) -> Decoded
                 started = time.perf_counter()
                 tree = _draft(d, drafter, told, decided)
                 told = []
-                done.draft_s += time.perf_counter() - started
+                done.draft_s += _finished_at(d) - started
             _write(words, decided, ending, tree, tree_tokens)
         d.transport.broadcast(words, cache.owner, kind="token", step=f"token {len(d.ids)}").wait()
         decided, ending, tokens, depths = _read(words, tree_tokens)
@@ -88,11 +88,18 @@ def speculate(d: Decoding, drafter: Drafter | None, tree_tokens: int) -> Decoded
         done.rows += len(tokens)
         if drafter is not None:
             assert verified is not None and tree is not None
-            spent = time.perf_counter() - started
+            spent = _finished_at(d) - started
             done.verify_s += spent
             drafter.verified(len(tokens), spent)
             rows, decided = _walk(d, tree, verified[0])
             features_MF = verified[1]
+
+
+def _finished_at(d: Decoding) -> float:
+    """Return the time once the device has done what it was given: what follows reads its results anyway."""
+    if d.adapter.device.type == "cuda":
+        torch.cuda.synchronize(d.adapter.device)
+    return time.perf_counter()
 
 
 def _walk(d: Decoding, tree: Tree, logits_MV: Tensor) -> tuple[list[int], list[int]]:

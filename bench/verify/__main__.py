@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from bench.report import document, say
 from bench.verify.runner import Recorder, conditions
 
@@ -22,6 +24,7 @@ CHECKS = {
     "chunks": "a longer block needs no more activation memory when it runs in chunks: full, star, apb, spava, ring",
     "speculation": "eagle2 and lookup give autoregressive decoding's tokens, greedy and sampled, over shards",
     "memory": "what a prefill adds to a gloo host process at 7,300 tokens, 8 hosts",
+    "gpu": "the GPU path on one CUDA device: tests, kernels, 8 emulated hosts of an 8B shape at 128k, decode steps",
 }
 
 
@@ -34,7 +37,7 @@ def main() -> int:
         epilog=f"checks:\n{listed}\nA run that was stopped goes on from its file.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checks", nargs="*", metavar="check", help="default: all")
+    parser.add_argument("checks", nargs="*", metavar="check", help="default: all that can run here")
     parser.add_argument("--model", default="smollm2-135m", help="name, folder or hub id")
     parser.add_argument("--data", nargs="*", default=[], metavar="FILE", help="JSONL questions for speculation, too")
     parser.add_argument(
@@ -50,7 +53,10 @@ def main() -> int:
     recorder = Recorder(path)
     say(f"samples go to {path}")
     results = {}
-    for name in given.checks or CHECKS:
+    if "gpu" in given.checks and not torch.cuda.is_available():
+        parser.error("the check 'gpu' needs a CUDA device")
+    here = [name for name in CHECKS if name != "gpu" or torch.cuda.is_available()]
+    for name in given.checks or here:
         say(f"== {name}: {CHECKS[name]}")
         options = {"data": tuple(given.data)} if name == "speculation" else {}
         results[name] = importlib.import_module(f"bench.verify.{name}").check(recorder, given.model, **options)

@@ -11,7 +11,7 @@ from burst.kernels.base import Kernel
 
 __all__ = ["Kernel", "kernel"]
 
-MODULES = {name: f"burst.kernels.{name}" for name in ("cpu", "cuda", "reference")}
+MODULES = {name: f"burst.kernels.{name}" for name in ("cpu", "cuda", "flash_attn", "reference")}
 
 
 def kernel(name: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Kernel:
@@ -24,5 +24,8 @@ def kernel(name: str = "auto", device: torch.device | str = "cpu", dtype: torch.
         name = torch.device(device).type
         if name not in ("cpu", "cuda") or (name == "cuda" and dtype == torch.float64):
             name = "reference"
+        elif name == "cuda" and dtype in (torch.bfloat16, torch.float16):
+            flash_attn = importlib.import_module(MODULES["flash_attn"])
+            name = "cuda" if flash_attn.best(torch.device(device)) is None else "flash_attn"
     loaded: Kernel = importlib.import_module(MODULES[name]).KERNEL
     return loaded
