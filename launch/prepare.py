@@ -57,11 +57,11 @@ def in_chunks(setup: Setup, plan: PrefillPlan, settings: Settings, display: Disp
     """Return setup and plan with the chunks as set; where that is ``auto``, with the longest that the memory allows."""
     chunk = settings.chunk_tokens
     if chunk == "auto":
-        chunk, room, new = None, _room(setup, settings), settings.decode.max_new_tokens
+        chunk, room, answer = None, _room(setup, settings), settings.decode.answer
         if room.available is not None:
             shared = {"sharing": room.sharing, "copies": room.copies}
-            if needed_bytes(plan, new, **shared) > room.available:
-                chunk = fitting_chunk(plan, new, room.available, **shared)
+            if needed_bytes(plan, answer, **shared) > room.available:
+                chunk = fitting_chunk(plan, answer, room.available, **shared)
         if chunk is not None:
             display.note(f"Blocks run in chunks of {chunk:,} tokens to fit into memory (chunk_tokens).")
     return dataclasses.replace(setup, chunk_tokens=chunk), dataclasses.replace(plan, chunk_tokens=chunk)
@@ -71,9 +71,7 @@ def check_fits(setup: Setup, plan: PrefillPlan, settings: Settings) -> Room:
     """Refuse a plan that does not fit into the memory at hand; raises UserError. Returns what was assumed."""
     room = _room(setup, settings)
     if room.available is not None:
-        setup.check_memory(
-            plan, settings.decode.max_new_tokens, room.available, sharing=room.sharing, copies=room.copies
-        )
+        setup.check_memory(plan, settings.decode.answer, room.available, sharing=room.sharing, copies=room.copies)
     return room
 
 
