@@ -9,18 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from apb.draft.spec import DraftSpec
 from apb.models.files import read_json
 from apb.models.resolve import resolve
 from apb.plan import PrefillPlan
+from apb.process import available_bytes
 from apb.setup import Setup, fitting_chunk, needed_bytes
 from launch.display import Display, size
 from launch.settings import Basics, Settings
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -121,10 +119,10 @@ def _room(setup: Setup, settings: Settings) -> Room:
     if elsewhere(settings):
         return Room(None, 1, 1, "other machines")
     together = sharing(settings, setup.spec.device, setup.hosts)
+    free = available_bytes(torch.device(setup.spec.device))
     if setup.spec.device.startswith("cuda"):
-        free, _ = torch.cuda.mem_get_info(setup.spec.device)
         return Room(free, together, 1, "the GPU")
-    return Room(_available(), together, 1 if settings.cluster.name == "virtual" else together, "this machine")
+    return Room(free, together, 1 if settings.cluster.name == "virtual" else together, "this machine")
 
 
 def _local_hosts(hosts: int) -> int:
@@ -136,17 +134,6 @@ def _started_by_torchrun(settings: Basics) -> int | None:
     if settings.cluster.name != "torchrun" or settings.strategy.default_hosts is not None:
         return None
     return int(os.environ.get("WORLD_SIZE", "0")) or None
-
-
-def _available() -> int:
-    """Free memory of this machine, or of the container around this process if that is less."""
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit = int((_CGROUP / "memory.max").read_text())
-        used = int((_CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):  # no such control group, or "max"
-        return free
-    return min(free, max(0, limit - used))
 
 
 def _amount(count: int) -> str:
