@@ -17,14 +17,14 @@ from apb.clusters import Cluster
 from apb.clusters import cluster as start_cluster
 from apb.decode import decoder as make_decoder
 from apb.decode.base import Decoder, DecodeRequest
-from apb.decode.placement import PLACEMENTS, Links, gathering_pays
+from apb.decode.placement import PLACEMENTS, Links, gathered_bytes, gathering_pays
 from apb.decode.sampling import Sampling
 from apb.decode.score import Score
 from apb.decode.text import TextStream
 from apb.kv.handle import KVHandle
 from apb.metrics import added, decoded, measured, prefilled, versions
 from apb.prompt import Prompt, Question, Text, make_question
-from apb.refusals import check_alive, check_head, check_open, check_question, check_rank, nothing_pending
+from apb.refusals import check_alive, check_gather, check_head, check_open, check_question, check_rank, nothing_pending
 from apb.requests import decode_requests, prefill_request
 from apb.setup import Setup
 from burst.errors import UserError, choose
@@ -201,15 +201,11 @@ class Engine:
         return dataclasses.replace(handle, id=new_id, prompt=prompt, generated=generated, metrics=metrics)
 
     def gather(self, handle: KVHandle, rank: int = 0) -> KVHandle:
-        """Merge a cache on host ``rank``; the given handle stays usable."""
+        """Merge a cache on host ``rank``; the given handle stays usable. Raises UserError where it does not fit."""
         self._alive(handle)
         check_rank(rank, self.cluster.hosts)
-        new_id = next(self._ids)
-        reports = self._call("gather", [(handle.id, new_id, rank)] * self.cluster.hosts)
-        blocks = ((rank, len(handle.prompt.context_ids)),)
-        metrics = added(handle.metrics, reports) | {"gathered_on": rank}
-        generated = list(handle.generated)
-        return dataclasses.replace(handle, id=new_id, blocks=blocks, owner=rank, generated=generated, metrics=metrics)
+        check_gather(rank, gathered_bytes(self.setup.shape, handle.next_position, 0, 1), self._available(rank))
+        return self._gather(handle, rank)
 
     def logits(self, handle: KVHandle) -> Tensor:
         """Return the next token's logits (V,); raises UserError before a question or after generating."""
@@ -287,9 +283,27 @@ class Engine:
         new_tokens, tree_tokens = request.max_new_tokens, request.decoder.tree_tokens
         if wanted == "auto" and not gathering_pays(self.links(), self.setup.shape, shards, new_tokens, tree_tokens):
             return
-        there = self.gather(handle, handle.owner)
+        need = gathered_bytes(self.setup.shape, handle.next_position, new_tokens, tree_tokens)
+        available = self._available(handle.owner)
+        if wanted == "auto" and need > available:
+            return
+        check_gather(handle.owner, need, available)
+        there = self._gather(handle, handle.owner)
         self._call("release", [(handle.id,)] * self.cluster.hosts)
         handle.id, handle.blocks, handle.metrics = there.id, there.blocks, there.metrics
+
+    def _gather(self, handle: KVHandle, rank: int) -> KVHandle:
+        new_id = next(self._ids)
+        reports = self._call("gather", [(handle.id, new_id, rank)] * self.cluster.hosts)
+        blocks = ((rank, len(handle.prompt.context_ids)),)
+        metrics = added(handle.metrics, reports) | {"gathered_on": rank}
+        generated = list(handle.generated)
+        return dataclasses.replace(handle, id=new_id, blocks=blocks, owner=rank, generated=generated, metrics=metrics)
+
+    def _available(self, rank: int) -> int:
+        """Return the bytes that are free on a host."""
+        found: int = self._call("available", [()] * self.cluster.hosts)[rank]
+        return found
 
     def _alive(self, handle: KVHandle) -> None:
         check_alive(handle, self, self.cluster.epoch)

@@ -30,7 +30,7 @@ from apb.models.graphed import GraphedAdapter
 from apb.passes import BlockAttention, Passes
 from apb.plan import PrefillPlan
 from apb.prefill import PrefillAttention
-from apb.process import peak_rss_bytes, reset_peak_rss, rss_bytes
+from apb.process import available_bytes, peak_rss_bytes, reset_peak_rss, rss_bytes
 from burst.kernels import kernel
 from burst.transport import Transport
 
@@ -185,6 +185,10 @@ class Host:
         """Measure what exchanges between the hosts cost, and reading memory."""
         with torch.inference_mode():
             return measure(self.transport)
+
+    def available(self) -> int:
+        """Return the bytes that are free for tensors here."""
+        return available_bytes(self.adapter.device)
 
     def logits(self, handle: str) -> Tensor | None:
         """Return the next token's logits (V,) on the host that decides, else None."""

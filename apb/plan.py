@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from apb.memory import NOTHING, Answer, memory
 from apb.steps import Attend, AttendAll, GatherAnchor, Route, Select, Step
 
 if TYPE_CHECKING:
@@ -263,41 +264,14 @@ class PrefillPlan:
         s = self.shape
         return 2 * s.linear_params * tokens + 4 * s.head_dim * s.layers * head_pairs
 
-    def memory(self, rank: int, new_tokens: int = 0) -> dict[str, int]:
-        """Bytes host ``rank`` needs: weights, KV (``new_tokens`` on the last host), and one layer's activations."""
-        s, host = self.shape, self.host_plans[rank]
-        kept = host.block_len + (self.lengths.query + new_tokens if rank == self.hosts - 1 else 0)
-        together = host.tokens_run if self.chunk_tokens is None else min(self.chunk_tokens, host.tokens_run)
-        fused = self.fused and self.chunk_tokens is None
-        tokens = together + self.lengths.query if fused else max(together, self.lengths.query)
-        # Per token: embedding, which transformers keeps, the layer's input, residual and norm of the hidden size, and
-        # the rotation; then either the MLP's gate, up and product, or attention's q, k, v before and after RoPE with
-        # two fp32 partial outputs.
-        attention = (3 * s.q_heads + 4 * s.kv_heads) * s.head_dim * s.element_size + 2 * s.q_heads * s.head_dim * 4
-        widest = (4 * s.hidden + 2 * s.head_dim) * s.element_size + max(3 * s.intermediate * s.element_size, attention)
-        anchor = self.anchor_len if self.shared_anchor is not None else host.anchor_len
-        passing = (self.passing_rows(rank) + anchor) * s.kv_row_bytes * 2
-        if self.spread is not None:
-            passing += self.spread.workspace(rank, s)
-        return {
-            "weights": s.total_params * s.element_size,
-            "kv": kept * s.kv_row_bytes * s.layers,
-            "activations": tokens * widest + passing + host.tokens_run * self.whole_row_bytes(rank),
-        }
+    def memory(self, rank: int, answer: Answer = NOTHING) -> dict[str, int]:
+        """Bytes host ``rank`` needs for the prefill and an answer: weights, KV, and what else lives at once."""
+        return memory(self, rank, answer)
 
-    def whole_row_bytes(self, rank: int) -> int:
-        """Bytes of a token that stay through a layer where chunks of the others run: the residual stream, its rotation,
-        q, k and v; the output takes q's place, but not in exact attention over hosts."""
-        s, host = self.shape, self.host_plans[rank]
-        if self.chunk_tokens is None or self.chunk_tokens >= host.tokens_run or host.alone:
-            return 0
-        out = 0 if self.spread is None else 2 * s.q_heads * s.head_dim * max(4, s.element_size)
-        return (s.hidden + (2 + s.q_heads) * s.head_dim) * s.element_size + s.kv_row_bytes + out
-
-    def rows(self, new_tokens: int = 0) -> Iterator[dict[str, Any]]:
+    def rows(self, answer: Answer = NOTHING) -> Iterator[dict[str, Any]]:
         """One dictionary a host, for tables and JSON."""
         for r, host in enumerate(self.host_plans):
-            memory = self.memory(r, new_tokens)
+            memory = self.memory(r, answer)
             yield {
                 "host": r,
                 "start": host.start,
@@ -315,7 +289,7 @@ class PrefillPlan:
                 "memory": memory,
             }
 
-    def to_dict(self, new_tokens: int = 0) -> dict[str, Any]:
+    def to_dict(self, answer: Answer = NOTHING) -> dict[str, Any]:
         """The plan as the JSON document shows it."""
         return {
             "strategy": self.strategy,
@@ -330,5 +304,5 @@ class PrefillPlan:
             "passing_coverage": self.coverage,
             "bytes_by_kind": self.bytes_by_kind(self.lengths.query),
             "prefill_flops": [self.prefill_flops(r) for r in range(self.hosts)],
-            "per_host": list(self.rows(new_tokens)),
+            "per_host": list(self.rows(answer)),
         }

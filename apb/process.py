@@ -1,4 +1,4 @@
-"""What the operating system says about this process's memory."""
+"""What the operating system says about this process's memory, and about what is free."""
 
 from __future__ import annotations
 
@@ -6,7 +6,25 @@ import resource
 import sys
 from pathlib import Path
 
+import psutil
+import torch
+
+_CGROUP = Path("/sys/fs/cgroup")
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def available_bytes(device: torch.device) -> int:
+    """Return the memory that is free for tensors: the GPU's, or this machine's, or its container's if that is less."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):  # no such control group, or "max"
+        return free
+    return min(free, max(0, limit - used))
 
 
 def reset_peak_rss() -> bool:

@@ -82,6 +82,17 @@ def check_head(decoder: Decoder, draft: DraftSpec | None) -> None:
         )
 
 
+def check_gather(rank: int, need: int, available: int) -> None:
+    """Refuse to gather a cache where it does not fit; raises UserError. Sizes in bytes."""
+    if need > available:
+        raise UserError(
+            f"the gathered cache does not fit on host {rank}",
+            given=f"{need / 1e9:.3f} GB beside what that host holds",
+            allowed=f"{available / 1e9:.3f} GB free there",
+            remedy="Decode where the cache lies (decode.placement=sharded, or auto), or release other caches.",
+        )
+
+
 def nothing_pending() -> UserError:
     """Return the error of asking for logits that have been used, or that no question has made yet."""
     return UserError(

@@ -12,6 +12,7 @@ from apb.compress import Compressor, compressor
 from apb.draft.handoff import Handoff
 from apb.draft.spec import DraftSpec
 from apb.host import HostSpec
+from apb.memory import Answer
 from apb.plan import ModelShape, PrefillPlan
 from apb.prompt import Prompt, Text, make_prompt
 from apb.strategies import Strategy, strategy
@@ -160,18 +161,18 @@ class Setup:
                 "longer context.",
             )
 
-    def check_memory(self, plan: PrefillPlan, new_tokens: int, available: int, *, sharing: int, copies: int) -> None:
+    def check_memory(self, plan: PrefillPlan, answer: Answer, available: int, *, sharing: int, copies: int) -> None:
         """Refuse a plan that needs more than ``available`` bytes on a machine that ``sharing`` hosts share.
 
         ``copies`` processes, each with the weights, stand on that machine. The heaviest ``sharing`` hosts are
         charged. Raises UserError with the setting to change.
         """
-        need = needed_bytes(plan, new_tokens, sharing=sharing, copies=copies)
+        need = needed_bytes(plan, answer, sharing=sharing, copies=copies)
         if need <= available:
             return
-        memories = _heaviest(plan, new_tokens, sharing)
+        memories = _heaviest(plan, answer, sharing)
         weights = memories[0]["weights"]
-        chunk = fitting_chunk(plan, new_tokens, available, sharing=sharing, copies=copies)
+        chunk = fitting_chunk(plan, answer, available, sharing=sharing, copies=copies)
         chunked = f" chunk_tokens={chunk} makes it fit;" if chunk is not None else ""
         halved = " dtype=bfloat16 halves it;" if self.spec.dtype == "float32" else ""
         virtual = " cluster=virtual holds the weights once;" if copies > 1 else ""
@@ -187,26 +188,26 @@ class Setup:
         )
 
 
-def needed_bytes(plan: PrefillPlan, new_tokens: int, *, sharing: int, copies: int) -> int:
+def needed_bytes(plan: PrefillPlan, answer: Answer, *, sharing: int, copies: int) -> int:
     """Bytes that a plan needs on a machine; see ``Setup.check_memory``."""
-    memories = _heaviest(plan, new_tokens, sharing)
+    memories = _heaviest(plan, answer, sharing)
     weights = memories[0]["weights"]
     return copies * (weights + PROCESS_BYTES) + sum(m["kv"] + m["activations"] for m in memories)
 
 
-def _heaviest(plan: PrefillPlan, new_tokens: int, sharing: int) -> list[dict[str, int]]:
+def _heaviest(plan: PrefillPlan, answer: Answer, sharing: int) -> list[dict[str, int]]:
     """Return the memory of the ``sharing`` hosts that need most."""
-    return sorted((plan.memory(r, new_tokens) for r in range(plan.hosts)), key=lambda m: sum(m.values()))[-sharing:]
+    return sorted((plan.memory(r, answer) for r in range(plan.hosts)), key=lambda m: sum(m.values()))[-sharing:]
 
 
-def fitting_chunk(plan: PrefillPlan, new_tokens: int, available: int, *, sharing: int, copies: int) -> int | None:
+def fitting_chunk(plan: PrefillPlan, answer: Answer, available: int, *, sharing: int, copies: int) -> int | None:
     """Return the largest power of two of tokens a chunk that fits into ``available`` bytes; None where none does."""
     longest = max(host.tokens_run for host in plan.host_plans)
     chunk = 1 << (longest - 1).bit_length()
     while chunk > SMALLEST_CHUNK:
         chunk //= 2
         smaller = dataclasses.replace(plan, chunk_tokens=chunk)
-        if needed_bytes(smaller, new_tokens, sharing=sharing, copies=copies) <= available:
+        if needed_bytes(smaller, answer, sharing=sharing, copies=copies) <= available:
             return chunk
     return None
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -41,13 +42,26 @@ def find(
 
 def read(file: Path, damaged: Damaged) -> dict[str, Tensor]:
     """Return the tensors of a file by name, on the CPU; raises ``damaged``'s error for what cannot be read."""
+    if file.suffix != ".safetensors":
+        return _state(file, damaged, "cpu")
+    with _reading(file, damaged), safe_open(file, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+
+
+def shapes(file: Path, damaged: Damaged) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a file's tensors by name, their numbers unread; raises as ``read``."""
+    if file.suffix != ".safetensors":
+        return {name: tuple(tensor.shape) for name, tensor in _state(file, damaged, "meta").items()}
+    with _reading(file, damaged), safe_open(file, framework="pt") as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+
+
+def _state(file: Path, damaged: Damaged, device: str) -> dict[str, Tensor]:
     try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
-                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
-        raise damaged(file, f"it cannot be read ({error})") from error
+        with _reading(file, damaged):
+            state = torch.load(file, map_location=device, weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # unpickling refuses in many ways, some by private types
         raise damaged(file, f"it is no plain state dict ({type(error).__name__})") from error
     if not isinstance(state, Mapping):
@@ -55,15 +69,20 @@ def read(file: Path, damaged: Damaged) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
+@contextlib.contextmanager
+def _reading(file: Path, damaged: Damaged) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
+        raise damaged(file, f"it cannot be read ({error})") from error
+
+
 def metadata(file: Path, damaged: Damaged) -> dict[str, str]:
     """Return what a safetensors file says of itself, empty for others; raises ``damaged``'s error."""
     if file.suffix != ".safetensors":
         return {}
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return dict(opened.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise damaged(file, f"it cannot be read ({error})") from error
+    with _reading(file, damaged), safe_open(file, framework="pt") as opened:
+        return dict(opened.metadata() or {})
 
 
 def write(file: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from apb.engine import versions
+from apb.memory import Answer
 from apb.plan import PrefillPlan
 from apb.prompt import Prompt, Question, make_prompt
-from apb.setup import Setup
+from apb.setup import Setup, needed_bytes
 from apb.strategies.budget import critical_flops
 from burst.errors import UserError
 from launch.arguments import Arguments
@@ -33,14 +34,14 @@ def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> di
     texts = None if lengths_only else read(arguments, settings.needle_depth)
     setup = make_setup(settings, display, settings.decode.draft)
     prompt = _blank_prompt(setup, settings) if texts is None else setup.prompt(*texts, chat=settings.chat)
-    new_tokens = settings.decode.max_new_tokens
-    setup, plan = in_chunks(setup, setup.plan(prompt, new_tokens), settings, display)
-    _show(plan, new_tokens, setup, settings, display)
+    answer = settings.decode.answer
+    setup, plan = in_chunks(setup, setup.plan(prompt, answer.new_tokens), settings, display)
+    _show(plan, answer, setup, settings, display)
     schedules = None
     if settings.burst is not None and settings.burst.explain:
         schedules = explain(plan, settings.burst, setup.spec.device, display)
     room = check_fits(setup, plan, settings)
-    _show_room(plan, new_tokens, room, display)
+    _show_room(plan, answer, room, display)
     return {
         "model": settings.model,
         "model_path": setup.spec.model_path,
@@ -51,10 +52,10 @@ def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> di
         "dtype": setup.spec.dtype,
         "context_tokens": plan.lengths.context,
         "query_tokens": plan.lengths.query,
-        "max_new_tokens": new_tokens,
+        "max_new_tokens": answer.new_tokens,
         "memory_available_bytes": room.available,
         "fits": room.available is not None or None,
-        "plan": plan.to_dict(new_tokens),
+        "plan": plan.to_dict(answer),
         "burst": schedules,
         "versions": versions(),
     }
@@ -80,11 +81,11 @@ def _blank_prompt(setup: Setup, settings: Settings) -> Prompt:
     return Prompt((0,) * settings.context_tokens, like.head, Question(before, (0,) * own, after, None))
 
 
-def _show(plan: PrefillPlan, new_tokens: int, setup: Setup, settings: Settings, display: Display) -> None:
+def _show(plan: PrefillPlan, answer: Answer, setup: Setup, settings: Settings, display: Display) -> None:
     lengths = plan.lengths
     display.note(
         f"{settings.model}, {setup.spec.dtype} on {setup.spec.device}: {lengths.context:,} context tokens, "
-        f"{lengths.query:,} query tokens, up to {new_tokens:,} new ones; "
+        f"{lengths.query:,} query tokens, up to {answer.new_tokens:,} new ones; "
         f"the model takes {plan.shape.max_positions:,}."
     )
     passing = plan.spread is None  # the others pass rows on, or could
@@ -101,7 +102,7 @@ def _show(plan: PrefillPlan, new_tokens: int, setup: Setup, settings: Settings, 
             size(row["memory"]["kv"]),
             size(row["memory"]["activations"]),
         ]
-        for row in plan.rows(new_tokens)
+        for row in plan.rows(answer)
     ]
     scorer = f", compressor {plan.compressor}" if plan.compressor else ""
     exact = "exact" if plan.exact else "approximate"
@@ -126,10 +127,9 @@ def _compare(plan: PrefillPlan, setup: Setup, display: Display) -> None:
     )
 
 
-def _show_room(plan: PrefillPlan, new_tokens: int, room: Room, display: Display) -> None:
+def _show_room(plan: PrefillPlan, answer: Answer, room: Room, display: Display) -> None:
     if room.available is None:
         display.note("Memory is not checked: the hosts may stand on other machines (set memory_gb).")
         return
-    memories = [plan.memory(r, new_tokens) for r in range(plan.hosts)][-room.sharing :]
-    need = room.copies * memories[0]["weights"] + sum(m["kv"] + m["activations"] for m in memories)
+    need = needed_bytes(plan, answer, sharing=room.sharing, copies=room.copies)
     display.note(f"It fits: {size(need)} of {size(room.available)} free on {room.where}.", style="green")

@@ -9,18 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from apb.draft.spec import DraftSpec
 from apb.models.files import read_json
 from apb.models.resolve import resolve
 from apb.plan import PrefillPlan
+from apb.process import available_bytes
 from apb.setup import Setup, fitting_chunk, needed_bytes
 from launch.display import Display, size
 from launch.settings import Basics, Settings
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -57,11 +55,11 @@ def in_chunks(setup: Setup, plan: PrefillPlan, settings: Settings, display: Disp
     """Return setup and plan with the chunks as set; where that is ``auto``, with the longest that the memory allows."""
     chunk = settings.chunk_tokens
     if chunk == "auto":
-        chunk, room, new = None, _room(setup, settings), settings.decode.max_new_tokens
+        chunk, room, answer = None, _room(setup, settings), settings.decode.answer
         if room.available is not None:
             shared = {"sharing": room.sharing, "copies": room.copies}
-            if needed_bytes(plan, new, **shared) > room.available:
-                chunk = fitting_chunk(plan, new, room.available, **shared)
+            if needed_bytes(plan, answer, **shared) > room.available:
+                chunk = fitting_chunk(plan, answer, room.available, **shared)
         if chunk is not None:
             display.note(f"Blocks run in chunks of {chunk:,} tokens to fit into memory (chunk_tokens).")
     return dataclasses.replace(setup, chunk_tokens=chunk), dataclasses.replace(plan, chunk_tokens=chunk)
@@ -71,9 +69,7 @@ def check_fits(setup: Setup, plan: PrefillPlan, settings: Settings) -> Room:
     """Refuse a plan that does not fit into the memory at hand; raises UserError. Returns what was assumed."""
     room = _room(setup, settings)
     if room.available is not None:
-        setup.check_memory(
-            plan, settings.decode.max_new_tokens, room.available, sharing=room.sharing, copies=room.copies
-        )
+        setup.check_memory(plan, settings.decode.answer, room.available, sharing=room.sharing, copies=room.copies)
     return room
 
 
@@ -123,10 +119,10 @@ def _room(setup: Setup, settings: Settings) -> Room:
     if elsewhere(settings):
         return Room(None, 1, 1, "other machines")
     together = sharing(settings, setup.spec.device, setup.hosts)
+    free = available_bytes(torch.device(setup.spec.device))
     if setup.spec.device.startswith("cuda"):
-        free, _ = torch.cuda.mem_get_info(setup.spec.device)
         return Room(free, together, 1, "the GPU")
-    return Room(_available(), together, 1 if settings.cluster.name == "virtual" else together, "this machine")
+    return Room(free, together, 1 if settings.cluster.name == "virtual" else together, "this machine")
 
 
 def _local_hosts(hosts: int) -> int:
@@ -138,17 +134,6 @@ def _started_by_torchrun(settings: Basics) -> int | None:
     if settings.cluster.name != "torchrun" or settings.strategy.default_hosts is not None:
         return None
     return int(os.environ.get("WORLD_SIZE", "0")) or None
-
-
-def _available() -> int:
-    """Free memory of this machine, or of the container around this process if that is less."""
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit = int((_CGROUP / "memory.max").read_text())
-        used = int((_CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):  # no such control group, or "max"
-        return free
-    return min(free, max(0, limit - used))
 
 
 def _amount(count: int) -> str:

@@ -15,6 +15,7 @@ from apb.decode import decoder
 from apb.decode.base import Decoder
 from apb.decode.sampling import Sampling
 from apb.draft.spec import DraftSpec, own_head
+from apb.memory import Answer
 from apb.strategies import Strategy, strategy
 from burst.errors import UserError, choose
 from launch.schedules import BurstSettings
@@ -53,6 +54,11 @@ class DecodeSettings:
     placement: Literal["sharded", "gathered", "auto"]
     decoder: Decoder
     draft: DraftSpec | None = None  # null where nothing is drafted with a head
+
+    @property
+    def answer(self) -> Answer:
+        """What memory has to hold for it."""
+        return Answer(self.max_new_tokens, self.decoder.tree_tokens, self.placement == "gathered")
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,13 @@ def prompt(context: int = 149) -> Prompt:
     return asking.prompt(context=context)
 
 
+def make_handoff(draft: Draft, window: int | None = WINDOW, adaptive: int = 0) -> Handoff:
+    """Return what hosts hand over to that draft head; ``adaptive`` as for ``engine``."""
+    rows, seen = adaptive * LAYER.hidden_size, LAYER.hidden_size * max(1, len(draft.head.taps))
+    weights = sum(p.numel() for p in draft.head.parameters()) + rows
+    return Handoff(window, SINKS, 2, 16, 8, -(-VOCAB // 8) if adaptive else 0, seen, 8 * weights, 8 * rows)
+
+
 def engine(hosts: int, name: str = "apb", window: int | None = WINDOW, adaptive: int = 0) -> TinyEngine:
     """Return an engine with a draft head; ``adaptive``: ids that it drafts from, the prompt's among them; 0: all."""
     adapter = copy.copy(model())  # the model stays shared
@@ -66,7 +73,7 @@ def engine(hosts: int, name: str = "apb", window: int | None = WINDOW, adaptive:
             head.with_vocab(torch.cat([torch.zeros(1, dtype=torch.int64), ranked[: adaptive - 1]])), ranked, (0,)
         )
     made = tiny_engine(adapter, strategy(name), hosts, "query" if strategy(name).takes_compressor else None)
-    handoff = Handoff(window, SINKS, 2, 16, 8, -(-VOCAB // 8) if adaptive else 0)
+    handoff = make_handoff(adapter.draft, window, adaptive)
     spec = dataclasses.replace(made.setup.spec, draft=DraftSpec("tiny"))
     made.setup = dataclasses.replace(made.setup, spec=spec, handoff=handoff)
     return made

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from apb.compress import Compressor, compressor
 from apb.compress.base import Candidates
 from apb.engine import Engine
+from apb.memory import NOTHING
 from apb.models.chunked import InChunks, chunkable
 from apb.plan import PrefillPlan, PromptLengths
 from apb.setup import PROCESS_BYTES, Setup, fitting_chunk, needed_bytes
@@ -250,7 +251,10 @@ def test_memory_of_other_blocks_grows_by_what_stays() -> None:
         rows = [(p.passing_rows(1) + p.anchor_len) * kv * 2 for p in (short, long)]
         if name == "ring":
             assert short.spread is not None and long.spread is not None
-            rows = [p.spread.workspace(1, SHAPE) for p in (short, long) if p.spread]
+            packed = [p.host_plans[1].block_len * kv for p in (short, long)]
+            rows = [
+                p.spread.workspace(1, SHAPE) + own for p, own in zip((short, long), packed, strict=True) if p.spread
+            ]
         assert beside[1] - beside[0] - (rows[1] - rows[0]) == ran * (hidden + q + rotation + kv + more)
 
 
@@ -262,17 +266,17 @@ def test_a_prefill_that_is_too_large_is_told_its_chunk() -> None:
     setup = engine("star", 2, None, torch.float32, None).setup
     plan = plan_of("star", 4000, 2, None)
     need = {
-        chunk: needed_bytes(dataclasses.replace(plan, chunk_tokens=chunk), 0, sharing=2, copies=1)
+        chunk: needed_bytes(dataclasses.replace(plan, chunk_tokens=chunk), NOTHING, sharing=2, copies=1)
         for chunk in (None, 512, 256, 32)
     }
     assert need[32] < need[256] < need[512] < need[None]
     for room, fits in ((need[512], 512), (need[512] - 1, 256), (need[32], 32), (need[32] - 1, None)):
-        assert fitting_chunk(plan, 0, room, sharing=2, copies=1) == fits
+        assert fitting_chunk(plan, NOTHING, room, sharing=2, copies=1) == fits
         with pytest.raises(UserError, match="does not fit") as refused:
-            setup.check_memory(plan, 0, room, sharing=2, copies=1)
+            setup.check_memory(plan, NOTHING, room, sharing=2, copies=1)
         assert (f"chunk_tokens={fits} makes it fit" in refused.value.remedy) == (fits is not None)
     with pytest.raises(UserError) as refused:  # shorter than the block already, and not short enough
-        setup.check_memory(dataclasses.replace(plan, chunk_tokens=512), 0, need[256], sharing=2, copies=1)
+        setup.check_memory(dataclasses.replace(plan, chunk_tokens=512), NOTHING, need[256], sharing=2, copies=1)
     assert "chunk_tokens=256 makes it fit" in refused.value.remedy
 
 
@@ -282,10 +286,10 @@ def test_the_heaviest_host_of_a_prefill_in_chunks_is_charged() -> None:
     held = [sum(plan.memory(r).values()) for r in range(2)]
     assert held[0] > held[1]
     need = held[0] + PROCESS_BYTES
-    assert needed_bytes(plan, 0, sharing=1, copies=1) == need
-    setup.check_memory(plan, 0, need, sharing=1, copies=1)
+    assert needed_bytes(plan, NOTHING, sharing=1, copies=1) == need
+    setup.check_memory(plan, NOTHING, need, sharing=1, copies=1)
     with pytest.raises(UserError, match="does not fit"):
-        setup.check_memory(plan, 0, need - 1, sharing=1, copies=1)
+        setup.check_memory(plan, NOTHING, need - 1, sharing=1, copies=1)
 
 
 @pytest.mark.parametrize("chunk", [0, -1, 2.5, "auto"])

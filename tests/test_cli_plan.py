@@ -30,6 +30,17 @@ def test_plan_of_lengths_alone(apb: Any, model: Path, document: Path) -> None:
     apb(*common, "context_tokens=400", "-d", str(document), "-q", "Who?").refused("one of them")
 
 
+def test_what_an_answer_needs_is_in_the_plan(apb: Any, model: Path) -> None:
+    def kv(*words: str) -> list[int]:
+        common = ("plan", f"model={model}", "context_tokens=400", "query_tokens=40", "memory_gb=80", "cluster.hosts=2")
+        found = apb(*common, *words).document["plan"]["per_host"]
+        return [host["memory"]["kv"] for host in found]
+
+    (first, last), row = kv(), kv("decode.max_new_tokens=65")[1] - kv()[1]
+    assert kv("decode=lookup", "decode.tokens=9") == [first, last + 8 * row]
+    assert kv("decode.placement=gathered") == [first, last + 440 * row]
+
+
 def test_plan_explains_the_choice_of_a_schedule(apb: Any, model: Path) -> None:
     common = ("plan", f"model={model}", "context_tokens=400", "memory_gb=80")
     four = (*common, "cluster.hosts=4")

@@ -131,5 +131,5 @@ def test_damaged_model_files(ask: Any, model: Path, tmp_path: Path, name: str) -
 
 def test_what_does_not_fit_starts_no_host(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.ask.Engine.launch", lambda *a, **k: pytest.fail("hosts were started"))
-    monkeypatch.setattr("launch.prepare._available", lambda: 1_000_000)
+    monkeypatch.setattr("launch.prepare.available_bytes", lambda device: 1_000_000)
     ask().refused("does not fit", "0.0 GB free")

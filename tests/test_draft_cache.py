@@ -13,7 +13,6 @@ from apb.decode.eagle2 import Eagle2
 from apb.draft.base import DraftHead
 from apb.draft.draft import Draft
 from apb.draft.eagle3 import Eagle3Head
-from apb.draft.handoff import Handoff
 from apb.draft.spec import DraftSpec
 from apb.draft.vocab import bitmap
 from apb.prompt import Prompt
@@ -21,7 +20,7 @@ from apb.strategies import strategy
 from burst.errors import UserError
 from tests import tiny
 from tests.asking import VOCAB, ids
-from tests.drafting import LAYER, SINKS, WINDOW, engine, model, prompt
+from tests.drafting import LAYER, SINKS, WINDOW, engine, make_handoff, model, prompt
 from tests.tiny import tiny_engine
 
 
@@ -140,7 +139,7 @@ def test_eagle3_heads_draft_too(own_vocabulary: bool) -> None:
     adapter.draft = Draft(head.with_vocab(ranked[:30]), ranked, stop_ids=(0,), own_bits=bitmap(some, VOCAB))
     e = tiny_engine(adapter, strategy("apb"), 3, "query")
     spec = dataclasses.replace(e.setup.spec, draft=DraftSpec("tiny"))
-    handoff = Handoff(WINDOW, SINKS, 2, 16, 8, -(-VOCAB // 8))
+    handoff = make_handoff(adapter.draft, adaptive=30)
     e.setup = dataclasses.replace(e.setup, spec=spec, handoff=handoff)
     handle = e.prefill(prompt())
     want = e.generate(handle.fork(), max_new_tokens=16).token_ids

@@ -229,12 +229,19 @@ def test_published_eagle_heads(target: Target, tmp_path: Path, bias: bool | None
     stored = weights | {"embed_tokens.weight": target.embedding_WE.clone()}
     head = load(write(tmp_path / "head", made, stored, name), target)
     assert isinstance(head, EagleHead) and head.taps == ()
+    check_footprint(tmp_path / "head", head)
     out = agrees(head, weights, eagle)
     torch.testing.assert_close(head.logits(out), out @ target.head_WE.T)
     few = head.with_vocab(torch.tensor([7, 3, 250]))
     torch.testing.assert_close(few.logits(out), head.logits(out)[..., [7, 3, 250]])
     assert few.ids_V.tolist() == [7, 3, 250] and len(head.ids_V) == VOCAB
     assert next(few.parameters()) is next(head.parameters())
+
+
+def check_footprint(folder: Path, head: DraftHead) -> None:
+    """Check what is known of a head before it is loaded."""
+    width = HIDDEN * max(1, len(head.taps))
+    assert files.footprint(folder) == (sum(p.numel() for p in head.parameters()), width)
 
 
 def eagle3_file(drafted: list[int]) -> Weights:
@@ -256,6 +263,7 @@ def test_published_eagle3_heads(target: Target, tmp_path: Path) -> None:
     weights = eagle3_file(drafted)
     head = load(write(tmp_path / "head", config(draft_vocab_size=6), weights), target)
     assert head.taps == (2, 4, 5) and head.ids_V.tolist() == drafted
+    check_footprint(tmp_path / "head", head)
     out = agrees(head, weights, eagle3)
     torch.testing.assert_close(head.logits(out), norm(out, weights["norm.weight"]) @ weights["lm_head.weight"].T)
     few = head.with_vocab(torch.tensor([299, 5]))
@@ -277,6 +285,7 @@ def test_published_minicpm_heads(target: Target, tmp_path: Path) -> None:
     made = config(scale_depth=1.4, scale_emb=1, dim_model_base=HIDDEN, sliding_window=128, mup_denominator=32)
     head = load(write(tmp_path / "head", made, stored), target)
     assert head.window == 128
+    check_footprint(tmp_path / "head", head)
     agrees(head, weights, minicpm)
     with pytest.raises(UserError, match="another model") as refused:
         load(write(tmp_path / "scaled", made | {"scale_emb": 12}, stored), target)

@@ -16,7 +16,8 @@ from apb.graphs import Capture, CudaCapture, Pieces
 from apb.models.adapter import FINAL, Adapter
 from apb.models.graphed import GraphedAdapter
 from apb.strategies import strategy
-from tests.drafting import SAMPLED, engine, prompt
+from tests.asking import SAMPLED
+from tests.drafting import engine, prompt
 from tests.tape import Tape
 from tests.tiny import TinyEngine, adapt, byte_tokenizer, llama_config, make_prompt, tiny_engine
 

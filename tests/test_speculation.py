@@ -15,7 +15,7 @@ from apb.decode import decoder
 from apb.decode.base import Decoded, DecodeRequest, Decoding
 from apb.decode.eagle2 import Eagle2
 from apb.decode.lookup import Lookup
-from apb.decode.placement import Links, gathering_pays
+from apb.decode.placement import Links, gathered_bytes, gathering_pays
 from apb.decode.speculate import WORD_BYTES, decision_words, speculate, verify
 from apb.decode.tree import Tree, root_only
 from apb.host import Host, HostSpec, PrefillRequest
@@ -205,6 +205,32 @@ def test_placements_give_the_same_tokens() -> None:
     assert handle.locate(0)[0] == 0
     with pytest.raises(UserError, match="placement"):
         e.generate(handle, placement="moved")
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_cache_is_gathered_only_where_it_fits(monkeypatch: pytest.MonkeyPatch, slow: bool) -> None:
+    e = engine(3)
+    handle, shape = e.prefill(prompt()), e.setup.shape
+    want = e.generate(handle.fork(), max_new_tokens=8).token_ids
+    e._links = Links(1.0 if slow else 1e-9, 1e12, 1e12)
+    need = gathered_bytes(shape, 149 + 11, 8, Lookup().tokens)
+    assert need > (149 + 11 + 8) * shape.kv_row_bytes * shape.layers
+    for free in (need - 1, need):
+        monkeypatch.setattr("apb.host.available_bytes", lambda device, free=free: free)
+        auto = handle.fork()
+        got = e.generate(auto, max_new_tokens=8, placement="auto", decode=Lookup())
+        assert got.token_ids == want
+        assert got.metrics["hosts_decoding"] == (1 if slow and free == need else 3)
+    monkeypatch.setattr("apb.host.available_bytes", lambda device: need - 1)
+    with pytest.raises(UserError, match="does not fit") as refused:
+        e.generate(handle, max_new_tokens=8, placement="gathered", decode=Lookup())
+    assert "host 2" in str(refused.value) and "decode.placement=sharded" in refused.value.remedy
+    monkeypatch.setattr("apb.host.available_bytes", lambda device: 10_000)
+    with pytest.raises(UserError, match="does not fit"):
+        handle.gather(0)
+    assert e.generate(handle, max_new_tokens=8).token_ids == want  # it lies as it lay
+    monkeypatch.setattr("apb.host.available_bytes", lambda device: need)
+    assert handle.gather(0).owner == 0
 
 
 def test_gathering_pays_for_long_answers_and_slow_links() -> None:

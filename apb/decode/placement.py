@@ -58,6 +58,15 @@ def gathering_pays(links: Links, shape: ModelShape, shards: tuple[int, ...], new
     return gathered_s < sharded_s
 
 
+def gathered_bytes(shape: ModelShape, cached: int, new_tokens: int, tree_tokens: int) -> int:
+    """Return the bytes that a host needs free to gather a cache of ``cached`` tokens and go on from there.
+
+    What it holds of the cache is freed only when all of it is here, and a layer's parts lie beside their whole.
+    """
+    row = shape.kv_row_bytes
+    return (cached + new_tokens + tree_tokens - 1) * row * shape.layers + 2 * cached * row
+
+
 def _exchange_s(transport: Transport, size: int) -> float:
     x = torch.zeros(size, dtype=torch.uint8, device=transport.device)
 

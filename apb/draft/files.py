@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -147,14 +148,34 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return found | {"rope_type": kind} | ({} if theta is None else {"rope_theta": float(theta)})
 
 
+def footprint(path: Path) -> tuple[int, int]:
+    """Return how many weights the head in ``path`` has of its own, and how many numbers it reads of a token.
+
+    Only the tensors' shapes are read; raises UserError for files that are no heads.
+    """
+    shapes = {name.removeprefix("model."): shape for name, shape in stored.shapes(_weights(path), _damaged).items()}
+    if len(shapes.get("fc.weight", ())) != 2:
+        raise _damaged(path, "it lacks the tensor fc.weight")
+    hidden, read = shapes["fc.weight"]
+    own_output = _ARCHITECTURES[0][0] in shapes  # EAGLE-3: its own LM head, and the embedding is not fused
+    foreign = [name for name in _PASSED_OVER if not (own_output and name == "lm_head.weight")]
+    weights = sum(math.prod(shape) for name, shape in shapes.items() if name not in foreign)
+    return weights, read if own_output else read - hidden
+
+
+def _weights(path: Path) -> Path:
+    """Return the file with the tensors; raises UserError for a folder without one."""
+    if not path.is_dir():
+        return path
+    found = [path / n for n in ("model.safetensors", "pytorch_model.bin") if (path / n).is_file()]
+    if not found:
+        raise _damaged(path, "the folder lacks its weights")
+    return found[0]
+
+
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
     """Return configuration, tensors by their plain names, and metadata."""
-    weights, config = path, configuration(path)
-    if path.is_dir():
-        found = [path / n for n in ("model.safetensors", "pytorch_model.bin") if (path / n).is_file()]
-        if not found:
-            raise _damaged(path, "the folder lacks its weights")
-        weights = found[0]
+    config, weights = configuration(path), _weights(path)
     tensors = {name.removeprefix("model."): tensor for name, tensor in stored.read(weights, _damaged).items()}
     return config, tensors, stored.metadata(weights, _damaged)
 

@@ -33,6 +33,9 @@ class Handoff:
     head_dim: int
     element_size: int
     bitmap_bytes: int  # which ids a host's tokens have; 0 when the vocabulary does not depend on the prompt
+    feature_size: int  # numbers that the head reads of a token
+    weight_bytes: int  # the head on every host, with its copy of the rows of the LM head that it drafts from
+    adapted_bytes: int  # of such a copy for one prompt; 0 when the vocabulary does not depend on it
 
     @property
     def row_bytes(self) -> int:
@@ -53,10 +56,22 @@ class Handoff:
         cuts = ((max(a, start), min(b, stop)) for start, stop in held for a, b in wanted)
         return tuple((a, b) for a, b in cuts if a < b)
 
+    def rows(self, held: Spans, context_len: int) -> int:
+        """Return how many those are."""
+        return sum(b - a for a, b in self.spans(held, context_len))
+
     def sent(self, held: Spans, context_len: int) -> int:
         """Return the bytes that a host other than the drafting one sends."""
-        rows = sum(b - a for a, b in self.spans(held, context_len))
-        return rows * self.row_bytes + self.bitmap_bytes
+        return self.rows(held, context_len) * self.row_bytes + self.bitmap_bytes
+
+    def feature_bytes(self, held: Spans, context_len: int) -> int:
+        """Return the bytes of the features that a host keeps until it has made its rows of them."""
+        return self.rows(held, context_len) * self.feature_size * self.element_size
+
+    def cache_bytes(self, context_len: int, later: int) -> int:
+        """Return the bytes of the drafting host's own cache with ``later`` tokens after the context."""
+        rows = self.rows(((0, context_len),), context_len) + later
+        return rows * self.row_bytes + self.bitmap_bytes + self.adapted_bytes
 
 
 def positions(spans: Spans) -> list[int]:

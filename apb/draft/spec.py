@@ -12,7 +12,7 @@ from torch import Tensor
 
 from apb.draft.base import DraftHead, LayerShape, Target
 from apb.draft.draft import Draft
-from apb.draft.files import configuration, find, load, ranks, shipped
+from apb.draft.files import configuration, find, footprint, load, ranks, shipped
 from apb.draft.handoff import Handoff
 from apb.draft.vocab import bitmap, check
 from apb.draft.vocab import load as load_ranks
@@ -61,7 +61,8 @@ class DraftSpec:
 
     def handoff(self, shape: ModelShape, stop_ids: Sequence[int]) -> Handoff:
         """Return what hosts hand over to the one that drafts; raises UserError for files that cannot be used."""
-        config = configuration(find(self.head))
+        path = find(self.head)
+        config, (weights, feature_size) = configuration(path), footprint(path)
         try:
             layer = LayerShape.of(config)
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -71,14 +72,19 @@ class DraftSpec:
                 allowed="a head with Llama's configuration keys",
                 remedy="Copy it again, or choose another head.",
             ) from error
-        some = self._ids(shape.vocab, stop_ids) is not None
+        ids_V = self._ids(shape.vocab, stop_ids)
+        rows = len(ids_V) * shape.hidden * shape.element_size if ids_V is not None else 0
+        adapts = self.adaptive and ids_V is not None
         return Handoff(
             window=config["draft_window"] if self.window == "auto" else self.window,
             sinks=config["draft_sinks"],
             kv_heads=layer.num_key_value_heads,
             head_dim=layer.head_dim,
             element_size=shape.element_size,
-            bitmap_bytes=-(-shape.vocab // 8) if self.adaptive and some else 0,
+            bitmap_bytes=-(-shape.vocab // 8) if adapts else 0,
+            feature_size=feature_size,
+            weight_bytes=weights * shape.element_size + rows,
+            adapted_bytes=rows if adapts else 0,
         )
 
     def load(self, target: Target, stop_ids: tuple[int, ...]) -> Draft:

@@ -64,6 +64,7 @@ def _run(model: str, strategy: str, hosts: int, tokens: int, chunk: int | None) 
 def measure(model: str, strategy: str, hosts: int, tokens: int, chunk: int | None) -> dict[str, Any]:
     """Rank 0's part, inside torchrun: the busiest host's growth over what it keeps."""
     from apb.engine import Engine
+    from apb.memory import whole_row_bytes
     from apb.setup import Setup
     from bench.verify.full import document_text
 
@@ -80,7 +81,7 @@ def measure(model: str, strategy: str, hosts: int, tokens: int, chunk: int | Non
         plan = setup.plan(prompt)
     memories = [plan.memory(r) for r in range(hosts)]
     chunked = dataclasses.replace(plan, chunk_tokens=CHUNK)  # so that whole blocks are compared by the same measure
-    streams = [plan.host_plans[r].tokens_run * chunked.whole_row_bytes(r) for r in range(hosts)]
+    streams = [plan.host_plans[r].tokens_run * whole_row_bytes(chunked, r) for r in range(hosts)]
     activations = [g - m["kv"] for g, m in zip(grown, memories, strict=True)]
     return {
         "ok": True,
