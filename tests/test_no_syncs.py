@@ -89,7 +89,7 @@ def prefill(
     name: str, select: str | None = None, chunk: int | None = None, draft: bool = False, **options: Any
 ) -> None:
     """Prefill 400 tokens and a question on hosts without values."""
-    handoff = Handoff(WINDOW, SINKS, 2, 16, 2, 0) if draft else None
+    handoff = Handoff(WINDOW, SINKS, 2, 16, 2, 0, 64, 0, 0) if draft else None
     hosts = 1 if name == "full" else 4
     unreal.prefill(device_adapter(), make_prompt(400), hosts, name, select, chunk=chunk, handoff=handoff, **options)
 
