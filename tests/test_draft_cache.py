@@ -10,9 +10,11 @@ import torch
 
 from apb.decode.base import forward
 from apb.decode.eagle2 import Eagle2
+from apb.decode.tree import capacity
 from apb.draft.base import DraftHead
 from apb.draft.draft import Draft
 from apb.draft.eagle3 import Eagle3Head
+from apb.draft.minicpm import MiniCpmHead
 from apb.draft.spec import DraftSpec
 from apb.draft.vocab import bitmap
 from apb.prompt import Prompt
@@ -126,6 +128,30 @@ def test_a_vocabulary_that_adapts_has_the_prompts_ids() -> None:
     assert handle.metrics["bytes_by_kind"]["draft"] % 8 == peers * bits % 8
     assert got.metrics["drafting"]["head_rows"] % 40 == 0
     assert handle.gather(0).metrics["bytes_by_kind"]["gather"] > 0
+
+
+def test_a_vocabulary_smaller_than_a_trees_width_gives_smaller_trees() -> None:
+    e = engine(2, adaptive=3)
+    handle = e.prefill(prompt())
+    want = e.generate(handle.fork(), max_new_tokens=12).token_ids
+    got = e.generate(handle, max_new_tokens=12, decode=Eagle2(depth=2, width=8, tokens=60))
+    assert got.token_ids == want
+    drafting = got.metrics["drafting"]
+    assert drafting["steps"] < drafting["rows"] <= drafting["steps"] * (1 + capacity(2, 3))
+
+
+def test_minicpm_heads_draft_too() -> None:
+    adapter = copy.copy(model())
+    torch.manual_seed(4)
+    head = MiniCpmHead(LAYER, adapter.draft_target(), fc_bias=False, scale_depth=1.4, window=WINDOW, sinks=SINKS)
+    adapter.draft = Draft(head.to(torch.float64).eval().requires_grad_(False))
+    e = tiny_engine(adapter, strategy("apb"), 3, "query")
+    spec = dataclasses.replace(e.setup.spec, draft=DraftSpec("tiny"))
+    e.setup = dataclasses.replace(e.setup, spec=spec, handoff=make_handoff(adapter.draft))
+    handle = e.prefill(prompt())
+    want = e.generate(handle.fork(), max_new_tokens=12).token_ids
+    got = e.generate(handle, max_new_tokens=12, decode=Eagle2(depth=3, width=4, tokens=12))
+    assert got.token_ids == want and got.metrics["drafting"]["rows"] > got.metrics["drafting"]["steps"]
 
 
 @pytest.mark.parametrize("own_vocabulary", [False, True])

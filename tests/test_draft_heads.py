@@ -273,6 +273,21 @@ def test_published_eagle3_heads(target: Target, tmp_path: Path) -> None:
     torch.testing.assert_close(again.logits(out), head.logits(out)[..., [2, 3]])
 
 
+def test_eagle3_heads_of_all_ids_and_of_other_layers(target: Target, tmp_path: Path) -> None:
+    weights = eagle3_file(list(range(VOCAB)))
+    whole = without(without(weights, "d2t"), "t2d")  # there is nothing to map
+    for i, named in enumerate(("eagle_config", None)):
+        chosen = {"eagle_aux_hidden_state_layer_ids": [1, 3, 7]}
+        made = config() | (chosen if named is None else {named: chosen})
+        head = load(write(tmp_path / str(i), made, whole), target)
+        assert head.taps == (1, 3, 7) and head.ids_V.tolist() == list(range(VOCAB))
+        agrees(head, weights, eagle3)
+    for wrong in ([1, 3], [1, 3, 9], [1, 3, -1], [1, 3, "last"], 3):
+        made = config(eagle_aux_hidden_state_layer_ids=wrong)
+        with pytest.raises(UserError, match="eagle_aux_hidden_state_layer_ids"):
+            load(write(tmp_path / "wrong", made, weights), target)
+
+
 def test_published_minicpm_heads(target: Target, tmp_path: Path) -> None:
     shapes: dict[str, tuple[int, ...]] = {
         "fc.weight": (HIDDEN, 2 * HIDDEN),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apb.draft import vocab
+from apb.draft.spec import DraftSpec
 from apb.prompt import encode
 from apb.train.frequency import count_text, stop_tokens
 from burst.errors import UserError
+from tests.test_plans import SHAPE
 from tests.tiny import byte_tokenizer
 
 WHOLE = 50
@@ -93,6 +96,15 @@ def test_lists_that_cannot_be_used(tmp_path: Path, bad: object, words: str) -> N
     with pytest.raises(UserError) as refused:
         vocab.load(tmp_path / "freq.pt", WHOLE, (1,))
     assert words in f"{refused.value} {refused.value.given}"
+
+
+def test_a_list_that_is_cut_before_its_stop_token_is_refused(tmp_path: Path) -> None:
+    torch.save([5, 6, 7, 2], tmp_path / "freq.pt")
+    shape = dataclasses.replace(SHAPE, hidden=576, vocab=49152)
+    spec = DraftSpec("smollm2-135m", vocab=4, frequency=str(tmp_path / "freq.pt"))
+    assert spec.handoff(shape, (2,)).adapted_bytes == 4 * 576 * 4
+    with pytest.raises(UserError, match="cut to 3 ids lacks a stop token"):
+        dataclasses.replace(spec, vocab=3).handoff(shape, (2,))
 
 
 def test_files_that_are_no_lists(tmp_path: Path) -> None:

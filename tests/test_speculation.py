@@ -55,7 +55,7 @@ def test_any_tree_gives_the_tokens_of_decoding_without_one(name: str, hosts: int
 
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize(("name", "hosts"), [("full", 1), ("apb", 3), ("spava", 2)])
-@pytest.mark.parametrize("how", ["tree", "chain", "auto", "merged", "lookup"])
+@pytest.mark.parametrize("how", ["tree", "chain", "auto", "merged", "lookup", "large"])
 def test_decoders_agree(how: str, name: str, hosts: int, options: dict[str, Any]) -> None:
     made = {
         "tree": Eagle2(depth=3, width=4, tokens=14),
@@ -63,6 +63,7 @@ def test_decoders_agree(how: str, name: str, hosts: int, options: dict[str, Any]
         "auto": Eagle2(depth=3, width=4, tokens=14, tree="auto"),
         "merged": Eagle2(depth=5, width=4, tokens=14, lookup=True),
         "lookup": Lookup(match=1),
+        "large": Eagle2(depth=4, width=8, tokens=150),  # more rows than a machine word has bits
     }[how]
     e = engine(hosts, name)
     handle = e.prefill(prompt())
@@ -70,7 +71,7 @@ def test_decoders_agree(how: str, name: str, hosts: int, options: dict[str, Any]
     got = e.generate(handle, max_new_tokens=40, decode=made, **options)
     assert got.token_ids == want
     assert got.metrics["decoder"] == made.name
-    assert got.metrics["drafting"]["rows"] > got.metrics["drafting"]["steps"]
+    assert got.metrics["drafting"]["rows"] > got.metrics["drafting"]["steps"] * (64 if how == "large" else 1)
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4, 8])

@@ -44,7 +44,17 @@ class Eagle3Head(DraftHead):
     The file's ``d2t`` gives each draft id's distance to the target's id.
     """
 
-    def __init__(self, shape: LayerShape, target: Target, ids_V: Tensor, *, window: int | None, sinks: int) -> None:
+    def __init__(
+        self,
+        shape: LayerShape,
+        target: Target,
+        ids_V: Tensor,
+        *,
+        window: int | None,
+        sinks: int,
+        taps: tuple[int, ...] | None = None,
+    ) -> None:
+        """``taps``: the layers that are read; None: EAGLE's own choice."""
         super().__init__(shape, target, window, sinks)
         layers = target.shape.layers
         if layers < 3:
@@ -54,7 +64,7 @@ class Eagle3Head(DraftHead):
                 allowed="3 or more: three of them are read",
                 remedy="Use an EAGLE-2 head (apb train eagle), or decode=lookup.",
             )
-        self.taps = (2, layers // 2, layers - 3)
+        self.taps = taps or (2, layers // 2, layers - 3)
         self.fc = nn.Linear(3 * shape.hidden_size, shape.hidden_size, bias=False)
         self.midlayer = Eagle3Layer(shape, target)
         self.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
@@ -66,10 +76,13 @@ class Eagle3Head(DraftHead):
     def of(
         cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target, window: int | None, sinks: int
     ) -> Eagle3Head:
-        """Make the head that a configuration and its ``d2t`` describe."""
+        """Make the head that a configuration and its ``d2t`` describe; without one it drafts all ids."""
         shape = LayerShape.of(config, qkv_bias="midlayer.self_attn.q_proj.bias" in tensors)
-        distance_V = tensors["d2t"].long()
-        return cls(shape, target, distance_V + torch.arange(len(distance_V)), window=window, sinks=sinks)
+        ids_V = torch.arange(len(tensors["lm_head.weight"]))
+        if "d2t" in tensors:
+            ids_V = tensors["d2t"].long() + torch.arange(len(tensors["d2t"]))
+        taps = _taps(config, target.shape.layers)
+        return cls(shape, target, ids_V, window=window, sinks=sinks, taps=taps)
 
     def fuse(self, features_BSF: Tensor) -> Tensor:
         fused_BSE: Tensor = self.fc(features_BSF)
@@ -96,3 +109,15 @@ class Eagle3Head(DraftHead):
         twin._rows_VE = self.lm_head.weight[rows_V]
         twin.ids_V = self._own_V[rows_V]
         return twin
+
+
+def _taps(config: Mapping[str, Any], layers: int) -> tuple[int, ...] | None:
+    """Return the layers that a configuration says are read, None where it does not; raises ValueError."""
+    key = "eagle_aux_hidden_state_layer_ids"
+    named = config.get(key) or (config.get("eagle_config") or {}).get(key)
+    if named is None:
+        return None
+    fits = isinstance(named, list) and len(named) == 3 and all(type(i) is int and 0 <= i < layers for i in named)
+    if not fits:
+        raise ValueError(f"{key}={named}: three layers of 0 to {layers - 1} are read")
+    return tuple(named)

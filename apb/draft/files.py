@@ -69,8 +69,11 @@ def load(name: str | Path, target: Target) -> DraftHead:
         kind = next(where for key, where in _ARCHITECTURES if key in tensors)
     except StopIteration:
         raise _damaged(path, "it lacks the tensor fc.weight") from None
-    if kind.endswith("Eagle3Head") and "d2t" not in tensors:
-        raise _damaged(path, "it lacks the tensor d2t")
+    if kind.endswith("Eagle3Head"):
+        if "lm_head.weight" not in tensors:
+            raise _damaged(path, "it lacks the tensor lm_head.weight")
+        if "d2t" not in tensors and len(tensors["lm_head.weight"]) != target.shape.vocab:
+            raise _damaged(path, "it lacks the tensor d2t")
     module, _, name_of = kind.partition(":")
     try:
         if config["draft_rope"] is not None:
