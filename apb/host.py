@@ -300,6 +300,8 @@ class Host:
         if t.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(t.device)
         rss = rss_bytes()
+        self._finished()
+        t.settle()  # waits of calls that are not measured
         work, waited, wall = t.clock(), t.waited_s, time.perf_counter()
         with torch.inference_mode():
             call()

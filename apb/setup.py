@@ -53,6 +53,7 @@ class Setup:
         timeout_s: float = 600.0,
         chunk_tokens: int | None = None,
         draft: str | DraftSpec | None = None,
+        graphs: bool = True,
         cache_dir: Path | None = None,
         on_progress: Callable[[str, int, int], None] | None = None,
     ) -> Setup:
@@ -62,7 +63,8 @@ class Setup:
         ``hosts``: None is the strategy's own default, else 4. ``threads``: intra-op threads a host. ``dtype`` auto is
         the checkpoint's own on a GPU and float32 on a CPU. ``chunk_tokens``: tokens that a host runs through a layer
         at once, less memory for a little more work; None is all of its own. ``draft``: the head that decode=eagle2
-        drafts with, a name, a path or a DraftSpec; the prefill then keeps what it needs.
+        drafts with, a name, a path or a DraftSpec; the prefill then keeps what it needs. ``graphs``: decode steps as
+        CUDA graphs, on GPUs.
         Raises UserError for anything unknown or contradictory.
         """
         from apb.models.honoured import check_config
@@ -93,7 +95,14 @@ class Setup:
             )
         return cls(
             spec=HostSpec(
-                str(path or model), dtype, device, threads=threads, timeout_s=timeout_s, draft=spec, config=config
+                str(path or model),
+                dtype,
+                device,
+                threads=threads,
+                timeout_s=timeout_s,
+                draft=spec,
+                config=config,
+                graphs=graphs,
             ),
             handoff=None if spec is None or path is None else spec.handoff(shape, generation_stop_ids(path)),
             shape=shape,

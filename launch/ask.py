@@ -23,7 +23,7 @@ def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> di
     if arguments.document is None:
         display.note("No document given (-d FILE): Python's language reference is read, with one fact planted in it:")
         display.note(f"  {FACT}")
-    setup = make_setup(settings, display, settings.decode.draft)
+    setup = make_setup(settings, display, settings.decode)
     setups = [setup, setup.using("full", hosts=1)] if settings.compare else [setup]
     setups = [_checked(each, settings, document, question, display) for each in setups]
     display.note(f"Question: {question}")

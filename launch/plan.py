@@ -32,7 +32,7 @@ def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> di
             remedy="Leave context_tokens out, or -d and -q.",
         )
     texts = None if lengths_only else read(arguments, settings.needle_depth)
-    setup = make_setup(settings, display, settings.decode.draft)
+    setup = make_setup(settings, display, settings.decode)
     prompt = _blank_prompt(setup, settings) if texts is None else setup.prompt(*texts, chat=settings.chat)
     answer = settings.decode.answer
     setup, plan = in_chunks(setup, setup.plan(prompt, answer.new_tokens), settings, display)

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from apb.draft.spec import DraftSpec
 from apb.models.files import read_json
 from apb.models.resolve import resolve
 from apb.plan import PrefillPlan
 from apb.process import available_bytes
 from apb.setup import Setup, fitting_chunk, needed_bytes
 from launch.display import Display, size
-from launch.settings import Basics, Settings
+from launch.settings import Basics, DecodeSettings, Settings
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class Room:
     where: str
 
 
-def make_setup(settings: Basics, display: Display, draft: DraftSpec | None = None) -> Setup:
-    """Resolve the settings' names and fetch the model if need be; raises UserError. ``draft``: its draft head."""
+def make_setup(settings: Basics, display: Display, decode: DecodeSettings | None = None) -> Setup:
+    """Resolve the settings' names and fetch the model if need be; raises UserError. ``decode``: where it decodes."""
     with display.progress(_amount) as on_progress:
         setup = Setup.make(
             settings.model,
@@ -43,7 +42,8 @@ def make_setup(settings: Basics, display: Display, draft: DraftSpec | None = Non
             dtype=settings.dtype,
             device=settings.device,
             timeout_s=settings.timeout_s,
-            draft=draft,
+            draft=decode.draft if decode is not None else None,
+            graphs=decode.graphs if decode is not None else True,
             cache_dir=Path(cache) if (cache := os.environ.get("APB_CACHE")) else None,
             on_progress=on_progress,
         )

@@ -52,6 +52,7 @@ class DecodeSettings:
     seed: int
     stop: tuple[str, ...]
     placement: Literal["sharded", "gathered", "auto"]
+    graphs: bool
     decoder: Decoder
     draft: DraftSpec | None = None  # null where nothing is drafted with a head
 

@@ -13,9 +13,13 @@ from apb.decode.autoregressive import Autoregressive
 from apb.decode.base import DecodeRequest
 from apb.decode.sampling import Sampling
 from apb.host import Host, HostSpec, PrefillRequest
+from apb.kv.cache import CacheAttention, HostCache, LayerKV, Tail
 from apb.requests import prefill_request
 from bench.twin import twin
 from burst.errors import UserError
+from burst.kernels import kernel
+from burst.merge import merge
+from burst.transport import VirtualWorld
 from tests import tiny
 from tests.asking import HOSTS, SAMPLED, decoded, engine, ids, model, prompt
 from tests.pool import Rank, shared_pool
@@ -218,3 +222,22 @@ def test_what_cannot_be_generated_is_refused() -> None:
     e.cluster.epoch += 1
     with pytest.raises(UserError, match="cache is gone"):
         e.generate(asked)
+
+
+def test_a_group_of_heads_reads_its_keys_once() -> None:
+    gen = torch.Generator().manual_seed(0)
+    context = LayerKV(*(torch.randn(1, 2, 30, 16, generator=gen, dtype=torch.float64) for _ in range(2)))
+    q, k, v = (torch.randn(1, heads, 3, 16, generator=gen, dtype=torch.float64) for heads in (6, 2, 2))
+    shapes: list[tuple[int, ...]] = []
+
+    def recording(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
+        shapes.append(tuple(q.shape))
+        return kernel("reference")(q, k, v, **options)
+
+    cache = HostCache([context], (0,), (((0, 30),),), Tail(1), 33)
+    (t,) = VirtualWorld(1).transports
+    got = CacheAttention(cache, t, recording)(0, q, k, v, 0.25, None)  # type: ignore[arg-type]
+    assert shapes == [(1, 2, 9, 16), (1, 6, 3, 16)], "the context without a mask, then the new tokens themselves"
+    past = kernel("reference")(q, context.k_BKTD, context.v_BKTD, causal=False, scale=0.25)
+    own = kernel("reference")(q, k, v, causal=True, scale=0.25)
+    torch.testing.assert_close(got, merge([past, own])[0].transpose(1, 2), atol=1e-12, rtol=0)

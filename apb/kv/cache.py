@@ -145,11 +145,11 @@ class CacheAttention:
         """Attend, and append the new tokens' KV on the owner; returns (B, S, H, D)."""
         cache, own = self._cache, Accumulator()
         context = cache.context[layer]
-        own.add(*self._kernel(q_BHSD, context.k_BKTD, context.v_BKTD, causal=False, scale=scale))
+        own.add(*self._attend(q_BHSD, context, scale))
         if self.decides:
             earlier = cache.tail.view(layer)
             if earlier is not None:
-                own.add(*self._kernel(q_BHSD, earlier.k_BKTD, earlier.v_BKTD, causal=False, scale=scale))
+                own.add(*self._attend(q_BHSD, earlier, scale))
             if self._seen_SS is None:
                 own.add(*self._kernel(q_BHSD, k_BKSD, v_BKSD, causal=True, scale=scale))
             else:  # the only keys of a draft tree that need a mask are its own
@@ -159,6 +159,15 @@ class CacheAttention:
         if len(cache.members) > 1:
             out_BHSD = self._merge_all(out_BHSD, lse_BHS, f"layer {layer}: partial outputs")
         return out_BHSD.transpose(1, 2)
+
+    def _attend(self, q_BHSD: Tensor, kv: LayerKV, scale: float) -> tuple[Tensor, Tensor]:
+        """Attend to keys that every query sees. The heads of a group are rows of their kv head, so that a key is read
+        once and not once a head: with few queries reading is all there is to it."""
+        batch, heads, tokens, dim = q_BHSD.shape
+        n_kv = kv.k_BKTD.shape[1]
+        rows = q_BHSD.reshape(batch, n_kv, heads // n_kv * tokens, dim)
+        out, lse = self._kernel(rows, kv.k_BKTD, kv.v_BKTD, causal=False, scale=scale)
+        return out.reshape(q_BHSD.shape), lse.reshape(q_BHSD.shape[:3])
 
     def _merge_all(self, out_BHSD: Tensor, lse_BHS: Tensor, step: str) -> Tensor:
         own = _pack(out_BHSD, lse_BHS)

@@ -49,7 +49,7 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
     in_range("bench.contexts", list(asked.contexts), min(asked.contexts, default=-1) >= 0, "one or more, 0 or longer")
     in_range("bench.sizes", list(asked.sizes), all(s >= 2 for s in asked.sizes), "2 or more each")
     decode = decode_settings(config["decode"], common.model)
-    setup = make_setup(common, display, decode.draft)
+    setup = make_setup(common, display, decode)
     made = decoders(decode.decoder, asked.sizes)
     items = questions(asked.kinds, asked.prompts, asked.contexts, asked.data)
     prompts = [item.prompt(setup.tokenizer) for item in items]
