@@ -76,7 +76,7 @@ def attention(
         accurate    partial results in fp32, by fp32 kernels: out and gradients are rounded once, at the end.
         checkpoint  keep this fraction of the outputs for the backward, those of the last tokens, and compute
                     the rest again: (1 - checkpoint)^2 of a causal forward. None keeps all.
-        kernel      auto, cpu, cuda, flash_attn, reference.
+        kernel      auto, cpu, cuda, cudnn, flash_attn, reference.
         return_lse  also return the log-sum-exp (B, H, S), fp32 or fp64, which carries no gradient.
 
     Returns ``out`` (B, H, S, E) in q's dtype. The backward keeps q, k, v, out and lse, nothing of size S x N.

@@ -122,6 +122,21 @@ def test_architectures(name: str) -> None:
     assert tape.captures == 3, "a capture for each size and each set of features"
 
 
+def test_results_outlive_the_next_step() -> None:
+    graphed = GraphedAdapter(adapt(CONFIGS["llama"]), Tape())
+    graphed.sizes = {4}
+
+    def step(first: int) -> list[Tensor]:
+        with torch.inference_mode(), graphed.capturing(()) as features:
+            ids = torch.arange(first, first + 4)
+            return [graphed.all_logits(ids, ids, Remembering()), features.parts[FINAL]]
+
+    kept = step(1)
+    copies, other = [x.clone() for x in kept], step(100)
+    for mine, was, theirs in zip(kept, copies, other, strict=True):
+        assert torch.equal(mine, was) and not torch.equal(mine, theirs)
+
+
 def test_experts_are_not_captured() -> None:
     config = Qwen3MoeConfig(**SIZES, head_dim=16, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
     assert not adapt(config).fixed

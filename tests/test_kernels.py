@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from burst.errors import UserError
-from burst.kernels import Kernel, cuda, kernel
+from burst.kernels import Kernel, cuda, cudnn, flash_attn, kernel
 from burst.merge import accumulate_dtype
 
 # (out, lse), absolute. bf16: the first causal rows are single N(0,1) values, rounded at up to 4.
@@ -194,7 +194,10 @@ def test_mistakes_are_named(name: str, message: str) -> None:
         ("meta", None, "reference"),
     ],
 )
-def test_auto(device: torch.device | str, dtype: torch.dtype | None, name: str) -> None:
+def test_auto(
+    device: torch.device | str, dtype: torch.dtype | None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flash_attn, "installed", tuple)
     chosen: Kernel = kernel("auto", device, dtype)
     assert chosen.name == name
 
@@ -213,13 +216,13 @@ def test_cuda_kernel_refuses_cpu_tensors() -> None:
 def test_cuda_alignment() -> None:
     # The helper is plain tensor code and runs anywhere.
     dense_BHSD = torch.randn(1, 2, 3, 16)
-    assert cuda._aligned(dense_BHSD) is dense_BHSD
+    assert cuda.aligned(dense_BHSD) is dense_BHSD
     for odd in (
         torch.randn(1, 2, 3, 20),
         torch.randn(1, 2, 3, 18)[..., :16],
         torch.randn(97)[1:].view(1, 2, 3, 16),
     ):
-        fixed = cuda._aligned(odd)
+        fixed = cuda.aligned(odd)
         assert torch.equal(fixed[..., : odd.shape[-1]], odd) and not fixed[..., odd.shape[-1] :].any()
         assert fixed.storage_offset() % 8 == 0 and all(step % 8 == 0 for step in fixed.stride()[:-1])
 
@@ -236,6 +239,28 @@ def test_cuda_calls_fit_torchs_schemas(
     out, lse = cuda.attend(q, k, v, False, 0.125)
     assert out.shape == (1, 9, 17, value_dim) and out.dtype == dtype
     assert lse.shape == (1, 9, 17) and lse.dtype == accumulate_dtype(dtype)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_cudnn_calls_fit_torchs_schema(dim: int) -> None:
+    q, k, v = draw((9, 3), 17, 129, dim, torch.bfloat16, "meta", dim)
+    out, lse = cudnn.attend(q, k, v, False, 0.125)
+    assert out.shape == (1, 9, 17, dim) and out.dtype == torch.bfloat16
+    assert lse.shape == (1, 9, 17) and lse.dtype == torch.float32
+    for odd in (q[..., :20], q.float()):
+        with pytest.raises(UserError, match="not for it"):
+            cudnn.attend(odd, k, v, False, 0.125)
+
+
+@gpu
+@needs_cuda
+@pytest.mark.parametrize("dim", [64, 128])
+def test_cudnn_equals_reference(dim: int) -> None:
+    for heads in HEADS:
+        for queries, keys, causal in BLOCKS:
+            q, k, v = draw(heads, queries, keys, dim, torch.bfloat16, "cuda", dim, batch=2)
+            got = kernel("cudnn")(q, k, v, causal=causal)
+            assert_close(got, kernel("reference")(q, k, v, causal=causal), torch.bfloat16)
 
 
 @gpu

@@ -119,6 +119,14 @@ def test_a_relay_forwards_on_its_own_stream(world: World) -> None:
     assert "attention" not in world.begun["recv 3"], "what is computed meanwhile holds up no message"
 
 
+def test_the_last_of_a_relay_waits_for_what_it_received(world: World) -> None:
+    t = ProcessGroupTransport(device="cuda")
+    handle = t.relay(filled(world, 1), [filled(world, 2)], src=0, dst=None, kind="passing", step="layer 0")
+    assert "recv 2" not in world.compute.known
+    handle.wait()
+    assert "recv 2" in world.compute.known, "no forward's wait stands in for it"
+
+
 def test_a_second_relay_waits_for_what_its_buffers_held(world: World) -> None:
     t = ProcessGroupTransport(device="cuda")
     first = t.relay(filled(world, 1), [filled(world, 2)], src=0, dst=2, kind="passing", step="layer 0")

@@ -21,6 +21,7 @@ from apb.decode.eagle2 import Eagle2
 from bench.timing import median_s
 from bench.verify.runner import Recorder
 from bench.verify.steps import Stand
+from burst.kernels import flash_attn, kernel
 from burst.merge import Accumulator
 
 MODEL = "llama3.1-8b-shape"
@@ -40,6 +41,7 @@ def check(recorder: Recorder, model: str) -> dict[str, Any]:
     """Run all parts; ``model`` is not asked: weights are random."""
     recorder.sample("gpu/tests", _tests)
     recorder.sample("gpu/merge", _merge)
+    recorder.sample("gpu/attention", _attention)
     recorder.sample("gpu/kernels", lambda: _kernels(_bench("kernels", "bench.tokens=[1024,16384,131072]")))
     emulated = ("network=nvlink", f"bench.tokens={TOKENS}", f"bench.warmup_tokens={TOKENS}", "bench.query_tokens=64")
     names = "bench.strategies=[full,ring,star,apb,spava]"
@@ -84,6 +86,28 @@ def _merge() -> dict[str, Any]:
         finally:
             merging._has_triton = has_triton
     return {"ok": has_triton() and fused < plain, "fused_s": fused, "torch_s": plain, "bytes": 3 * out.numel() * 2}
+
+
+def _attention() -> dict[str, Any]:
+    """Time one causal call of the whole context by every kernel; the one that ``auto`` takes must be the fastest."""
+    heads, kv_heads, dim = 32, 8, 128
+    rates: dict[str, float] = {}
+    with torch.inference_mode():
+        q, k, v = (
+            torch.randn(1, n, TOKENS, dim, device="cuda", dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads)
+        )
+        for name in ("cuda", "cudnn", "flash_attn"):
+            if name == "flash_attn" and flash_attn.best(q.device) is None:
+                continue
+            seconds = median_s(lambda name=name: kernel(name)(q, k, v, causal=True), "cuda")  # type: ignore[misc]
+            rates[name] = 4 * dim * heads * (TOKENS * (TOKENS + 1) // 2) / seconds
+    chosen = kernel("auto", q.device, q.dtype).name
+    missed = [
+        f"'{name}' runs at {rate / rates[chosen]:.2f} of '{chosen}', which 'auto' takes"
+        for name, rate in rates.items()
+        if rate > 1.05 * rates[chosen]
+    ]
+    return {"ok": not missed, "missed": missed, "flops_per_s": rates, "auto": chosen}
 
 
 def _bench(name: str, *settings: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from burst.kernels.base import Kernel
 
 __all__ = ["Kernel", "kernel"]
 
-MODULES = {name: f"burst.kernels.{name}" for name in ("cpu", "cuda", "flash_attn", "reference")}
+MODULES = {name: f"burst.kernels.{name}" for name in ("cpu", "cuda", "cudnn", "flash_attn", "reference")}
 
 
 def kernel(name: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Kernel:

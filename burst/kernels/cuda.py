@@ -30,7 +30,7 @@ def attend(q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, causal: bool, scale: 
         return reference.attend(q_BHSD, k_BKTD, v_BKTE, causal, scale)
     heads, length = q_BHSD.shape[1:3]
     value_dim = v_BKTE.shape[3]
-    q, k, v = _aligned(q_BHSD), _aligned(k_BKTD), _aligned(v_BKTE)
+    q, k, v = aligned(q_BHSD), aligned(k_BKTD), aligned(v_BKTE)
     if _takes_flash(q_BHSD, v_BKTE):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
     else:
@@ -66,7 +66,7 @@ def backward(
         assert delta_BHS is not None
         out_BHSE = stand_in(dout_BHSE, delta_BHS)
     dim, value_dim, keys = q_BHSD.shape[3], v_BKTE.shape[3], k_BKTD.shape[2]
-    q, k, v, out, dout = (_aligned(x) for x in (q_BHSD, k_BKTD, v_BKTE, out_BHSE, dout_BHSE))
+    q, k, v, out, dout = (aligned(x) for x in (q_BHSD, k_BKTD, v_BKTE, out_BHSE, dout_BHSE))
     lse_BHS = lse_BHS.contiguous()
     # Without dropout nothing reads the random state, but the schemas ask for one.
     seed, offset = (torch.zeros(2, dtype=torch.uint64, device=q.device) for _ in range(2))
@@ -105,7 +105,7 @@ def _takes_flash(q_BHSD: Tensor, v_BKTE: Tensor) -> bool:
     return q_BHSD.dtype != torch.float32 and v_BKTE.shape[3] == dim <= FLASH_MAX_DIM and _has_flash(q_BHSD.device)
 
 
-def _aligned(x_BHSD: Tensor) -> Tensor:
+def aligned(x_BHSD: Tensor) -> Tensor:
     """Pad the last dim with zeros, and copy what the kernels' vector loads could not read where it lies."""
     if x_BHSD.shape[-1] % ALIGN:
         return pad(x_BHSD, (0, -x_BHSD.shape[-1] % ALIGN))
