@@ -7,6 +7,7 @@ on a GPU fails here, and so does what makes a tensor elsewhere and moves it.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import threading
 from collections.abc import Iterator
@@ -21,13 +22,12 @@ from torch.utils._pytree import tree_leaves
 
 from apb.compress.retaining import Retaining
 from apb.draft.draft import Draft
-from apb.draft.handoff import Handoff
 from apb.heads import Head, RetainingHeads
 from apb.models.adapter import Adapter
 from apb.strategies import strategy
 from burst.transport import VirtualWorld
 from tests import unreal
-from tests.drafting import SINKS, WINDOW, draft_head
+from tests.drafting import draft_head, make_handoff
 from tests.tiny import adapt, llama_config, make_prompt, tiny_engine, tiny_llama
 
 UPLOADS = (torch.tensor, torch.as_tensor, torch.from_numpy)
@@ -84,9 +84,10 @@ def prefill(
     name: str, select: str | None = None, chunk: int | None = None, draft: bool = False, **options: Any
 ) -> None:
     """Prefill 400 tokens and a question on hosts without values."""
-    handoff = Handoff(WINDOW, SINKS, 2, 16, 2, 0) if draft else None
-    hosts = 1 if name == "full" else 4
-    unreal.prefill(device_adapter(), make_prompt(400), hosts, name, select, chunk=chunk, handoff=handoff, **options)
+    adapter, hosts = device_adapter(), 1 if name == "full" else 4
+    assert adapter.draft is not None
+    handoff = dataclasses.replace(make_handoff(adapter.draft), element_size=2) if draft else None
+    unreal.prefill(adapter, make_prompt(400), hosts, name, select, chunk=chunk, handoff=handoff, **options)
 
 
 def test_the_modes_see_reads_and_uploads() -> None:
