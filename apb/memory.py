@@ -59,8 +59,9 @@ def _prefilling(plan: PrefillPlan, rank: int) -> int:
     anchor = plan.anchor_len if plan.shared_anchor is not None else host.anchor_len
     passing = (plan.passing_rows(rank) + anchor) * s.kv_row_bytes * 2
     if plan.spread is not None:
-        own = host.block_len * s.kv_row_bytes if plan.hosts > 1 else 0  # packed to be sent
-        passing += plan.spread.workspace(rank, s) + own
+        passing += plan.spread.workspace(rank, s)
+        if plan.hosts > 1 and together == host.tokens_run:  # in chunks, the whole rows' outputs have room for it
+            passing += host.block_len * s.kv_row_bytes  # packed to be sent
     features = plan.draft.feature_bytes(host.spans, plan.lengths.context) if plan.draft is not None else 0
     return tokens * _row_bytes(plan) + passing + host.tokens_run * whole_row_bytes(plan, rank) + features
 

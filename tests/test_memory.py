@@ -1,4 +1,4 @@
-"""Plans of memory against the tensors that live at once, and what draft heads, their trees and gathering add."""
+"""What draft heads, their trees, gathering and a CPU's buffers add to the plan of memory."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from apb.memory import NOTHING, Answer
 from apb.plan import PrefillPlan
 from apb.prompt import Prompt
 from apb.requests import prefill_request
+from apb.strategies import strategy
 from burst.transport import Transport
 from tests.drafting import engine, prompt
-from tests.live import Live
-from tests.test_chunks import PASSING, form
+from tests.test_memory_plan import Living
 from tests.test_plans import SHAPE
 from tests.tiny import TinyEngine, adapt, llama_config, make_prompt, tiny_engine
 
@@ -35,7 +35,7 @@ def lived(e: TinyEngine, plan: PrefillPlan, made: Prompt) -> list[int]:
     requests = [prefill_request("a", made, plan, e.setup.compressor, rank) for rank in range(plan.hosts)]
 
     def run(t: Transport) -> int:
-        with Live() as live:
+        with Living() as live:
             e.cluster.host(t.rank).prefill(requests[t.rank])
         return live.peak
 
@@ -43,17 +43,16 @@ def lived(e: TinyEngine, plan: PrefillPlan, made: Prompt) -> list[int]:
 
 
 @pytest.mark.parametrize("chunk", [None, 64])
-@pytest.mark.parametrize("name", ["full", "star", *PASSING, "ring", "allgather", "ulysses"])
-def test_a_prefills_tensors_take_what_the_plan_says(name: str, chunk: int | None) -> None:
+@pytest.mark.parametrize("name", ["ring", "allgather", "ulysses"])
+def test_on_a_cpu_buffers_stay_from_layer_to_layer(name: str, chunk: int | None) -> None:
     config = llama_config(intermediate_size=384, num_attention_heads=8, num_key_value_heads=4, head_dim=16)
-    hosts = {"full": 1, "ulysses": 4}.get(name, 3)
-    e = tiny_engine(adapt(config), form(name), hosts, "norm" if name in PASSING else None)
+    e = tiny_engine(adapt(config), strategy(name), 4)
     e.setup = dataclasses.replace(e.setup, chunk_tokens=chunk)
     made = make_prompt(1500)
     plan = e.setup.plan(made)
     for rank, live in enumerate(lived(e, plan, made)):
         room = plan.memory(rank)["kv"] + plan.memory(rank)["activations"]
-        assert 0.7 * room < live < 1.01 * room  # ids and positions are not in the plan
+        assert 0.7 * room < live <= room
 
 
 @pytest.mark.parametrize("window", [24, None])
@@ -64,7 +63,7 @@ def test_a_prefills_tensors_with_a_draft_head_take_what_the_plan_says(window: in
     for rank, live in enumerate(lived(e, plan, made)):
         room = plan.memory(rank)["kv"] + plan.memory(rank)["activations"]
         buffers = 3 * 64 * plan.shape.kv_row_bytes if rank == 1 else 0  # the tail's, which starts with 64 rows
-        assert 0.7 * room < live < 1.02 * room + buffers
+        assert 0.7 * room < live <= room + buffers
 
 
 def test_a_trees_rows_are_in_the_plan() -> None:
@@ -83,7 +82,7 @@ def test_a_trees_rows_are_in_the_plan() -> None:
         host = e.cluster.host(t.rank)
         cache, request = host._caches[handle.id], DecodeRequest(Lookup())
         d = Decoding(host.adapter, host.kernel, t, cache, request, None, lambda token: None, time.perf_counter)
-        with torch.inference_mode(), Live() as live:
+        with torch.inference_mode(), Living() as live:
             verify(d, TREE.tokens, TREE.depths, TREE if d.decides else None)
         return live.peak
 
