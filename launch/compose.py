@@ -23,6 +23,7 @@ from burst.errors import UserError, choose
 RAW = (
     "model",
     "out",
+    "start",
     "cluster.address",
     "compress.heads",
     "decode.stop",

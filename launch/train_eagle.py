@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from apb.draft import Target, load
 from apb.draft.eagle import EagleHead
-from apb.draft.files import find
+from apb.draft.files import find, weights_file
 from apb.engine import versions
 from apb.train.eagle import Job, Trained, finished, train
 from apb.train.folder import digest
@@ -83,22 +85,24 @@ def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> di
 
 
 def _hash(start: str | None) -> str | None:
-    """What a job says of the head that it goes on from; raises UserError when there is no such file."""
+    """What a job says of the head that it goes on from: its tensors' file; raises UserError when there is none."""
     if start is None:
         return None
-    path = find(start)
-    files = sorted(path.glob("*.*")) if path.is_dir() else [path]
-    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+    with weights_file(find(start)).open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _begin(start: str, target: Target) -> EagleHead:
-    """Return the head that training goes on from; raises UserError for one that is not EAGLE-1/2's."""
+    """Return the head that training goes on from; raises UserError for one that is not like those made here."""
     head = load(start, target)
-    if type(head) is not EagleHead:
+    probe = torch.ones(1, 1, 2, target.shape.head_dim, dtype=target.dtype, device=target.device)
+    at = torch.tensor([1, 1000], device=target.device)
+    turned = torch.allclose(head.target.rotate(probe, at), target.rotate(probe, at))
+    if type(head) is not EagleHead or not turned:
         raise UserError(
             "training cannot go on from this head",
-            given=f"start={start}, a {type(head).__name__}",
-            allowed="an EAGLE-1/2 head",
+            given=f"start={start}: {type(head).__name__}, positions turned " + ("alike" if turned else "otherwise"),
+            allowed="an EAGLE-1/2 head that turns positions as its model does",
             remedy="Choose another, or train one from nothing (start=null).",
         )
     return head

@@ -53,7 +53,7 @@ def test_train_eagle_and_count_its_answers(apb: Any, roomy: str, text: Path, tmp
 
 def test_training_goes_on_from_a_head_behind_long_texts(apb: Any, roomy: str, text: Path, tmp_path: Path) -> None:
     words = ("train", "eagle", "-d", str(text), f"model={roomy}", *SMALL)
-    first = apb(*words, f"out={tmp_path / 'first'}").document
+    first = apb(*words, f"out={tmp_path / 'the first, a=b'}").document
     more = (*words, "prompts=130", f"start={first['file']}", f"out={tmp_path / 'more'}")
     ran = apb(*more, "behind=300", "lr=1e-9")
     assert ran.code == 0, ran.err
@@ -65,7 +65,9 @@ def test_training_goes_on_from_a_head_behind_long_texts(apb: Any, roomy: str, te
     behind = [name for name in ran.document["accepted"]["static"] if " behind " in name]
     assert [name.split()[0] for name in behind] == ["general", "math", "code"]
     apb(*more).refused("another job", "behind=0")
-    apb(*words, "behind=100000").refused("behind is out of range", "behind=100000")
+    other = f"out={tmp_path / 'other'}"
+    apb(*words, "behind=100000", other).refused("behind is out of range", "behind=100000")
+    assert apb(*words, other).code == 0  # the folder was not taken
     apb(*words, f"start={tmp_path / 'absent'}").refused("there is no draft head")
 
 

@@ -333,6 +333,21 @@ def test_training_lowers_the_loss_and_lengthens_the_walk(tmp_path: Path) -> None
     assert accepted_length(walk(head, samples, TreeSize())) > before + 0.5
 
 
+def test_training_goes_on_from_a_head_with_biases() -> None:
+    adapter = tiny_llama(torch.float32)
+    target = adapter.draft_target()
+    fresh = EagleHead.fresh(target, window=32, sinks=2)
+    start = EagleHead(dataclasses.replace(fresh._shape, qkv_bias=True), target, fc_bias=True, window=None, sinks=0)
+    made = answer(adapter, [random_ids(6, seed=1)], [0.0], longest=12, stop_ids=(), seed=0, features=True)
+    assert made[0].features_SE is not None
+    sample = Sample("general", "", 6, torch.tensor(made[0].ids[:-1]), made[0].features_SE, False)
+    tutor = Tutor(Recipe(epochs=1), target, [sample], torch.arange(VOCAB), 32, 2, start)
+    begun = dict(tutor.head.state_dict())
+    assert (tutor.head.window, tutor.head.sinks) == (32, 2)
+    torch.testing.assert_close(begun, dict(start.state_dict()))
+    assert tutor._train([0]) > 0 and not torch.equal(begun["fc.bias"], tutor.head.state_dict()["fc.bias"])
+
+
 @pytest.mark.parametrize("bad", [{"epochs": 0}, {"lr": float("nan")}, {"unrolled": 1.5}, {"depth": 0}])
 def test_recipes_out_of_range_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(UserError):

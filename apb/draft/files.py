@@ -156,7 +156,7 @@ def footprint(path: Path) -> tuple[int, int]:
 
     Only the tensors' shapes are read; raises UserError for files that are no heads.
     """
-    shapes = {name.removeprefix("model."): shape for name, shape in stored.shapes(_weights(path), _damaged).items()}
+    shapes = {name.removeprefix("model."): shape for name, shape in stored.shapes(weights_file(path), _damaged).items()}
     if len(shapes.get("fc.weight", ())) != 2:
         raise _damaged(path, "it lacks the tensor fc.weight")
     hidden, read = shapes["fc.weight"]
@@ -166,7 +166,7 @@ def footprint(path: Path) -> tuple[int, int]:
     return weights, read if own_output else read - hidden
 
 
-def _weights(path: Path) -> Path:
+def weights_file(path: Path) -> Path:
     """Return the file with the tensors; raises UserError for a folder without one."""
     if not path.is_dir():
         return path
@@ -178,7 +178,7 @@ def _weights(path: Path) -> Path:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
     """Return configuration, tensors by their plain names, and metadata."""
-    config, weights = configuration(path), _weights(path)
+    config, weights = configuration(path), weights_file(path)
     tensors = {name.removeprefix("model."): tensor for name, tensor in stored.read(weights, _damaged).items()}
     return config, tensors, stored.metadata(weights, _damaged)
 

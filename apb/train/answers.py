@@ -29,7 +29,7 @@ _GROWTH = 64  # tokens: the cache is moved this often
 class Answer:
     """Prompt and answer as one sequence; ``features_SE`` is that of every token but the last.
 
-    Of what stands before all prompts alike, only the ``FIRST`` and the last tokens are in it.
+    Of a long text before all prompts alike, only the ``FIRST`` and the last tokens are in it.
     """
 
     prompt: int  # tokens
@@ -97,8 +97,8 @@ class _Cache:
         if not self._before:
             return out_SHD[None]
         attend = kernel("auto", q_BHSD.device, q_BHSD.dtype)
-        before = attend(q_BHSD, *self._before[layer], causal=False, scale=scale)
-        out_BHSD, _ = merge([before, (out_SHD.transpose(0, 1)[None], lse_SH.T[None])], q_BHSD.dtype)
+        common = attend(q_BHSD, *self._before[layer], causal=False, scale=scale)
+        out_BHSD, _ = merge([common, (out_SHD.transpose(0, 1)[None], lse_SH.T[None])], q_BHSD.dtype)
         return out_BHSD.transpose(1, 2)
 
     def keep(self, rows_B: Tensor) -> None:
@@ -151,14 +151,14 @@ def answer(
     device = adapter.device
     rng = torch.Generator(device).manual_seed(seed)
     common = _Before()
-    rows = [*range(len(before))] if len(before) <= kept else [*range(FIRST), *range(FIRST - kept, 0)]
-    begun = [before[i] for i in rows]
+    kept_rows = [*range(len(before))] if len(before) <= kept else [*range(FIRST), *range(FIRST - kept, 0)]
+    begun = [before[i] for i in kept_rows]
     answers = [Answer(len(begun) + len(ids), [*begun, *ids], None) for ids in prompts]
     begun_E: list[Tensor] = []
     if before:
         with torch.inference_mode():
             ids_P = torch.tensor(before, device=device)
-            begun_E = [adapter.hidden(ids_P, torch.arange(len(before), device=device), common)[rows]]
+            begun_E = [adapter.hidden(ids_P, torch.arange(len(before), device=device), common)[kept_rows]]
     cache = _Cache(adapter.shape.layers, common.kv)
     lengths_B = cache.lengths_B = torch.tensor([len(ids) for ids in prompts], device=device)
     cache.row_S = torch.arange(len(prompts), device=device).repeat_interleave(lengths_B)

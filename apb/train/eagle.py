@@ -35,7 +35,7 @@ _TEXT_TURN = 12  # one file in so many is about passages of the text
 _WARM, _WARM_TURN = 0.7, 3  # one answer in three is sampled at this temperature, the others are greedy
 _BEHIND = " behind "  # in the names of sets
 _LEAST_BEHIND = 0.25  # of ``behind``; lengths are uniform in their logarithm
-_ROOM = 512  # tokens for a template and a question, a passage's among them
+_ROOM = 512  # tokens for a template and a question
 _EVERY = 200  # steps between checkpoints
 _GAP = 40  # training answers on which the gap to held-out ones is measured
 
@@ -43,8 +43,8 @@ _GAP = 40  # training answers on which the gap to held-out ones is measured
 @dataclass(frozen=True)
 class Job:
     """What is trained from what. ``prompts`` and ``held_out`` (of each kind) are counts, ``longest`` is an answer's
-    length in tokens, ``behind`` the most tokens of text that half of the questions stand behind; hashes stand for the
-    text and for the head that training goes on from."""
+    length in tokens, ``behind`` the most tokens of text that every second file's questions stand behind; hashes stand
+    for the text and for the head that training goes on from."""
 
     model: str
     text_sha256: str
@@ -93,24 +93,21 @@ def train(
     """Train a head for the model behind ``adapter`` in ``folder``, from ``start`` on, and return the final files there.
 
     What is found in the folder is not done again: answers, and training up to its last checkpoint; a run that was
-    killed ends with the weights of one that was not. Raises UserError when the folder is another job's, or when neither
-    the text nor the model's positions are enough for ``behind``.
+    killed ends with the weights of one that was not. Raises UserError when the folder is another job's, or when
+    text or model's positions are not enough for ``behind``.
     """
-    claim(folder, asdict(job))
-    most = adapter.shape.max_positions
-    within(
-        "behind",
-        job.behind,
-        not job.behind or job.behind + job.longest + _ROOM <= most,
-        f"0 to {most - job.longest - _ROOM}",
-    )
     interview = Interview(adapter, tokenizer, stop_ids, job.longest)
     questions = Questions(text, job.seed)
-    files = _ask(job, interview, questions, folder / _SAMPLES, on_progress)
-    held_out = _held_out(job, interview, questions, folder / _HELD_OUT, on_progress)
-    passage = _held_out_passage(job, interview, questions)
-    hidden = interview.hidden(passage, _kept(job))
-    samples = [s for file in files for s in features.read(file) if len(s.ids_S) > s.prompt + 1]
+    before = interview.encode(questions.text) if job.behind else ()
+    room = max(0, min(len(before), adapter.shape.max_positions - job.longest - _ROOM))
+    within("behind", job.behind, job.behind <= room, f"0 to {room}, by the text's tokens and the model's positions")
+    claim(folder, asdict(job))
+    files = _ask(job, interview, questions, before, folder / _SAMPLES, on_progress)
+    passage = interview.encode(questions.held_out_text)[-job.behind :] if job.behind else ()
+    held_out = _held_out(job, interview, questions, passage, folder / _HELD_OUT, on_progress)
+    parts = [[s for s in features.read(file) if len(s.ids_S) > s.prompt + 1] for file in files]
+    samples = [s for part in parts for s in part]
+    whole = [s for number, part in enumerate(parts) if not _stands_behind(job, number) for s in part]
     ids = [answer_S for file in files for answer_S in features.read_ids(file)]
     counts_W = vocab.count(ids, adapter.shape.vocab)
     ranked_W = vocab.rank(counts_W, stop_ids)
@@ -120,7 +117,8 @@ def train(
     )
     save(folder / _UNMEASURED, head, {})
     drafting = load(folder / _UNMEASURED, adapter.draft_target())  # in the model's type, as it will be used
-    accepted = _measured(drafting, ranked_W, held_out, samples[:_GAP], hidden, stop_ids, on_progress)
+    sets = {**held_out, "training": whole[:_GAP]} if whole else held_out
+    accepted = _measured(drafting, ranked_W, sets, interview.hidden(passage, _kept(job)), stop_ids, on_progress)
     about = {"model": job.model, "job": json.dumps(asdict(job)), "accepted_length": json.dumps(accepted)}
     save_ids(folder / ANSWERS, ids)
     vocab.save(folder / RANKED, ranked_W)
@@ -149,25 +147,37 @@ def save_ids(file: Path, ids: Sequence[Tensor]) -> None:
     os.replace(unfinished, file)
 
 
-def _ask(job: Job, interview: Interview, questions: Questions, folder: Path, on_progress: OnProgress) -> list[Path]:
+def _ask(
+    job: Job,
+    interview: Interview,
+    questions: Questions,
+    before: Sequence[int],
+    folder: Path,
+    on_progress: OnProgress,
+) -> list[Path]:
     """Write what is missing of the answers and return all their files, in order."""
     folder.mkdir(exist_ok=True)
     plan = list(_plan(job.prompts))
     files = [folder / f"{number:05d}.safetensors" for number in range(len(plan))]
-    text = interview.encode(questions.text) if job.behind else ()
-    within("behind", job.behind, job.behind <= len(text), f"0 to {len(text)}, the tokens of the text")
     for number, (file, (kinds, first)) in enumerate(zip(files, plan, strict=True)):
         if not file.exists():
             on_progress("Asking the model", number, len(plan))
             asked = [questions.question(first + i, kind) for i, kind in enumerate(kinds)]
             warm = [_WARM if i % _WARM_TURN == 2 else 0.0 for i in range(len(asked))]
-            interview.write(file, asked, warm, number, _stretch(text, number, job) if number % 2 == 0 else ())
+            interview.write(file, asked, warm, number, _stretch(before, number, job))
     on_progress("Asking the model", len(plan), len(plan))
     return files
 
 
+def _stands_behind(job: Job, number: int) -> bool:
+    """Whether the questions of a file stand behind a long text."""
+    return job.behind > 0 and number % 2 == 0
+
+
 def _stretch(text: Sequence[int], number: int, job: Job) -> Sequence[int]:
-    """Return what the questions of a file stand behind: between a quarter of the asked length and all of it."""
+    """Return what the questions of a file stand behind: nothing, or between a quarter of the asked length and all."""
+    if not _stands_behind(job, number):
+        return ()
     rng = random.Random(f"behind {job.seed} {number}")
     size = int(job.behind * _LEAST_BEHIND ** rng.random())
     at = rng.randrange(len(text) - size + 1)
@@ -187,7 +197,12 @@ def _plan(prompts: int) -> list[tuple[list[str], int]]:
 
 
 def _held_out(
-    job: Job, interview: Interview, questions: Questions, folder: Path, on_progress: OnProgress
+    job: Job,
+    interview: Interview,
+    questions: Questions,
+    passage: Sequence[int],
+    folder: Path,
+    on_progress: OnProgress,
 ) -> dict[str, list[Sample]]:
     """Return held-out answers by kind, greedy ones, sampled ones under ``KIND at 0.7``, and greedy ones to the same
     questions behind a long text under ``KIND behind N``."""
@@ -203,7 +218,7 @@ def _held_out(
             interview.write(file, chosen, [temperature] * len(chosen), job.seed)
         out[name] = features.read(file)
     on_progress("Asking held-out questions", len(sets), len(sets))
-    if passage := _held_out_passage(job, interview, questions):
+    if passage:
         file = folder / "behind.safetensors"
         if not file.exists():
             everything = [q for kind in KINDS for q in asked[kind]]
@@ -211,11 +226,6 @@ def _held_out(
         for kind in KINDS:
             out[f"{kind}{_BEHIND}{len(passage)}"] = [s for s in features.read(file) if s.kind == kind]
     return out
-
-
-def _held_out_passage(job: Job, interview: Interview, questions: Questions) -> Sequence[int]:
-    """Return the end of the held-out text, ``behind`` tokens of it or all that there are."""
-    return interview.encode(questions.held_out_text)[-job.behind :] if job.behind else ()
 
 
 def _kept(job: Job) -> int:
@@ -226,8 +236,7 @@ def _kept(job: Job) -> int:
 def _measured(
     head: DraftHead,
     ranked_W: Tensor,
-    held_out: Mapping[str, Sequence[Sample]],
-    seen: Sequence[Sample],
+    sets: Mapping[str, Sequence[Sample]],
     hidden: int,
     stop_ids: Sequence[int],
     on_progress: OnProgress,
@@ -238,7 +247,6 @@ def _measured(
     """
     size = TreeSize()
     quarter_V = ranked_W[: len(ranked_W) // 4]
-    sets = {**held_out, "training": seen}
     out: dict[str, Any] = {"tree": asdict(size), "vocab": len(quarter_V), "circular": {}}
     small = head.with_vocab(quarter_V)
 

@@ -85,15 +85,17 @@ class Tutor:
         # Embeddings are far smaller than features: while it learns, the head sees them at about the size of one.
         self._gain = 1.0 / float(target.embedding_WE.float().std())
         scaled = replace(target, embedding_scale=target.embedding_scale * self._gain)
-        self._head = head = EagleHead.fresh(scaled, window=window, sinks=sinks, seed=recipe.seed)
-        if start is not None:
-            self._head = head = start.absorbing(1 / self._gain, scaled).float().requires_grad_(True)
+        if start is None:
+            head = EagleHead.fresh(scaled, window=window, sinks=sinks, seed=recipe.seed)
+        else:
+            head = start.absorbing(1 / self._gain, scaled).requires_grad_(True)
             head.window, head.sinks = window, sinks
+        self._head = head
         self._batches = [b for epoch in range(recipe.epochs) for b in self._epoch(epoch)]
         self._scale = float(torch.cat([s.features_SE[s.prompt :] for s in samples[:64]]).float().std())
         self._rows_VE = target.head_WE.to(torch.bfloat16)
         # What an EAGLE head attends with is never normed: at full speed its softmax saturates within fifty steps.
-        slow = [p for name, p in head.named_parameters() if "q_proj" in name or "k_proj" in name]
+        slow = [p for name, p in head.named_parameters() if p.dim() > 1 and ("q_proj" in name or "k_proj" in name)]
         matrices = [p for p in head.parameters() if p.dim() > 1 and all(p is not q for q in slow)]
         vectors = [p for p in head.parameters() if p.dim() == 1]
         groups = [{"params": matrices, "speed": 1.0}, {"params": slow, "speed": _SLOW}]

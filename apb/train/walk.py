@@ -80,10 +80,14 @@ def walk(
     """
     answers = _Answers(head, samples, hidden)
     if vocab_of is not None:
-        answers.allowed_BV = torch.stack([torch.isin(head.ids_V, vocab_of(s)) for s in samples])
-    at_B = torch.tensor([s.prompt - 1 for s in samples])  # the pair whose output is the root's: its token is known
-    end_B = torch.tensor([len(s.ids_S) - 1 for s in samples])  # the last token
-    steps_B = torch.zeros(len(samples), dtype=torch.int64)
+        own = [vocab_of(s).to(head.ids_V.device) for s in samples]
+        answers.allowed_BV = torch.stack([torch.isin(head.ids_V, ids_V) for ids_V in own])
+    device = head.target.device
+    at_B = torch.tensor(
+        [s.prompt - 1 for s in samples], device=device
+    )  # the pair whose output is the root's: its token is known
+    end_B = torch.tensor([len(s.ids_S) - 1 for s in samples], device=device)  # the last token
+    steps_B = torch.zeros(len(samples), dtype=torch.int64, device=device)
     while True:
         rows = (at_B + 1 < end_B).nonzero()[:, 0]
         if not len(rows):
@@ -98,16 +102,18 @@ def walk(
 def _draft(answers: _Answers, rows_B: Tensor, at_B: Tensor, size: TreeSize) -> Tensor:
     """Grow a tree at each answer's root and return how many drafted tokens the answer goes on with."""
     head, k = answers.head, size.top_k
-    batch = len(rows_B)
+    batch, device = len(rows_B), rows_B.device
     k_BKSD, v_BKSD = (x[rows_B] for x in answers.kv)
     positions_S = answers.positions_S
     root_B = positions_S[at_B]
     back_BS = root_B[:, None] - positions_S
     seen_BS = back_BS >= 0
     hidden_BCE = answers.out_BSE[rows_B, at_B][:, None]
-    score_BC = torch.zeros(batch, 1)
-    above_BCN = torch.zeros(batch, 1, 0, dtype=torch.bool)  # which drafted rows each node of the frontier sees
-    node_BC = torch.full((batch, 1), -1)  # the pool's number of each node of the frontier; -1: the root
+    score_BC = torch.zeros(batch, 1, device=device)
+    above_BCN = torch.zeros(
+        batch, 1, 0, dtype=torch.bool, device=device
+    )  # which drafted rows each node of the frontier sees
+    node_BC = torch.full((batch, 1), -1, device=device)  # the pool's number of each node of the frontier; -1: the root
     pool: dict[str, list[Tensor]] = {"score": [], "token": [], "parent": []}
     count = 0
     for level in range(size.depth):
@@ -129,7 +135,7 @@ def _draft(answers: _Answers, rows_B: Tensor, at_B: Tensor, size: TreeSize) -> T
         source_BC = chosen_BC // k
         hidden_BCE = hidden_BCE.gather(1, source_BC[..., None].expand(-1, -1, hidden_BCE.shape[-1]))
         above_BCN = above_BCN.gather(1, source_BC[..., None].expand(-1, -1, above_BCN.shape[-1]))
-        own_BCC = torch.eye(k, dtype=torch.bool).expand(batch, k, k)
+        own_BCC = torch.eye(k, dtype=torch.bool, device=device).expand(batch, k, k)
         above_BCN = torch.cat([above_BCN, own_BCC], dim=-1)
         at_level_B = root_B + 1 + level
         window_BS = seen_BS
@@ -156,9 +162,9 @@ def _followed(answers: _Answers, rows_B: Tensor, at_B: Tensor, pool: dict[str, T
     kept_BM = torch.zeros_like(pool["token"], dtype=torch.bool)
     order = pool["score"].sort(dim=1, descending=True, stable=True).indices[:, :drafted]
     kept_BM.scatter_(1, order, True)
-    node_B = torch.full((len(rows_B),), -1)
-    right_B = torch.zeros(len(rows_B), dtype=torch.int64)
-    going_B = torch.ones(len(rows_B), dtype=torch.bool)
+    node_B = torch.full_like(rows_B, -1)
+    right_B = torch.zeros_like(rows_B)
+    going_B = torch.ones_like(rows_B, dtype=torch.bool)
     for level in range(size.depth):
         place_B = at_B + 2 + level
         said_B = answers.ids_BS[rows_B, place_B.clamp(max=last)]

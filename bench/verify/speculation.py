@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -30,8 +31,7 @@ SAMPLING = {"greedy": Sampling(), "sampled": Sampling(temperature=0.7, top_p=0.9
 def check(recorder: Recorder, model: str, data: tuple[str, ...] = ()) -> dict[str, Any]:
     """Answer generated questions, some behind long documents, and those of JSONL files.
 
-    The first run takes all questions greedily by tree, every fourth one sampled, every eighth by chain and lookup too;
-    the others take every sixteenth of a file's, every fourth generated one, and those behind long documents.
+    A samples file that was begun before is gone on with: all of its rows are counted.
     """
     items = [item for file in data for item in questions((), 200, (0,), file)]
     items += questions(KINDS, 8, (0,), None) + questions(KINDS, 1, (1_500,), None)
@@ -39,31 +39,36 @@ def check(recorder: Recorder, model: str, data: tuple[str, ...] = ()) -> dict[st
         setup = Setup.make(
             model, hosts=hosts, strategy="full" if hosts == 1 else "apb", device="cpu", dtype=dtype, draft=model
         )
-        asked = (
-            items
-            if run == "1 host"
-            else [i for i in items if i.context or i.number % (4 if i.kind in KINDS else 16) == 0]
-        )
-        pairs = [
-            (item, how) for item in asked for how in SAMPLING if how == "greedy" or item.context or item.number % 4 == 0
-        ]
-        if all(f"speculation/{run}/{item.key}/{how}" in recorder.done for item, how in pairs):
+        asked = [(item, how, ways) for item in items for how, ways in _asked(item, first=run == "1 host")]
+        if all(f"speculation/{run}/{item.key}/{how}" in recorder.done for item, how, _ in asked):
             continue
         with Engine.launch(setup) as engine:
-            for item, how in pairs:
-                ways = WAYS if item.context or item.number % 8 == 0 else {"tree": WAYS["tree"]}
+            for item, how, ways in asked:
                 recorder.sample(f"speculation/{run}/{item.key}/{how}", partial(_one, engine, item, how, dtype, ways))
     rows = list(recorder.rows("speculation/"))
     exact = [row for row in rows if row["dtype"] == "float32"]
+    rounded = [row for row in rows if row["dtype"] != "float32"]
     ties = [row for row in exact if row["divergences"]]
     return {
         "ok": all(row["ok"] for row in exact) and len(ties) <= TIES * len(exact),
         "answers": sum(len(row["accepted_length"]) for row in exact),
         "ties": [{"key": row["key"], **row["divergences"]} for row in ties],
         # Nothing is claimed of bfloat16: how many first divergences there are, and how near the decisions were.
-        "bfloat16_answers": sum(len(row["accepted_length"]) for row in rows if row not in exact),
-        "bfloat16_margins": sorted(m for row in rows if row not in exact for m in row["divergences"].values()),
+        "bfloat16_answers": sum(len(row["accepted_length"]) for row in rounded),
+        "bfloat16_margins": sorted(m for row in rounded for m in row["divergences"].values()),
     }
+
+
+def _asked(item: Asked, *, first: bool) -> Iterator[tuple[str, Mapping[str, Decoder]]]:
+    """Yield how a run asks a question: the first takes all greedily by tree, every fourth one sampled, every eighth by
+    chain and lookup too; the others take fewer. Those behind long documents are always asked, in all ways."""
+    every = 1 if first or item.context else 4 if item.kind in KINDS else 16
+    if item.number % every:
+        return
+    ways = WAYS if item.context or item.number % 8 == 0 else {"tree": WAYS["tree"]}
+    yield "greedy", ways
+    if item.context or item.number % 4 == 0:
+        yield "sampled", ways
 
 
 def _one(engine: Engine, item: Asked, how: str, dtype: str, ways: Mapping[str, Decoder]) -> dict[str, Any]:
@@ -88,7 +93,9 @@ def _one(engine: Engine, item: Asked, how: str, dtype: str, ways: Mapping[str, D
 
 def _margin(handle: KVHandle, want: tuple[int, ...], got: tuple[int, ...], sampling: Sampling) -> float:
     """Return how near to a tie the decision was where two answers part."""
-    at = next(i for i in range(len(want)) if i >= len(got) or got[i] != want[i])
+    at = next((i for i in range(len(want)) if i >= len(got) or got[i] != want[i]), None)
+    if at is None:
+        return math.inf  # it went on where plain decoding ended
     rows_SV = handle.score(want[: at + 1], first=at + 1).first
     log_probs_V = rows_SV[at]
     if sampling.temperature == 0:
