@@ -65,7 +65,8 @@ class CudaCapture:
     def begin(self) -> Graph:
         """Capture this thread's launches; those of others, such as NCCL's watchdog, are not ours to forbid."""
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._memory.id, capture_error_mode="thread_local")
+        pool = self._memory.id
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # type: ignore[arg-type]  # torch's own id
         return graph
 
 
