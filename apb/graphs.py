@@ -8,11 +8,13 @@ launch: everything from one layer's attention to the next's. Source: the form is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from burst.errors import UserError
 
 WARM_UPS = 2  # runs before a capture: libraries make their handles and workspaces in the first one
 
@@ -46,7 +48,8 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
-        self._memory = torch.cuda.graph_pool_handle()
+        with torch.cuda.device(device):  # a pool belongs to the current device
+            self._memory = torch.cuda.MemPool()  # held here: a bare handle dies with the last graph that used it
 
     @property
     @contextmanager
@@ -62,21 +65,25 @@ class CudaCapture:
     def begin(self) -> Graph:
         """Capture this thread's launches; those of others, such as NCCL's watchdog, are not ours to forbid."""
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+        pool = self._memory.id
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # type: ignore[arg-type]  # torch's own id
         return graph
 
 
 class Pieces(Generic[T]):
     """``fn(*inputs, cut)`` as graphs between its calls of ``cut``; calls with inputs of the same shapes replay them.
 
-    Everything lies in memory of its own that the next call overwrites: what ``attend`` is given, and the result. What
-    is to last has to be copied.
+    What ``attend`` is given and the result lie in memory that all graphs of one ``capture`` share: they are valid until
+    anything else of that capture runs, these pieces or others. What is to last has to be copied.
     """
 
     def __init__(
         self, fn: Callable[..., T], inputs: Sequence[Tensor], blank: Callable[..., Tensor], capture: Capture
     ) -> None:
-        """``blank`` makes room for what attention will return, given what it is given."""
+        """``blank`` makes room for what attention will return, given what it is given.
+
+        Raises UserError, from what went wrong first, where ``fn`` cannot be captured.
+        """
         self._inputs = [x.clone() for x in inputs]
         self._capture, self._blank = capture, blank
         self._graphs: list[Graph] = []
@@ -84,11 +91,27 @@ class Pieces(Generic[T]):
         with capture.session:
             for _ in range(WARM_UPS):
                 fn(*self._inputs, lambda *given: blank(*given).zero_())
-            self._graphs.append(capture.begin())
-            try:
-                self._result = fn(*self._inputs, self._cut)
-            finally:
-                self._graphs[-1].capture_end()
+            self._result = self._captured(fn)
+
+    def _captured(self, fn: Callable[..., T]) -> T:
+        over = False
+        self._graphs.append(self._capture.begin())
+        try:
+            result = fn(*self._inputs, self._cut)
+            self._graphs[-1].capture_end()
+            over = True
+        except RuntimeError as error:
+            raise UserError(
+                "a step of decoding cannot be captured as a graph",
+                given=str(error).partition("\n")[0],
+                allowed="steps of fixed sizes that read no values, and room for their graphs",
+                remedy="Set decode.graphs=false.",
+            ) from error
+        finally:
+            if not over:
+                with suppress(RuntimeError):  # a capture that failed may have ended already
+                    self._graphs[-1].capture_end()
+        return result
 
     def __call__(self, inputs: Sequence[Tensor], attend: Cut) -> T:
         """Run, with ``attend`` for what the pieces are cut at."""

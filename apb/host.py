@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,7 @@ class Host:
             looks = request.stop and self.transport.rank == cache.owner
             stream = TextStream(self.tokenizer, request.stop) if looks else None
             decoding = Decoding(
-                self._stepping(request.decoder.tree_tokens),
+                self._stepping(request.decoder.step_sizes),
                 self.kernel,
                 self.transport,
                 cache,
@@ -216,13 +216,13 @@ class Host:
             self._tokenizer = load_tokenizer(Path(self.spec.model_path))
         return self._tokenizer
 
-    def _stepping(self, rows: int) -> Adapter:
-        """Return the model for steps of one token, or ``rows``."""
+    def _stepping(self, sizes: Set[int]) -> Adapter:
+        """Return the model for steps, most of which have one of these numbers of tokens."""
         if self.capture is None:
             return self.adapter
         if self._graphed is None:
             self._graphed = GraphedAdapter(self.adapter, self.capture)
-        self._graphed.sizes = {1, rows}
+        self._graphed.only(sizes)
         return self._graphed
 
     def _prefill(self, request: PrefillRequest) -> None:

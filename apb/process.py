@@ -21,10 +21,16 @@ def available_bytes(device: torch.device) -> int:
     free = int(psutil.virtual_memory().available)
     try:
         limit = int((_CGROUP / "memory.max").read_text())
-        used = int((_CGROUP / "memory.current").read_text())
+        used = int((_CGROUP / "memory.current").read_text()) - _cached_bytes()
     except (OSError, ValueError):  # no such control group, or "max"
         return free
     return min(free, max(0, limit - used))
+
+
+def _cached_bytes() -> int:
+    """Return the container's copies of files that the system gives up first when memory is short."""
+    lines = (_CGROUP / "memory.stat").read_text().splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
 
 
 def reset_peak_rss() -> bool:

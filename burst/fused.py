@@ -13,7 +13,8 @@ from torch import Tensor
 TILE = 4096  # numbers of ``out`` a program merges: 32 a thread
 
 
-@triton.jit
+# Numbers that change from step to step, of which no wide access depends: one compilation serves them all.
+@triton.jit(do_not_specialize=["rows", "al_b", "al_h", "bl_b", "bl_h", "l_b", "l_h"])
 def _merge(  # type: ignore[no-untyped-def]
     a_ptr, a_lse_ptr, b_ptr, b_lse_ptr, out_ptr, lse_ptr,
     heads, rows, dim,

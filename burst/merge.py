@@ -5,8 +5,10 @@ Shapes: B batch, H query heads, S queries, E value dim.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
+import shutil
 from collections.abc import Sequence
 from functools import cache
 
@@ -31,7 +33,7 @@ class Accumulator:
     ``out`` 0 and ``lse`` -inf and leaves the rest as it was; a NaN in a part stays visible in the result.
     **The first part is adopted, not copied**: it must stay as it is until the next one is added, and later parts may
     be merged into its memory. Use ``merge`` for tensors that must stay as they are. ``ready`` says whether there is a
-    part yet. On CUDA devices a merge is one Triton kernel (``burst/fused.py``) where Triton is installed.
+    part yet. On CUDA devices a merge is one Triton kernel (``burst/fused.py``) where Triton can run.
 
     Source: Ring Attention's merge in its sigmoid form, which cannot overflow, with a guard for empty parts.
     """
@@ -102,4 +104,8 @@ def _merge_pair(out_BHSE: Tensor, lse_BHS: Tensor, part_BHSE: Tensor, part_lse_B
 
 @cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Return whether Triton can run: it compiles what starts a kernel with the system's C compiler."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    named = importlib.import_module("triton.knobs").build.cc
+    return any(shutil.which(compiler) for compiler in ([named] if named else ["gcc", "clang"]))

@@ -91,6 +91,7 @@ class Oracle:
     name = "oracle"
     needs_head = False
     needs_history = False
+    step_sizes = frozenset[int]()
 
     def generate(self, decoding: Decoding) -> Decoded:
         return speculate(decoding, OracleDrafter(self) if decoding.decides else None, self.tree_tokens)

@@ -34,12 +34,13 @@ class TapedGraph(TorchDispatchMode):
 
     def __init__(self, tape: Tape) -> None:
         super().__init__()
-        self._tape = tape
+        self._tape, self._over = tape, False
         self._calls: list[tuple[Any, Any, Any, list[Tensor], list[bool]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        assert name not in FORBIDDEN, f"{name} cannot be captured"
+        if name in FORBIDDEN:
+            raise RuntimeError(f"{name} cannot be captured")
         out = func(*args, **(kwargs or {}))
         given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         filled = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
@@ -49,6 +50,9 @@ class TapedGraph(TorchDispatchMode):
         return out
 
     def capture_end(self) -> None:
+        if self._over:
+            raise RuntimeError("the capture has ended")
+        self._over = True
         self.__exit__(None, None, None)
 
     def replay(self) -> None:

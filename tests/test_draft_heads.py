@@ -345,7 +345,7 @@ def without(weights: Weights, name: str) -> Weights:
         ({"intermediate_size": None}, "configuration"),
         ({"rope_theta": 0.0}, "rope_theta=0.0"),
         ({"rope_theta": "large"}, "rope_theta='large'"),
-        ({"rope_theta": 1e4, "rope_scaling": {"type": "longrope"}}, "rope_type='longrope'"),
+        ({"rope_theta": 1e4, "rope_scaling": {"type": "longrope"}}, "rope_type=longrope"),
         ({"rope_theta": 1e4, "rope_scaling": {"factor": 2.0}}, "rope_scaling"),
         ({"rope_theta": 1e4, "rope_scaling": {"type": "linear"}}, "configuration lacks or misstates 'factor'"),
         ({"rope_theta": 1e4, "rope_scaling": [2.0]}, "rope_scaling"),
@@ -358,6 +358,14 @@ def test_configurations_that_do_not_fit(target: Target, tmp_path: Path, changes:
     with pytest.raises(UserError) as refused:
         load(write(tmp_path / "head", made, eagle_weights(False, False)), target)
     assert words in str(refused.value) + str(refused.value.given)
+
+
+def test_positions_that_are_not_honoured_are_no_damage(target: Target, tmp_path: Path) -> None:
+    made = config(bias=False) | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    with pytest.raises(UserError, match="positions") as refused:
+        load(write(tmp_path / "head", made, eagle_weights(False, False)), target)
+    assert refused.value.given == "rope_type=dynamic" and refused.value.allowed == "default, linear, llama3, yarn"
+    assert "Copy it again" not in refused.value.remedy
 
 
 def test_files_that_are_no_heads(target: Target, tmp_path: Path) -> None:

@@ -66,6 +66,25 @@ def test_only_cuda_tensors_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     merge([(out, lse), (out, lse)])
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize(
+    "named, there, found",
+    [
+        (None, {"gcc"}, True), (None, {"clang"}, True), (None, set(), False), ("my-cc", {"my-cc"}, True),
+        ("my-cc", {"gcc"}, False),
+    ],
+)  # fmt: skip
+def test_triton_needs_a_compiler(
+    named: str | None, there: set[str], found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knobs = importlib.import_module("triton.knobs")
+    monkeypatch.setattr(knobs.build, "cc", named)
+    monkeypatch.setattr(merging.shutil, "which", lambda name: f"/bin/{name}" if name in there else None)
+    merging._has_triton.cache_clear()
+    assert merging._has_triton() == found
+    merging._has_triton.cache_clear()
+
+
 def test_a_lone_part_is_not_widened() -> None:
     out, lse = torch.ones(1, 2, 3, 4, dtype=torch.bfloat16), torch.zeros(1, 2, 3)
     total = Accumulator()

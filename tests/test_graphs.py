@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -12,14 +13,17 @@ from transformers import GraniteConfig, Phi3Config, PretrainedConfig, Qwen3Confi
 
 from apb.decode import decoder
 from apb.decode.lookup import Lookup
-from apb.graphs import Capture, CudaCapture, Pieces
+from apb.draft.draft import Draft
+from apb.draft.spec import DraftSpec
+from apb.graphs import WARM_UPS, Capture, CudaCapture, Pieces
 from apb.models.adapter import FINAL, Adapter
 from apb.models.graphed import GraphedAdapter
 from apb.strategies import strategy
-from tests.asking import SAMPLED
-from tests.drafting import engine, prompt
+from burst.errors import UserError
+from tests.asking import SAMPLED, VOCAB
+from tests.drafting import draft_head, engine, make_handoff, prompt
 from tests.tape import Tape
-from tests.tiny import TinyEngine, adapt, byte_tokenizer, llama_config, make_prompt, tiny_engine
+from tests.tiny import TinyEngine, adapt, llama_config, tiny_engine
 
 SIZES = {
     "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -91,7 +95,7 @@ class Remembering:
 def both(adapter: Adapter, capture: Capture, rows: int, taps: tuple[int, ...] | None, seed: int) -> None:
     """Compare a step of random tokens with the graphed one, logits and features."""
     graphed = GRAPHED.setdefault(id(capture), GraphedAdapter(adapter, capture))
-    graphed.sizes = {rows}
+    graphed.only({1, 5})
     gen = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 300, (rows,), generator=gen).to(adapter.device)
     at = torch.randint(0, 300, (rows,), generator=gen).to(adapter.device)
@@ -124,7 +128,7 @@ def test_architectures(name: str) -> None:
 
 def test_results_outlive_the_next_step() -> None:
     graphed = GraphedAdapter(adapt(CONFIGS["llama"]), Tape())
-    graphed.sizes = {4}
+    graphed.only({4})
 
     def step(first: int) -> list[Tensor]:
         with torch.inference_mode(), graphed.capturing(()) as features:
@@ -159,8 +163,49 @@ def test_pieces_are_cut_where_attention_is_called() -> None:
         assert one.tolist() == [8 * 2 + 11] * 3 and seen == ["first", "second"] and tape.replays == 3
         two = pieces((torch.full((3,), 1.0), torch.full((3,), 1.0)), attend)
         assert two is one and two.tolist() == [3 * 2 + 2] * 3, "the result lies where the last one lay"
-        with pytest.raises(AssertionError, match="cannot be captured"):
-            Pieces(lambda x, cut: x * float(x.sum()), (torch.ones(2),), lambda x: x, Tape())
+
+
+def test_a_capture_that_fails_says_why() -> None:
+    def reads(x: Tensor, cut: Any) -> Tensor:
+        return cut(x) * float(x.sum())
+
+    def no_room(x: Tensor) -> Tensor:  # is asked between two pieces, when the first one has ended
+        if next(asked) > WARM_UPS:
+            raise torch.OutOfMemoryError("no room")
+        return torch.empty_like(x)
+
+    asked = itertools.count(1)
+    for fn, blank, why in (
+        (reads, torch.empty_like, "item cannot be captured"),
+        (lambda x, cut: cut(x), no_room, "no room"),
+    ):
+        with torch.inference_mode(), pytest.raises(UserError, match=why) as failed:
+            Pieces(fn, (torch.ones(2),), blank, Tape())
+        assert "decode.graphs=false" in failed.value.remedy and isinstance(failed.value.__cause__, RuntimeError)
+        assert float(torch.ones(2).sum()) == 2.0, "nothing is taped any more"
+
+
+def test_graphs_of_other_sizes_are_given_up() -> None:
+    tape = Tape()
+    graphed = GraphedAdapter(adapt(CONFIGS["llama"]), tape)
+    for sizes, captures in (({1, 4}, 2), ({1, 4}, 2), ({1}, 2), ({1, 4}, 3)):
+        graphed.only(sizes)
+        with torch.inference_mode():
+            for rows in (1, 4):
+                ids = torch.arange(rows)
+                graphed.all_logits(ids, ids, Remembering())
+        assert tape.captures == captures
+
+
+def test_trees_sized_by_measured_times_are_verified_without_graphs() -> None:
+    e = engine(2)
+    handle = e.prefill(prompt())
+    auto = decoder("eagle2", depth=3, width=3, tokens=8, tree="auto")
+    want = e.generate(handle.fork(), 20, auto)
+    tapes = taped(e)
+    assert e.generate(handle.fork(), 20, auto).token_ids == want.token_ids
+    assert tapes[0].captures == 0 and tapes[1].captures > 0, "only the owner's draft head has graphs"
+    assert not e.cluster.host(1)._graphed._pieces  # type: ignore[attr-defined]
 
 
 @pytest.mark.gpu
@@ -174,14 +219,24 @@ def test_cuda_graphs_of_architectures(name: str) -> None:
 
 
 @pytest.mark.gpu
+def test_cuda_graphs_share_memory_that_outlives_them() -> None:
+    capture, one = CudaCapture(torch.device("cuda", 0)), torch.ones(3, device="cuda")
+    for _ in range(3):
+        with torch.inference_mode():
+            pieces = Pieces(lambda x, cut: cut(x + 1) * 2, (one,), torch.empty_like, capture)
+            assert pieces((one,), lambda x: x + 1).tolist() == [6.0] * 3
+        del pieces
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("hosts", [1, 3])
 def test_cuda_graphs_decode_the_same_tokens(hosts: int) -> None:
-    adapter = adapt(llama_config(vocab_size=len(byte_tokenizer()), max_position_embeddings=400))
+    adapter = adapt(llama_config(vocab_size=VOCAB, max_position_embeddings=400))
     adapter._model.to("cuda")
     e = tiny_engine(
         adapter, strategy("apb" if hosts > 1 else "full"), hosts, "query" if hosts > 1 else None, device="cuda"
     )
-    handle = e.prefill(dataclasses.replace(make_prompt(150), context_ids=tuple(range(150))))
+    handle = e.prefill(prompt())
     lookup = Lookup(tokens=6)
     found = []
     for graphs in (False, True):
@@ -189,3 +244,21 @@ def test_cuda_graphs_decode_the_same_tokens(hosts: int) -> None:
             e.cluster.host(rank).capture = CudaCapture(adapter.device) if graphs else None  # type: ignore[attr-defined]
         found.append([e.generate(handle.fork(), 30, each).token_ids for each in (decoder("autoregressive"), lookup)])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("tree", ["fixed", "auto"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_answers_outlive_the_graphs_of_earlier_ones(device: str, tree: str) -> None:
+    """With ``auto`` the draft head's steps alone are captured, and no graph is left when an answer ends."""
+    adapter = adapt(llama_config(vocab_size=VOCAB, max_position_embeddings=400), torch.float64)
+    adapter._model.to(device)
+    adapter.draft = Draft(draft_head(adapter).to(device))
+    e = tiny_engine(adapter, strategy("full"), 1, None, device=device)
+    spec = dataclasses.replace(e.setup.spec, draft=DraftSpec("tiny"))
+    e.setup = dataclasses.replace(e.setup, spec=spec, handoff=make_handoff(adapter.draft))
+    handle = e.prefill(prompt())
+    drafting, lengths, found = decoder("eagle2", depth=3, width=3, tokens=8, tree=tree), (3, 3, 30), []
+    for capture in (None, CudaCapture(adapter.device) if device == "cuda" else Tape()):
+        e.cluster.host(0).capture = capture  # type: ignore[attr-defined]
+        found.append([e.generate(handle.fork(), length, drafting).token_ids for length in lengths])
+    assert found[0] == found[1] and len(found[0][-1]) == 30

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,33 +27,26 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     flash_attn._activate.cache_clear()
 
 
-def machine(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], packages: tuple[str, ...]) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(flash_attn, "_has", lambda module: module in packages)
-
-
-BOTH = ("flash_attn_interface", "flash_attn.cute")
-
-
 @pytest.mark.parametrize(
-    "capability, packages, name",
+    "capability, installed, name",
     [
-        ((9, 0), BOTH, "FA3"),
-        ((9, 0), ("flash_attn.cute",), "FA4"),
-        ((10, 0), BOTH, "FA4"),
-        ((10, 0), ("flash_attn_interface",), None),
-        ((8, 0), BOTH, None),
+        ((9, 0), ("FA3", "FA4"), "FA3"),
+        ((9, 0), ("FA4",), None),
+        ((10, 0), ("FA3", "FA4"), "FA4"),
+        ((10, 0), ("FA3",), None),
+        ((8, 0), ("FA3", "FA4"), None),
         ((9, 0), (), None),
     ],
 )
 def test_the_best_for_the_device_is_chosen(
     capability: tuple[int, int],
-    packages: tuple[str, ...],
+    installed: tuple[str, ...],
     name: str | None,
     monkeypatch: pytest.MonkeyPatch,
     told: list[str],
 ) -> None:
-    machine(monkeypatch, capability, packages)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(flash_attn, "installed", lambda: installed)
     assert kernel("auto", HERE, torch.bfloat16).name == ("cuda" if name is None else "flash_attn")
     assert kernel("auto", HERE, torch.float32).name == "cuda", "they take half precision only"
     q = torch.zeros(1, 2, 4, 8, dtype=torch.bfloat16)
@@ -65,9 +60,21 @@ def test_the_best_for_the_device_is_chosen(
     assert told == [name]
 
 
-def test_packages_are_looked_for_without_importing_them() -> None:
-    assert flash_attn._has("torch.nn") and not flash_attn._has("no_such_package.inside")
-    assert not flash_attn._has("torch.no_such_module")
+@pytest.mark.parametrize("cute, cutlass, found", [(True, True, ("FA4",)), (True, False, ()), (False, True, ())])
+def test_a_package_that_cannot_be_imported_is_not_imported(
+    cute: bool, cutlass: bool, found: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = ["flash_attn/__init__.py"] + cute * ["flash_attn/cute/interface.py"] + cutlass * ["cutlass/__init__.py"]
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("raise ImportError('undefined symbol')\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    flash_attn.installed.cache_clear()
+    try:
+        assert flash_attn.installed() == found
+    finally:
+        flash_attn.installed.cache_clear()
+    assert "flash_attn" not in sys.modules and "cutlass" not in sys.modules
 
 
 @pytest.mark.gpu

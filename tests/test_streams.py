@@ -34,6 +34,7 @@ class Event:
     """An event that is recorded once, on a clock that counts records."""
 
     count = 0
+    reached = 0  # the device has come to the record of this number
 
     def __init__(self, enable_timing: bool) -> None:
         assert enable_timing
@@ -41,6 +42,9 @@ class Event:
     def record(self, stream: Stream) -> None:
         Event.count += 1
         self.at = Event.count
+
+    def query(self) -> bool:
+        return self.at <= Event.reached
 
     def elapsed_time(self, other: Event) -> float:
         return 1000.0 * (other.at - self.at)
@@ -153,6 +157,19 @@ def test_waiting_is_what_the_stream_stood_still(world: World) -> None:
     t.settle()
     t.settle()
     assert t.waited_s == 2.0, "each wait's two events are one apart"
+
+
+def test_waits_that_are_over_are_added_up_without_being_asked_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = ProcessGroupTransport(device="cuda")
+    monkeypatch.setattr(Event, "reached", Event.count + 4)  # the end of the second of these waits
+    for number in range(5):
+        t.exchange([], [Message(0, filled(world, number))], kind="kv", step="ring").wait()
+    assert t.waited_s == 2.0 and len(t._stalls) == 3
+    monkeypatch.setattr(Event, "reached", Event.count)
+    t.settle()
+    assert t.waited_s == 5.0 and not t._stalls
 
 
 # -- on real devices ----------------------------------------------------------------------------------------------

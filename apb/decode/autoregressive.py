@@ -15,6 +15,7 @@ class Autoregressive:
     needs_head = False
     needs_history = False
     tree_tokens = 1
+    step_sizes = frozenset({1})
 
     def generate(self, decoding: Decoding) -> Decoded:
         """Decode; a stop token ends the list of ids."""

@@ -175,6 +175,11 @@ class Decoder(Protocol):
         """Most tokens that go through the model at once."""
         ...
 
+    @property
+    def step_sizes(self) -> frozenset[int]:
+        """Numbers of tokens of steps that are worth a graph: those that most steps have."""
+        ...
+
     def generate(self, decoding: Decoding) -> Decoded:
         """Decode until the request ends."""
         ...

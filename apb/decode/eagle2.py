@@ -75,6 +75,11 @@ class Eagle2:
         """Rows of a tree."""
         return self.tokens
 
+    @property
+    def step_sizes(self) -> frozenset[int]:
+        """A root alone, and a whole tree; none where sizes follow times: those of graphs lie on another line."""
+        return frozenset() if self.tree == "auto" else frozenset({1, self.tokens})
+
     def generate(self, decoding: Decoding) -> Decoded:
         """Decode; every host calls this."""
         drafter = None

@@ -44,6 +44,11 @@ class Lookup:
         """Rows of a tree."""
         return self.tokens
 
+    @property
+    def step_sizes(self) -> frozenset[int]:
+        """A root alone, and a whole tree."""
+        return frozenset({1, self.tokens})
+
     def generate(self, decoding: Decoding) -> Decoded:
         """Decode; every host calls this."""
         drafter = None

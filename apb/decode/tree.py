@@ -149,7 +149,8 @@ def walk(tree: Tree, choose: Callable[[int], int]) -> tuple[list[int], list[int]
 def best(x_RN: Tensor, count: int) -> Tensor:
     """Return the indices (R, count) of each row's largest entries, largest first, the earlier of equal ones.
 
-    ``torch.topk`` takes any of equal entries, another one on another device or at another size.
+    There is no NaN among them: it equals nothing, and what would be returned is not their largest. ``torch.topk`` takes
+    any of equal entries, another one on another device or at another size.
     """
     n = x_RN.shape[1]
     least_R1 = x_RN.topk(count, dim=-1).values[:, -1:]

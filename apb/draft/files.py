@@ -128,6 +128,13 @@ def configuration(path: Path) -> dict[str, Any]:
         rope = _rope(config)
     except (TypeError, ValueError) as error:
         raise _damaged(path, f"its configuration names {error}") from error
+    if rope is not None and rope["rope_type"] not in _ROPE_TYPES:
+        raise UserError(
+            f"the positions of the draft head {path} cannot be used",
+            given=f"rope_type={rope['rope_type']}",
+            allowed=", ".join(_ROPE_TYPES),
+            remedy="Choose another head, or train one (apb train eagle model=...).",
+        )
     return config | {"draft_window": own, "draft_sinks": int(config.get("draft_sinks", SINKS)), "draft_rope": rope}
 
 
@@ -146,8 +153,8 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if theta is not None and (not isinstance(theta, int | float) or theta <= 0):
         raise ValueError(f"rope_theta={theta!r}, which is no number above 0")
     kind = found.get("rope_type", found.get("type", None if set(found) - {"rope_theta"} else "default"))
-    if kind not in _ROPE_TYPES:
-        raise ValueError(f"rope_type={kind!r} in {key}, and {', '.join(_ROPE_TYPES)} can be used")
+    if kind is None:
+        raise ValueError(f"{key} without a rope_type")
     return found | {"rope_type": kind} | ({} if theta is None else {"rope_theta": float(theta)})
 
 

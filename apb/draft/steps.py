@@ -16,7 +16,8 @@ _Found = tuple[Tensor, Tensor]
 class HeadSteps:
     """Runs one head; with a ``capture`` as graphs, captured at the first step of each number of rows.
 
-    What it returns may be overwritten by the next step of as many rows.
+    What it returns, and what ``attend`` is given, is valid until anything else of the same ``capture`` runs: another
+    step of any number of rows, or one of the model.
     """
 
     def __init__(self, head: DraftHead, capture: Capture | None = None) -> None:

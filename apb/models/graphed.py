@@ -5,6 +5,7 @@ Shapes: B batch (1), S tokens, H query heads, K kv heads, D head dim, E hidden s
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -31,16 +32,21 @@ class _Cutting:
 
 
 class GraphedAdapter(Adapter):
-    """One host's view of a loaded model: as many tokens as ``sizes`` has run as graphs, others as ever.
+    """One host's view of a loaded model: steps of the sizes given to ``only`` run as graphs, others as ever.
 
     Captured at the first step of each size. Hosts that share a model have graphs of their own.
     """
 
     def __init__(self, adapter: Adapter, capture: Capture) -> None:
         self.__dict__ |= adapter.__dict__
-        self.sizes: set[int] = set()
+        self._sizes: Set[int] = frozenset()
         self._adapter, self._capture = adapter, capture
         self._pieces: dict[tuple[int, bool, tuple[int, ...] | None], Pieces[_Found]] = {}
+
+    def only(self, sizes: Set[int]) -> None:
+        """Run steps of these numbers of tokens as graphs; graphs of other sizes are given up."""
+        self._sizes = sizes
+        self._pieces = {key: pieces for key, pieces in self._pieces.items() if key[0] in sizes}
 
     def run(self, ids_S: Tensor, positions_S: Tensor, attention: Attention, chunk: int | None = None) -> None:
         """As ``Adapter.run``."""
@@ -57,7 +63,7 @@ class GraphedAdapter(Adapter):
         return logits_SV.clone()
 
     def _fits(self, ids_S: Tensor, attention: Attention) -> bool:
-        return len(ids_S) in self.sizes and not attention.needs_projections
+        return len(ids_S) in self._sizes and not attention.needs_projections
 
     def _step(self, ids_S: Tensor, positions_S: Tensor, attention: Attention, wanted: bool) -> Tensor | None:
         features = active_features()

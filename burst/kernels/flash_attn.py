@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,21 +19,22 @@ from burst.errors import UserError
 from burst.kernels import cuda
 from burst.kernels.base import Checked, Kernel
 
-# By the device's major capability, best first: FA3 is written for Hopper, FA4 for Blackwell.
-CHOICES = {9: ("FA3", "FA4"), 10: ("FA4",)}
-PACKAGES = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}
+# By the device's major capability: FA3 is written for Hopper, FA4 for Blackwell (on Hopper it may not split its work).
+CHOICES = {9: "FA3", 10: "FA4"}
 
 
+@cache
 def installed() -> tuple[str, ...]:
-    """Return which of the implementations can be imported; nothing is."""
-    return tuple(name for name, module in PACKAGES.items() if _has(module))
+    """Return which of the implementations are there; none is imported, a broken one harms nobody who asks."""
+    found = {"FA3": importlib.util.find_spec("flash_attn_interface") is not None, "FA4": _has_fa4()}
+    return tuple(name for name, there in found.items() if there)
 
 
 def best(device: torch.device) -> str | None:
     """Return the implementation for a CUDA device; None: torch's own."""
     found = installed()
-    major = torch.cuda.get_device_capability(device)[0] if found else 0
-    return next((name for name in CHOICES.get(major, ()) if name in found), None)
+    name = CHOICES.get(torch.cuda.get_device_capability(device)[0]) if found else None
+    return name if name in found else None
 
 
 def attend(q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -64,16 +66,21 @@ def _activate(device: torch.device) -> None:
         raise UserError(
             "kernel 'flash_attn': no flash-attn 3 or 4 for this device",
             given=f"{device}, installed: {', '.join(installed()) or 'none'}",
-            allowed="FA3 on capability 9, FA4 on 9 and 10",
+            allowed="FA3 on capability 9, FA4 on 10",
             remedy="Install one of them, or choose the kernel 'auto'.",
         )
     if current_flash_attention_impl() != name:
         activate_flash_attention_impl(name)
 
 
-def _has(module: str) -> bool:
-    package = module.partition(".")[0]
-    return importlib.util.find_spec(package) is not None and importlib.util.find_spec(module) is not None
+def _has_fa4() -> bool:
+    # Asking for the spec of flash_attn.cute would import flash_attn. Wheels of flash-attn 2 may carry that folder, too,
+    # but not what it is written in, cutlass.
+    package = importlib.util.find_spec("flash_attn")
+    folders = (package.submodule_search_locations or ()) if package is not None else ()
+    if not any((Path(folder) / "cute" / "interface.py").is_file() for folder in folders):
+        return False
+    return importlib.util.find_spec("cutlass") is not None
 
 
 KERNEL: Kernel = Checked("flash_attn", attend, backward, device="cuda")

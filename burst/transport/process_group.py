@@ -9,6 +9,7 @@ stream has to be recorded with the allocator. ``docs/gpu.md`` has the whole acco
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -131,7 +132,7 @@ class ProcessGroupTransport(Transport):
         self._relay_group = dist.new_group(timeout=timedelta(seconds=timeout_s))
         self._stream: torch.cuda.Stream | None = None
         self._channels: dict[str, dist.ProcessGroup | None] = {}
-        self._stalls: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._stalls: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @classmethod
     def connect(
@@ -222,9 +223,12 @@ class ProcessGroupTransport(Transport):
         return _Works(self, list(zip(works, messages, strict=False)), step)
 
     def settle(self) -> None:
-        for begun, ended in self._stalls:
-            self.waited_s += begun.elapsed_time(ended) / 1000
-        self._stalls = []
+        while self._stalls:
+            self._settle_first()
+
+    def _settle_first(self) -> None:
+        begun, ended = self._stalls.popleft()
+        self.waited_s += begun.elapsed_time(ended) / 1000
 
     # -- for handles --------------------------------------------------------------------------------------------
 
@@ -242,6 +246,8 @@ class ProcessGroupTransport(Transport):
         yield
         ended.record(stream)
         self._stalls.append((begun, ended))
+        while self._stalls and self._stalls[0][1].query():  # those that are over already: nobody may ever settle
+            self._settle_first()
 
     def start_recv(self, message: Message, step: str) -> dist.Work:
         """Post one receive of a relay."""
