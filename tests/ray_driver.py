@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from apb.engine import Engine
+from launch.interrupt import interruptible
 from tests.torchrun_driver import CONTEXT, QUESTION, answer
 
 LONG = tuple(range(2000)) * 20  # tokens, enough to be in the middle of it for seconds
@@ -21,7 +22,8 @@ def say(**document: Any) -> None:
 def main(model: str, what: str, address: str = "") -> None:
     """Start hosts, say their processes, and do ``what``."""
     options = {"address": address} if address else {}
-    with Engine.launch(model, hosts=2 if what == "answer" else 1, cluster="ray", **options) as engine:
+    # As the commands do: Python drops an interrupt that falls into a callback, of Ray's, say.
+    with interruptible(), Engine.launch(model, hosts=2 if what == "answer" else 1, cluster="ray", **options) as engine:
         cluster: Any = engine.cluster
         say(pids=cluster.pids)
         if what == "answer":
