@@ -7,6 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
+from apb.host import HostReport
+from apb.metrics import measured
 from burst.errors import UserError
 from tests.asking import HOSTS, SAMPLED, decoded, engine, ids, prompt
 
@@ -111,3 +113,9 @@ def test_the_handle_knows_where_every_position_lies() -> None:
             with pytest.raises(UserError, match="no such position"):
                 handle.locate(position)
     assert handle.next_position == 165 and e.generate(handle.fork(), max_new_tokens=1).token_ids
+
+
+def test_a_host_that_waits_for_others_does_not_lengthen_the_questions_pass() -> None:
+    early, late = (HostReport(3.0, 10.0, {}, {}, 0, 0, query_s=own) for own in (5.0, 0.4))
+    found = measured([early, late], 10.1)
+    assert (found["prefill_s"], found["query_s"]) == (10.0, 0.4)
