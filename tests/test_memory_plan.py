@@ -104,7 +104,7 @@ def test_no_more_than_planned(
     for rank, host in seen.items():
         planned = plan.memory(rank)
         most = planned["kv"] + planned["activations"]
-        assert 0.65 * most <= host.peak <= most, f"host {rank}: {host.peak / most:.3f} of what is planned"
+        assert 0.7 * most <= host.peak <= most, f"host {rank}: {host.peak / most:.3f} of what is planned"
         assert name == "full" or not host.long, f"host {rank}: as long as the context: {host.long[:3]}"
 
 

@@ -120,7 +120,9 @@ class _Cache:
         scores_BKGT = (q_BKGD @ k_BKTD.transpose(-1, -2)).float() * scale
         scores_BKGT.masked_fill_(hidden_BT[:, None, None], -torch.inf)
         out_BKGD: Tensor = scores_BKGT.softmax(-1).to(v_BKTD.dtype) @ v_BKTD
-        return out_BKGD.flatten(1, 2), scores_BKGT.logsumexp(-1).flatten(1, 2)
+        # Only a merge reads it; without one it would be one more pass over all scores, a layer and token.
+        lse_BKG = scores_BKGT.logsumexp(-1) if self._before else scores_BKGT.new_empty(q_BKGD.shape[:-1])
+        return out_BKGD.flatten(1, 2), lse_BKG.flatten(1, 2)
 
     def _prompts(self, q_SHD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         batch, longest = len(self.lengths_B), int(self.lengths_B.max())
