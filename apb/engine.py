@@ -82,13 +82,15 @@ class Engine:
         context: Text | Prompt,
         query: Text | None = None,
         chat: bool = True,
+        question_first: bool = False,
         on_layer: Callable[[int, int], None] | None = None,
     ) -> KVHandle:
         """Prefill a context over the hosts and run the question, if there is one, over the sharded cache.
 
-        ``context`` and ``query`` are text or token ids; ``chat`` puts them into the chat template (a Prompt has its
-        question and its template already). Without a question the cache is unconditioned: ask with
-        ``handle.fork(query=...)``. ``on_layer(done, total)`` reports progress.
+        ``context`` and ``query`` are text or token ids; ``chat`` puts them into the chat template, ``question_first``
+        the question before the document as well (a Prompt has its question and its template already). Without a
+        question the cache is unconditioned: ask with ``handle.fork(query=...)``. ``on_layer(done, total)`` reports
+        progress.
         """
         start = time.perf_counter()
         if isinstance(context, Prompt) and query is not None:
@@ -98,12 +100,15 @@ class Engine:
                 allowed="a Prompt alone, or context and query",
                 remedy="Make the Prompt with the question, or fork the cache and ask there.",
             )
-        prompt = context if isinstance(context, Prompt) else self.setup.prompt(context, query, chat=chat)
+        if isinstance(context, Prompt):
+            prompt = context
+        else:
+            prompt = self.setup.prompt(context, query, chat=chat, question_first=question_first)
         plan = self.setup.plan(prompt)
         handle_id = next(self._ids)
         requests = [(prefill_request(handle_id, prompt, plan, self.setup.compressor, r),) for r in range(plan.hosts)]
         reports = self._call("prefill", requests, _layers(on_layer))
-        asked = prompt.question if plan.question_len else None
+        asked = prompt.question if plan.question_len or prompt.copy else None
         names = {"model": self.model_path, "cluster": self.cluster.name}
         return KVHandle(
             engine=self,

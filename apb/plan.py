@@ -64,6 +64,7 @@ class PromptLengths:
     head: int  # s: leading context tokens before the document's own text (BOS, system prompt)
     question: int  # l_q: the question's own text, embedded in anchors; 0 when there is none
     query: int  # separator + question + template tail; 0 when there is no question
+    copy: int = 0  # of the context: the question's copy behind the head, separator included; anchors then embed none
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class PrefillPlan:
     lengths: PromptLengths
     anchor_len: int  # l_a on hosts that have a visible anchor
     anchor_skip: int  # s as used: context tokens that stand before the embedded question
-    question_len: int  # l_q as embedded; 0 when the anchor holds no question
+    question_len: int  # l_q in the anchor, embedded or the context's own copy; 0 when it holds no question
     route: Route
     kept_rows: tuple[int, ...]  # rows that each block passes on; blocks are numbered in position order
     exact: bool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from apb.plan import PromptLengths
@@ -40,6 +40,7 @@ class Prompt:
     head: int  # tokens before the document's own text
     question: Question | None
     chat: bool = False  # whether it stands in the chat template: a later question then does, too
+    copy: int = 0  # tokens of the question's copy between head and document, its separator included
 
     @property
     def lengths(self) -> PromptLengths:
@@ -50,6 +51,7 @@ class Prompt:
             head=self.head,
             question=len(q.ids) if q else 0,
             query=len(q.query_ids) if q else 0,
+            copy=self.copy,
         )
 
     @property
@@ -71,6 +73,24 @@ def make_prompt(tokenizer: Any, context: Text, query: Text | None, *, chat: bool
     document = _content(tokenizer, context, "document")
     question = None if query is None else make_question(tokenizer, query, chat=chat)
     return Prompt((*head, *document), len(head), question, chat)
+
+
+def question_first(tokenizer: Any, prompt: Prompt) -> Prompt:
+    """Return the prompt with a copy of its question, and a separator, between head and document as well.
+
+    Every strategy's hosts then read the document knowing the question, and the copy stays in the KV cache. Raises
+    UserError for a prompt without a question, or with a copy already.
+    """
+    if prompt.question is None or prompt.copy:
+        raise UserError(
+            "no question can be put before this document",
+            given="no question" if prompt.question is None else "a prompt that has it there",
+            allowed="a prompt with a question behind the document only",
+            remedy="Leave question_first out, or give a question.",
+        )
+    copy = (*prompt.question.ids, *encode(tokenizer, SEPARATOR, special=False))
+    ids = prompt.context_ids[: prompt.head] + copy + prompt.context_ids[prompt.head :]
+    return replace(prompt, context_ids=ids, copy=len(copy))
 
 
 def make_question(tokenizer: Any, query: Text, *, chat: bool) -> Question:

@@ -15,6 +15,7 @@ from apb.host import HostSpec
 from apb.memory import Answer
 from apb.plan import ModelShape, PrefillPlan
 from apb.prompt import Prompt, Text, make_prompt
+from apb.prompt import question_first as with_question_first
 from apb.strategies import Strategy, strategy
 from burst.errors import UserError
 
@@ -119,8 +120,9 @@ class Setup:
         count = hosts if hosts is not None else chosen.default_hosts or self.hosts
         return dataclasses.replace(self, strategy=chosen, compressor=_compressor(chosen, None), hosts=count)
 
-    def prompt(self, context: Text, query: Text | None, *, chat: bool = True) -> Prompt:
-        """Tokenise a prompt; raises UserError when a part is empty or the template cannot be split."""
+    def prompt(self, context: Text, query: Text | None, *, chat: bool = True, question_first: bool = False) -> Prompt:
+        """Tokenise a prompt, with ``question_first`` the question before the document as well; raises UserError when a
+        part is empty or the template cannot be split."""
         if self.tokenizer is None:
             raise UserError(
                 "random weights read no text",
@@ -128,7 +130,8 @@ class Setup:
                 allowed="a Prompt of token ids, or a model with a tokenizer",
                 remedy="Choose another model, or 'apb bench emulate' and its like for times and bytes.",
             )
-        return make_prompt(self.tokenizer, context, query, chat=chat)
+        made = make_prompt(self.tokenizer, context, query, chat=chat)
+        return with_question_first(self.tokenizer, made) if question_first else made
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Refuse token ids that the model does not have; raises UserError."""

@@ -39,7 +39,7 @@ def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> di
 
 def _checked(setup: Setup, settings: Settings, document: str, question: str, display: Display) -> Setup:
     """Return the setup with its chunks chosen; raises UserError for what does not fit."""
-    prompt = setup.prompt(document, question, chat=settings.chat)
+    prompt = setup.prompt(document, question, chat=settings.chat, question_first=settings.question_first)
     setup, plan = in_chunks(setup, setup.plan(prompt, settings.decode.max_new_tokens), settings, display)
     room = check_fits(setup, plan, settings)
     if room.available is None:
@@ -62,6 +62,7 @@ def _answer(setup: Setup, settings: Settings, document: str, question: str, disp
                 document,
                 question,
                 chat=settings.chat,
+                question_first=settings.question_first,
                 on_layer=lambda done, total: on_progress(what, done, total),
             )
         display.note(f"Prefill: {seconds(time.perf_counter() - start)}", style="dim")

@@ -8,7 +8,7 @@ from typing import Any
 from apb.engine import versions
 from apb.memory import Answer
 from apb.plan import PrefillPlan
-from apb.prompt import Prompt, Question, make_prompt
+from apb.prompt import SEPARATOR, Prompt, Question, encode, make_prompt
 from apb.setup import Setup, needed_bytes
 from apb.strategies.budget import critical_flops
 from burst.errors import UserError
@@ -33,7 +33,10 @@ def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> di
         )
     texts = None if lengths_only else read(arguments, settings.needle_depth)
     setup = make_setup(settings, display, settings.decode)
-    prompt = _blank_prompt(setup, settings) if texts is None else setup.prompt(*texts, chat=settings.chat)
+    if texts is None:
+        prompt = _blank_prompt(setup, settings)
+    else:
+        prompt = setup.prompt(*texts, chat=settings.chat, question_first=settings.question_first)
     answer = settings.decode.answer
     setup, plan = in_chunks(setup, setup.plan(prompt, answer.new_tokens), settings, display)
     _show(plan, answer, setup, settings, display)
@@ -67,8 +70,10 @@ def _blank_prompt(setup: Setup, settings: Settings) -> Prompt:
     assert like.question is not None and settings.context_tokens is not None
     before, after = like.question.before, like.question.after
     own = settings.query_tokens - len(before) - len(after)
+    separator = len(encode(setup.tokenizer, SEPARATOR, special=False))
+    copy = own + separator if settings.question_first else 0
     for key, given, least in (
-        ("context_tokens", settings.context_tokens, like.head + 1),
+        ("context_tokens", settings.context_tokens, like.head + copy + 1),
         ("query_tokens", settings.query_tokens, len(before) + len(after) + 1),
     ):
         if given < least:
@@ -78,7 +83,7 @@ def _blank_prompt(setup: Setup, settings: Settings) -> Prompt:
                 allowed=f"{least} or more",
                 remedy=f"Raise {key}.",
             )
-    return Prompt((0,) * settings.context_tokens, like.head, Question(before, (0,) * own, after, None))
+    return Prompt((0,) * settings.context_tokens, like.head, Question(before, (0,) * own, after, None), copy=copy)
 
 
 def _show(plan: PrefillPlan, answer: Answer, setup: Setup, settings: Settings, display: Display) -> None:

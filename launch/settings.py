@@ -83,6 +83,7 @@ class Settings(Basics):
 
     decode: DecodeSettings
     chat: bool
+    question_first: bool
     needle_depth: float
     chunk_tokens: int | Literal["auto"] | None = "auto"
     compare: bool = False

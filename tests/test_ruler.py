@@ -41,7 +41,7 @@ def test_the_command_measures_resumes_and_draws(model: str, tmp_path: Path, caps
     assert 0 < needle["flops_share"] < 1 and needle["passing_bytes"] > 0
     assert lines["perplexity", "full"]["perplexity"] == pytest.approx(np.exp(-lines["perplexity", "full"]["log_prob"]))
     assert {c["against"] for c in found["comparisons"]} == {"full", "full, question first", "apb + random, 3 hosts"}
-    assert found["plots"] == ["heatmap-1200-report.png", "frontier-1200-report.png"]
+    assert found["plots"] == ["heatmap-1200-report-float32.png", "frontier-1200-report-float32.png"]
     assert all((tmp_path / name).stat().st_size > 5000 for name in found["plots"])
     assert "Differences in log p" in err
 

@@ -98,8 +98,9 @@ def test_the_question_can_stand_first_as_well() -> None:
     made = sample(WORDS, "reading", LENGTH, "report", 0)
     last, first = prompt(WORDS, made), prompt(WORDS, made, question_first=True)
     assert first.question == last.question and first.question is not None
-    assert first.context_ids[first.head :] == last.context_ids[last.head :] == made.document
-    between = WORDS.decode(first.context_ids[last.head : first.head])
+    start = first.head + first.copy
+    assert first.context_ids[start:] == last.context_ids[last.head :] == made.document and first.head == last.head
+    between = WORDS.decode(first.context_ids[first.head : start])
     assert between == f"{made.ask.question}\n\n"
     assert WORDS.decode(first.question.query_ids) == f"\n\n{made.ask.question}\nbot:{made.ask.prefix}"
 

@@ -151,6 +151,27 @@ def test_comparisons_are_paired_and_of_the_chosen_compressor() -> None:
     assert got["star"]["flops_ratio"] == 1.0 and got["full"]["flops_ratio"] == 0.2
 
 
+def test_types_are_kept_apart_but_share_a_choice() -> None:
+    rows = [row(f"apb + {name}", i, p, seeds="choose") for name, p in (("good", -1), ("bad", -2)) for i in range(2)]
+    for dtype, mean in (("float32", -1.0), ("bfloat16", -3.0)):
+        for name in ("full", "apb + good", "apb + bad"):
+            rows += [row(name, i, mean, dtype=dtype) for i in range(3)]
+    lines = {(x["variant"], x["dtype"]): x for x in table(rows) if x["seeds"] == "report"}
+    assert len(lines) == 6 and lines["full", "bfloat16"]["log_prob"] == -3 and lines["full", "float32"]["samples"] == 3
+    found = comparisons(rows)
+    assert [(c["variant"], c["dtype"], c["samples"]) for c in found] == [
+        ("apb + good", "float32", 3),
+        ("apb + good", "bfloat16", 3),
+    ]
+
+
+def test_stars_question_stands_where_the_variants_does() -> None:
+    names = ("apb", "apb, question first", "star", "star, question first")
+    rows = [row(name, i, -1.0) for name in names for i in range(2)]
+    against = {name: {c["against"] for c in comparisons(rows) if c["variant"] == name} for name in names[:2]}
+    assert against == {"apb": {"star"}, "apb, question first": {"star", "star, question first"}}
+
+
 def test_a_choice_takes_two_and_is_made_on_what_both_have() -> None:
     rows = [row("apb + one", i, -1.0, seeds="choose") for i in range(2)]
     assert chosen([*rows, *(row("apb + random", i, -0.5, seeds="choose") for i in range(2))]) == {}
@@ -174,7 +195,7 @@ def test_tables_are_means_with_shares_of_full() -> None:
 def test_what_has_no_full_attention_beside_it_is_not_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [row("star", 0, -1.0, seeds="choose"), row("star", 0, -1.0), row("full", 0, -2.0)]
-    assert draw(table(rows), tmp_path) == ["heatmap-9-report.png", "frontier-9-report.png"]
+    assert draw(table(rows), tmp_path) == ["heatmap-9-report-float32.png", "frontier-9-report-float32.png"]
 
 
 def test_a_store_forgets_a_line_that_was_cut_off(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ class KVHandle:
     """A KV cache on the engine's hosts. Its tokens' KV lies where ``locate`` says; ``metrics`` tell what it cost.
 
     ``exact``: whether the context's KV equals full attention's. ``conditioned_on``: the question whose tokens stood in
-    anchors or drove the selection; None when the cache serves every question alike.
+    anchors, drove the selection or stand before the document; None when the cache serves every question alike.
     """
 
     engine: Engine = field(repr=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Literal
 from apb.compress.base import Compressor
 from apb.plan import HostPlan, ModelShape, PrefillPlan, PromptLengths
 from apb.steps import Attend, GatherAnchor, Pass, Region, Route, Select, Step, TellRows, WaitAnchor, WaitPassing
-from apb.strategies.budget import sent_bytes
+from apb.strategies.budget import anchor_limits, sent_bytes
 from burst.errors import UserError
 
 AnchorForm = Literal["shared", "recomputed"]  # computed once, spread over the hosts; or by every host that sees it
@@ -21,29 +22,34 @@ class Anchor:
     """The anchor that every block but the first sees: its length, and what stands in it."""
 
     tokens: int  # l_a
-    skip: int  # context tokens before the embedded question
-    question: int  # tokens of the embedded question
+    skip: int  # context tokens before the question
+    question: int  # tokens of the question, embedded or the context's own copy
     form: AnchorForm = "recomputed"
     asks: bool = False  # whether a compressor wants the queries of the embedded question
 
 
-def anchor_length(asked: int | None, default: int, skip: int, question: int, first: int) -> int:
-    """Return l_a: what is asked for, or ``default`` within its limits. ``first``: tokens of block 0.
+def make_anchor(
+    lengths: PromptLengths, hosts: int, first: int, asked: int | None, default: int, form: AnchorForm, *, asks: bool
+) -> Anchor:
+    """Return the anchor for hosts whose first block has ``first`` tokens: l_a as ``asked``, or ``default`` within its
+    limits. ``asks``: whether a compressor wants the queries of the question.
 
     Raises UserError for an explicit length that does not fit.
     """
-    least, most = skip + question, first + question
-    if asked is None:
-        return min(max(default, least), most)
-    if not least <= asked <= most:
+    skip = min(lengths.head, first)  # the anchor never reaches beyond block 0
+    if hosts == 1:
+        return Anchor(min(max(default, skip), first), skip, 0, form, asks)
+    least, most = anchor_limits(lengths, first)
+    if asked is not None and not least <= asked <= most:
         raise UserError(
-            f"the anchor must hold {skip} leading tokens and {question} question tokens, and its context part "
+            f"the anchor must hold {skip} leading tokens and the question, {least - skip} tokens, and its context part "
             "must stay inside block 0",
             given=f"strategy.anchor_len={asked}",
             allowed=f"{least} to {most}",
             remedy="Choose a length in that range, or leave strategy.anchor_len out.",
         )
-    return asked
+    tokens = min(max(default, least), most) if asked is None else asked
+    return Anchor(tokens, skip, lengths.question, form, asks)
 
 
 def passing_length(asked: int | None, default: int, smallest: int) -> int:
@@ -99,6 +105,7 @@ def anchored_plan(
     ``coverage``: blocks pass on fewer rows than ``kept_rows`` in layers where fewer cover that share of the scores.
     """
     hosts = len(held)
+    anchor = dataclasses.replace(anchor, asks=anchor.asks and any(kept_rows))
     shared = anchor.form == "shared" and hosts > 1
     bare = [
         _host(rank, numbers, spans, anchor, (0, 0), shared, route, kept_rows, coverage)

@@ -9,12 +9,11 @@ from apb.blocks import blocks
 from apb.compress.base import Compressor
 from apb.plan import ModelShape, PrefillPlan, PromptLengths
 from apb.strategies.anchored import (
-    Anchor,
     AnchorForm,
     adaptive,
-    anchor_length,
     anchored_plan,
     check_coverage,
+    make_anchor,
     passing_length,
 )
 from apb.strategies.base import Strategy
@@ -58,18 +57,16 @@ class APB(Strategy):
         check_coverage(self.passing_coverage, compressor)
         spans = blocks(lengths.context, hosts)
         smallest, first = lengths.context // hosts, spans[0][1]
-        question = lengths.question if hosts > 1 else 0
-        skip = min(lengths.head, first)  # the anchor never reaches beyond block 0
-        anchor = anchor_length(self.anchor_len if hosts > 1 else None, smallest // 4, skip, question, first)
+        asks = compressor is not None and compressor.needs_question
+        anchor = make_anchor(lengths, hosts, first, self.anchor_len, smallest // 4, self.anchor, asks=asks)
         passing = passing_length(self.passing_len, smallest // 8, smallest)
         last_sends = self.passing == "allgather"
         kept = [min(passing, stop - start) for start, stop in spans]
-        # Host 0 offers none of the first l_a positions of the context, as published, though the anchors hold only the
-        # first l_a - l_q of them beside the question: l_q positions of block 0 are neither in an anchor nor passed on.
-        kept[0] = max(0, min(passing, first - anchor))
+        # Host 0 offers none of the first l_a positions of the context, as published, though anchors that embed the
+        # question hold only the first l_a - l_q: l_q positions of block 0 are then neither in an anchor nor passed on.
+        kept[0] = max(0, min(passing, first - anchor.tokens))
         if hosts == 1 or not last_sends:
             kept[-1] = 0
-        asks = compressor is not None and compressor.needs_question and any(kept)
 
         def plan(rows: tuple[int, ...], coverage: float | None) -> PrefillPlan:
             return anchored_plan(
@@ -79,7 +76,7 @@ class APB(Strategy):
                 lengths=lengths,
                 spans=spans,
                 held=[(rank,) for rank in range(hosts)],
-                anchor=Anchor(anchor, skip, question, self.anchor, asks),
+                anchor=anchor,
                 route=self.passing if passing and hosts > 1 else "none",
                 kept_rows=rows,
                 coverage=coverage,

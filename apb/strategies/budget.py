@@ -25,6 +25,24 @@ def sent_bytes(plan: PrefillPlan) -> int:
     return sum(sum(plan.prefill_bytes(r).values()) for r in range(plan.hosts))
 
 
+def anchor_limits(lengths: PromptLengths, first: int) -> tuple[int, int]:
+    """Return the least and the greatest l_a; ``first``: tokens of block 0, which holds the anchor's context tokens.
+
+    Raises UserError where the context's own copy of the question does not lie within block 0.
+    """
+    if not lengths.copy:
+        return min(lengths.head, first) + lengths.question, first + lengths.question
+    least = lengths.head + lengths.copy
+    if least > first:
+        raise UserError(
+            "the question before the document does not lie within the first block, so anchors cannot show it",
+            given=f"{lengths.head} tokens of the template, {lengths.copy} of the question, {first} in the first block",
+            allowed="longer blocks",
+            remedy="Use fewer hosts, or question_first=false.",
+        )
+    return least, first
+
+
 def at_cost(
     strategy: Strategy, lengths: PromptLengths, hosts: int, shape: ModelShape, compressor: Compressor | None
 ) -> PrefillPlan:
@@ -69,7 +87,7 @@ def lengths_within(
     """
     smallest = lengths.context // hosts
     first = plan(None, None).blocks[0][1]  # the anchor's context part stays inside block 0
-    least, most = min(lengths.head, first) + lengths.question, first + lengths.question
+    least, most = anchor_limits(lengths, first)
 
     def within(anchor: int | None, passing: int) -> bool:
         made = plan(anchor, passing)

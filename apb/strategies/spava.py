@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 from apb.blocks import blocks
 from apb.compress.base import Compressor
 from apb.plan import ModelShape, PrefillPlan, PromptLengths
-from apb.strategies.anchored import Anchor, adaptive, anchor_length, anchored_plan, check_coverage, passing_length
+from apb.strategies.anchored import adaptive, anchored_plan, check_coverage, make_anchor, passing_length
 from apb.strategies.base import Strategy
 from apb.strategies.budget import at_cost
 from burst.errors import choose
@@ -53,17 +53,17 @@ class Spava(Strategy):
         spans = blocks(n, count)
         held = [tuple(b for b in (r, 2 * hosts - 1 - r) if b < count) for r in range(hosts)]
         first = spans[0][1]
-        question = lengths.question if hosts > 1 else 0
-        skip = min(lengths.head, first)  # the anchor never reaches beyond block 0
+        asks = compressor is not None and compressor.needs_question
         published = self.lengths == "published"
         default = n // 64 if published else n // hosts // 4
-        anchor = anchor_length(self.anchor_len if hosts > 1 else None, default, skip, question, first)
+        anchor = make_anchor(lengths, hosts, first, self.anchor_len, default, "shared", asks=asks)
         passing = passing_length(self.passing_len, n // 64 if published else n // hosts // 8, n // hosts)
         half = -(-passing // 2)
         kept = [min(half, stop - start) for start, stop in spans]
-        kept[0] = max(0, min(half, first - anchor))  # every other block has these positions in the anchor, as in apb
+        kept[0] = max(
+            0, min(half, first - anchor.tokens)
+        )  # every other block has these positions in the anchor, as in apb
         kept[-1] = 0  # nobody comes after it
-        asks = compressor is not None and compressor.needs_question and any(kept)
 
         def plan(rows: tuple[int, ...], coverage: float | None) -> PrefillPlan:
             return anchored_plan(
@@ -73,7 +73,7 @@ class Spava(Strategy):
                 lengths=lengths,
                 spans=spans,
                 held=held,
-                anchor=Anchor(anchor, skip, question, "shared", asks),
+                anchor=anchor,
                 route="direct" if passing and hosts > 1 else "none",
                 kept_rows=rows,
                 coverage=coverage,

@@ -71,7 +71,7 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
     picked = [
         {**dict(zip(("model", "tokens", "strategy"), k, strict=True)), "compressor": v} for k, v in chosen(rows).items()
     ]
-    _show(lines, stated, samples, display)
+    _show(lines, stated, samples, setup.spec.dtype, display)
     found: dict[str, Any] = {"variant": variant.label, "samples": len(rows), "table": lines, "chosen": picked}
     found |= {"comparisons": stated, "conditions": conditions()}
     return found | _write(found, store, display)
@@ -112,8 +112,11 @@ def _samples(setup: Setup, asked: RulerSettings) -> Samples:
     return Samples(found, longest, asked.seeds)
 
 
-def _show(lines: list[dict[str, Any]], stated: list[dict[str, Any]], samples: Samples, display: Display) -> None:
-    here = [x for x in lines if (x["tokens"], x["seeds"]) == (samples.tokens, samples.seeds)]
+def _show(
+    lines: list[dict[str, Any]], stated: list[dict[str, Any]], samples: Samples, dtype: str, display: Display
+) -> None:
+    asked = {"tokens": samples.tokens, "seeds": samples.seeds, "dtype": dtype}
+    here = [x for x in lines if asked.items() <= x.items()]
     for task in dict.fromkeys(x["task"] for x in here):
         rows = [
             [
@@ -131,13 +134,13 @@ def _show(lines: list[dict[str, Any]], stated: list[dict[str, Any]], samples: Sa
             if x["task"] == task
         ]
         columns = ["", "n", "log p", "KL to full", "accuracy", "2nd: log p", "accuracy", "FLOPs", "passed"]
-        display.table(f"{task}, {samples.tokens} tokens, {samples.seeds} seeds", columns, rows)
+        display.table(f"{task}, {samples.tokens} tokens, {samples.seeds} seeds, {dtype}", columns, rows)
     display.note(
         "log p: of the right answer, nats a token. FLOPs: the busiest host's prefill, share of full attention's. "
         "2nd: another question on the same cache.",
         style="dim",
     )
-    here = [x for x in stated if x["tokens"] == samples.tokens]
+    here = [x for x in stated if (x["tokens"], x["dtype"]) == (samples.tokens, dtype)]
     if here:
         rows = [
             [

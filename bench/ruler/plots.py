@@ -14,21 +14,22 @@ Line = dict[str, Any]  # of summary.table
 
 
 def draw(lines: Sequence[Line], folder: Path) -> list[str]:
-    """Write heat map and frontier for every length and seed set that full attention was measured on; returns the files'
-    names.
+    """Write heat map and frontier for every length, seed set and dtype that full attention was measured on; returns
+    the files' names.
 
     Raises UserError without matplotlib.
     """
     new_figure()  # refuses at once where nothing can be drawn
     written = []
     lines = [line for line in lines if line["less_full"] is not None]
-    for tokens, seeds in sorted({(line["tokens"], line["seeds"]) for line in lines}):
-        here = [line for line in lines if (line["tokens"], line["seeds"]) == (tokens, seeds)]
+    kinds = [(line["tokens"], line["seeds"], line["dtype"]) for line in lines]
+    for tokens, seeds, dtype in sorted(set(kinds)):
+        here = [line for line, kind in zip(lines, kinds, strict=True) if kind == (tokens, seeds, dtype)]
         for name, paint in (("heatmap", _heat_map), ("frontier", _frontier)):
             figure = new_figure()
             paint(figure, here)
-            figure.suptitle(f"{tokens} tokens, {seeds} seeds", fontsize=10)
-            file = f"{name}-{tokens}-{seeds}.png"
+            figure.suptitle(f"{tokens} tokens, {seeds} seeds, {dtype}", fontsize=10)
+            file = f"{name}-{tokens}-{seeds}-{dtype}.png"
             figure.savefig(folder / file, dpi=120)
             written.append(file)
     return written

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from apb.prompt import Prompt, Question, make_prompt, make_question
+from apb.prompt import question_first as with_question_first
 from bench.ruler.base import Ask, Sample, encoder, too_short
 
 
@@ -14,11 +15,7 @@ def prompt(tokenizer: Any, sample: Sample, *, question_first: bool = False) -> P
     methods that show it early show it; the prompt is that much longer."""
     asked = question(tokenizer, sample.ask, chat=sample.chat)
     made = dataclasses.replace(make_prompt(tokenizer, sample.document, None, chat=sample.chat), question=asked)
-    if not question_first:
-        return made
-    before = (*asked.ids, *encoder(tokenizer)("\n\n"))
-    ids = made.context_ids[: made.head] + before + made.context_ids[made.head :]
-    return dataclasses.replace(made, context_ids=ids, head=made.head + len(before))
+    return with_question_first(tokenizer, made) if question_first else made
 
 
 def question(tokenizer: Any, ask: Ask, *, chat: bool) -> Question:

@@ -14,11 +14,12 @@ from bench.ruler.variant import FULL, FULL_FIRST
 
 Row = Mapping[str, Any]
 CHOOSE, REPORT = "choose", "report"
-_PAIR = ("model", "task", "tokens", "seeds", "index")
+_PAIR = ("model", "dtype", "task", "tokens", "seeds", "index")
+_LINE = ("model", "dtype", "tokens", "seeds", "task", "variant")
 
 
 def table(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Return one line a variant, task, length and seed set: means over its samples, with 95% intervals.
+    """Return one line a variant, task, length, seed set and dtype: means over its samples, with 95% intervals.
 
     ``flops_share`` is the busiest host's prefill over full attention's, ``less_full`` the mean difference of
     log-probabilities from full attention's, both over the samples that full attention has, too; ``perplexity`` is of
@@ -27,11 +28,11 @@ def table(rows: Iterable[Row]) -> list[dict[str, Any]]:
     full = _paired(r for r in rows if r["variant"] == FULL)
     groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
-        groups[row["model"], row["tokens"], row["seeds"], row["task"], row["variant"]].append(row)
+        groups[tuple(row[name] for name in _LINE)].append(row)
     out = []
-    for (model, tokens, seeds, task, variant), found in groups.items():
+    for group, found in groups.items():
         both = [(r, full[_pair(r)]) for r in found if _pair(r) in full]
-        line = {"model": model, "tokens": tokens, "seeds": seeds, "task": task, "variant": variant}
+        line: dict[str, Any] = dict(zip(_LINE, group, strict=True))
         line |= {"samples": len(found), "flops_share": None, "less_full": None}
         if both:
             line["flops_share"] = fmean(max(r["prefill_flops"]) / max(f["prefill_flops"]) for r, f in both)
@@ -41,7 +42,7 @@ def table(rows: Iterable[Row]) -> list[dict[str, Any]]:
             values = [r[name] for r in found if r.get(name) is not None]
             line[name] = fmean(values) if values else None
             line[f"{name}_interval"] = interval(values) if values else None
-        line["perplexity"] = math.exp(-line["log_prob"]) if task == "perplexity" else None
+        line["perplexity"] = math.exp(-line["log_prob"]) if line["task"] == "perplexity" else None
         out.append(line)
     return out
 
@@ -76,17 +77,18 @@ def comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return the stated comparisons on the reporting seeds, by log-probability, paired by sample.
 
     Each approximate variant stands against full attention, full attention with the question first, its own strategy
-    with random passing, and star on as many hosts. Where a compressor was chosen on other seeds, only the chosen one
-    is compared. ``p`` is one-sided for "better than", ``p_holm`` corrected for all comparisons returned.
+    with random passing, and star on as many hosts (with the question first as well, where the variant has it there).
+    Where a compressor was chosen on other seeds, only the chosen one is compared. ``p`` is one-sided for "better
+    than", ``p_holm`` corrected for all comparisons returned.
     """
     picked = chosen(rows)
     groups: dict[tuple[Any, ...], dict[str, dict[tuple[Any, ...], Row]]] = {}
     for row in rows:
         if row["seeds"] == REPORT:
-            group = groups.setdefault((row["model"], row["tokens"], row["task"]), {})
+            group = groups.setdefault(tuple(row[name] for name in ("model", "dtype", "tokens", "task")), {})
             group.setdefault(row["variant"], {})[_pair(row)] = row
     found = []
-    for (model, tokens, task), variants in groups.items():
+    for (model, dtype, tokens, task), variants in groups.items():
         for variant, mine in variants.items():
             one = next(iter(mine.values()))
             choice = picked.get((model, tokens, one["base"]))
@@ -95,7 +97,9 @@ def comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
             for other in _others(one, variants):
                 line = _compare(mine, variants[other])
                 if line:
-                    found.append({"tokens": tokens, "task": task, "variant": variant, "against": other} | line)
+                    found.append(
+                        {"dtype": dtype, "tokens": tokens, "task": task, "variant": variant, "against": other} | line
+                    )
     for line, p in zip(found, holm([line["p"] for line in found]), strict=True):
         line["p_holm"] = p
     return found
@@ -108,7 +112,9 @@ def _others(one: Row, variants: Mapping[str, Mapping[tuple[Any, ...], Row]]) -> 
         other = next(iter(theirs.values()))
         same_base = other["base"] == one["base"]
         star = other["strategy"] == "star" and other["hosts"] == one["hosts"] and one["strategy"] != "star"
-        if (other["random"] and same_base and name != one["variant"]) or (star and not other["question_first"]):
+        if (other["random"] and same_base and name != one["variant"]) or (
+            star and other["question_first"] in (False, one["question_first"])
+        ):
             out.append(name)
     return out
 
