@@ -23,7 +23,7 @@ from apb.decode.score import Score
 from apb.decode.text import TextStream
 from apb.kv.handle import KVHandle
 from apb.metrics import added, decoded, measured, prefilled, versions
-from apb.prompt import Prompt, Question, Text, make_question
+from apb.prompt import Prompt, Question, Text, make_question, with_question_first
 from apb.refusals import check_alive, check_gather, check_head, check_open, check_question, check_rank, nothing_pending
 from apb.requests import decode_requests, prefill_request
 from apb.setup import Setup
@@ -87,8 +87,8 @@ class Engine:
     ) -> KVHandle:
         """Prefill a context over the hosts and run the question, if there is one, over the sharded cache.
 
-        ``context`` and ``query`` are text or token ids; ``chat`` puts them into the chat template, ``question_first``
-        the question before the document as well (a Prompt has its question and its template already). Without a
+        ``context`` and ``query`` are text or token ids; ``chat`` puts them into the chat template (a Prompt has its
+        question and its template already); ``question_first`` puts the question before the document as well. Without a
         question the cache is unconditioned: ask with ``handle.fork(query=...)``. ``on_layer(done, total)`` reports
         progress.
         """
@@ -100,15 +100,14 @@ class Engine:
                 allowed="a Prompt alone, or context and query",
                 remedy="Make the Prompt with the question, or fork the cache and ask there.",
             )
-        if isinstance(context, Prompt):
-            prompt = context
-        else:
-            prompt = self.setup.prompt(context, query, chat=chat, question_first=question_first)
+        prompt = context if isinstance(context, Prompt) else self.setup.prompt(context, query, chat=chat)
+        if question_first:
+            prompt = with_question_first(self.setup.tokenizer, prompt)
         plan = self.setup.plan(prompt)
         handle_id = next(self._ids)
         requests = [(prefill_request(handle_id, prompt, plan, self.setup.compressor, r),) for r in range(plan.hosts)]
         reports = self._call("prefill", requests, _layers(on_layer))
-        asked = prompt.question if plan.question_len or prompt.copy else None
+        asked = prompt.question if plan.question_len or prompt.copied else None
         names = {"model": self.model_path, "cluster": self.cluster.name}
         return KVHandle(
             engine=self,

@@ -64,7 +64,7 @@ class PromptLengths:
     head: int  # s: leading context tokens before the document's own text (BOS, system prompt)
     question: int  # l_q: the question's own text, embedded in anchors; 0 when there is none
     query: int  # separator + question + template tail; 0 when there is no question
-    copy: int = 0  # of the context: the question's copy behind the head, separator included; anchors then embed none
+    copied: int = 0  # of the context: the question's copy behind the head, separator included; anchors then embed none
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class PrefillPlan:
     shape: ModelShape
     lengths: PromptLengths
     anchor_len: int  # l_a on hosts that have a visible anchor
-    anchor_skip: int  # s as used: context tokens that stand before the embedded question
+    anchor_skip: int  # s as used: context tokens that stand before the question
     question_len: int  # l_q in the anchor, embedded or the context's own copy; 0 when it holds no question
     route: Route
     kept_rows: tuple[int, ...]  # rows that each block passes on; blocks are numbered in position order
@@ -174,7 +174,7 @@ class PrefillPlan:
         return next((step.coverage for step in selects), None)
 
     def question_rows(self, rank: int) -> tuple[int, int]:
-        """Rows [start, stop) of the embedded question among the anchor tokens that host ``rank`` runs."""
+        """Rows [start, stop) of the question among the anchor tokens that host ``rank`` runs."""
         host, asked = self.host_plans[rank], self.anchor_skip + self.question_len
         rows = [min(max(at - host.anchor_start, 0), host.anchor_len) for at in (self.anchor_skip, asked)]
         return rows[0], rows[1]

@@ -40,7 +40,7 @@ class Prompt:
     head: int  # tokens before the document's own text
     question: Question | None
     chat: bool = False  # whether it stands in the chat template: a later question then does, too
-    copy: int = 0  # tokens of the question's copy between head and document, its separator included
+    copied: int = 0  # tokens of the question's copy between head and document, its separator included
 
     @property
     def lengths(self) -> PromptLengths:
@@ -51,7 +51,7 @@ class Prompt:
             head=self.head,
             question=len(q.ids) if q else 0,
             query=len(q.query_ids) if q else 0,
-            copy=self.copy,
+            copied=self.copied,
         )
 
     @property
@@ -75,22 +75,25 @@ def make_prompt(tokenizer: Any, context: Text, query: Text | None, *, chat: bool
     return Prompt((*head, *document), len(head), question, chat)
 
 
-def question_first(tokenizer: Any, prompt: Prompt) -> Prompt:
-    """Return the prompt with a copy of its question, and a separator, between head and document as well.
+def with_question_first(tokenizer: Any, prompt: Prompt) -> Prompt:
+    """Return the prompt with a copy of its question between head and document, and a separator if it is text.
 
     Every strategy's hosts then read the document knowing the question, and the copy stays in the KV cache. Raises
-    UserError for a prompt without a question, or with a copy already.
+    UserError for a prompt without a question behind its document, or with a copy already.
     """
-    if prompt.question is None or prompt.copy:
+    question = prompt.question
+    in_head = question is not None and prompt.chat and not question.before and question.text is None
+    if question is None or prompt.copied or in_head:
         raise UserError(
             "no question can be put before this document",
-            given="no question" if prompt.question is None else "a prompt that has it there",
+            given="no question" if question is None else "a prompt that has it there",
             allowed="a prompt with a question behind the document only",
             remedy="Leave question_first out, or give a question.",
         )
-    copy = (*prompt.question.ids, *encode(tokenizer, SEPARATOR, special=False))
+    text = prompt.chat or question.text is not None
+    copy = (*question.ids, *(encode(tokenizer, SEPARATOR, special=False) if text else ()))
     ids = prompt.context_ids[: prompt.head] + copy + prompt.context_ids[prompt.head :]
-    return replace(prompt, context_ids=ids, copy=len(copy))
+    return replace(prompt, context_ids=ids, copied=len(copy))
 
 
 def make_question(tokenizer: Any, query: Text, *, chat: bool) -> Question:

@@ -20,7 +20,7 @@ def prefill_request(
     """Return what one host needs of the prompt."""
     host, context, question = plan.host_plans[rank], prompt.context_ids, prompt.question
     # With a copy of the question in the context, the anchor is the context's own beginning.
-    asked = question.ids if question and plan.question_len and not prompt.copy else ()
+    asked = question.ids if question and plan.question_len and not prompt.copied else ()
     s = plan.anchor_skip
     anchor = context[:s] + asked + context[s : max(s, plan.anchor_len - len(asked))]
     delta = len(context) + len(question.before) - plan.anchor_skip if question else 0

@@ -14,8 +14,7 @@ from apb.draft.spec import DraftSpec
 from apb.host import HostSpec
 from apb.memory import Answer
 from apb.plan import ModelShape, PrefillPlan
-from apb.prompt import Prompt, Text, make_prompt
-from apb.prompt import question_first as with_question_first
+from apb.prompt import Prompt, Text, make_prompt, with_question_first
 from apb.strategies import Strategy, strategy
 from burst.errors import UserError
 
@@ -147,6 +146,14 @@ class Setup:
     def plan(self, prompt: Prompt, new_tokens: int = 0) -> PrefillPlan:
         """Return the plan for a prompt; raises UserError when it cannot be done as asked, before anything is loaded."""
         self.check_ids(prompt.token_ids)
+        first = prompt.context_ids[prompt.head : prompt.head + prompt.copied]
+        if prompt.copied and (prompt.question is None or first[: len(prompt.question.ids)] != prompt.question.ids):
+            raise UserError(
+                "another question stands before this document",
+                given="no question" if prompt.question is None else f"{len(prompt.question.ids)} other tokens",
+                allowed="the question whose copy is in the context",
+                remedy="Prefill with that one and fork the cache, or leave question_first out.",
+            )
         plan = self.strategy.plan(prompt.lengths, self.hosts, self.shape, self.compressor)
         plan = dataclasses.replace(plan, chunk_tokens=self.chunk_tokens, draft=self.handoff)
         scorer = self.compressor

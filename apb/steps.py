@@ -48,8 +48,8 @@ class WaitPassing:
 
 @dataclass(frozen=True)
 class GatherAnchor:
-    """Start giving every host every host's share of the anchor's keys and values, and of the embedded question's
-    queries when a compressor wants them (``question``)."""
+    """Start giving every host every host's share of the anchor's keys and values, and of the question's queries in it
+    when a compressor wants them (``question``)."""
 
     question: bool
 

@@ -97,7 +97,7 @@ def sizes(
     s = min(s, lengths[0])
     quarter, eighth = (n // 64, n // 64) if published else (n // hosts // 4, n // hosts // 8)
     # With a copy of the question in the context, the anchor is the context's beginning, and embeds none.
-    least, most = (s + prompt.copy, lengths[0]) if prompt.copy else (s + l_q, lengths[0] + l_q)
+    least, most = (s + prompt.copied, lengths[0]) if prompt.copied else (s + l_q, lengths[0] + l_q)
     l_a = anchor_len if anchor_len is not None else min(max(quarter, least), most)
     l_p = passing_len if passing_len is not None else max(1, eighth)
     if strategy == "spava":
@@ -137,7 +137,7 @@ class _Dense:
         kind: list[int] = []
         number: list[int] = []
         context, question = prompt.context_ids, prompt.question
-        asked = question.ids if question and sizes.question and not prompt.copy else ()
+        asked = question.ids if question and sizes.question and not prompt.copied else ()
 
         def put(tokens: tuple[int, ...], start: int, what: int, rank: int) -> None:
             ids.extend(tokens)

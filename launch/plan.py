@@ -71,9 +71,9 @@ def _blank_prompt(setup: Setup, settings: Settings) -> Prompt:
     before, after = like.question.before, like.question.after
     own = settings.query_tokens - len(before) - len(after)
     separator = len(encode(setup.tokenizer, SEPARATOR, special=False))
-    copy = own + separator if settings.question_first else 0
+    copied = own + separator if settings.question_first else 0
     for key, given, least in (
-        ("context_tokens", settings.context_tokens, like.head + copy + 1),
+        ("context_tokens", settings.context_tokens, like.head + copied + 1),
         ("query_tokens", settings.query_tokens, len(before) + len(after) + 1),
     ):
         if given < least:
@@ -83,7 +83,7 @@ def _blank_prompt(setup: Setup, settings: Settings) -> Prompt:
                 allowed=f"{least} or more",
                 remedy=f"Raise {key}.",
             )
-    return Prompt((0,) * settings.context_tokens, like.head, Question(before, (0,) * own, after, None), copy=copy)
+    return Prompt((0,) * settings.context_tokens, like.head, Question(before, (0,) * own, after, None), copied=copied)
 
 
 def _show(plan: PrefillPlan, answer: Answer, setup: Setup, settings: Settings, display: Display) -> None:

@@ -138,13 +138,21 @@ def test_random_selection_takes_any_seed(seed: int) -> None:
 
 # -- plans as data --------------------------------------------------------------------------------------
 
+
+def _consistent(x: PromptLengths) -> PromptLengths:
+    """Lengths that a prompt can have; a copy of the question, if there is one, lies within the first of 64 blocks."""
+    copied = x.question + 2 if x.copied and x.question and x.head + x.question + 2 <= x.context // 64 else 0
+    return dataclasses.replace(x, head=min(x.head, x.context), query=max(x.query, x.question), copied=copied)
+
+
 LENGTHS = st.builds(
     PromptLengths,
     context=st.integers(1, 5000),
     head=st.integers(0, 60),
     question=st.integers(0, 80),
     query=st.integers(0, 120),
-).map(lambda x: dataclasses.replace(x, head=min(x.head, x.context), query=max(x.query, x.question)))
+    copied=st.sampled_from([0, 1]),
+).map(_consistent)
 STRATEGIES = st.sampled_from([strategy("star"), strategy("apb"), strategy("apb", passing="allgather")])
 SCORERS = st.sampled_from(["query", "norm"])
 

@@ -98,7 +98,7 @@ def test_the_question_can_stand_first_as_well() -> None:
     made = sample(WORDS, "reading", LENGTH, "report", 0)
     last, first = prompt(WORDS, made), prompt(WORDS, made, question_first=True)
     assert first.question == last.question and first.question is not None
-    start = first.head + first.copy
+    start = first.head + first.copied
     assert first.context_ids[start:] == last.context_ids[last.head :] == made.document and first.head == last.head
     between = WORDS.decode(first.context_ids[first.head : start])
     assert between == f"{made.ask.question}\n\n"

@@ -25,7 +25,7 @@ class Anchor:
     skip: int  # context tokens before the question
     question: int  # tokens of the question, embedded or the context's own copy
     form: AnchorForm = "recomputed"
-    asks: bool = False  # whether a compressor wants the queries of the embedded question
+    asks: bool = False  # whether a compressor wants the queries of the question in it
 
 
 def make_anchor(
@@ -38,7 +38,7 @@ def make_anchor(
     """
     skip = min(lengths.head, first)  # the anchor never reaches beyond block 0
     if hosts == 1:
-        return Anchor(min(max(default, skip), first), skip, 0, form, asks)
+        return Anchor(0, skip, 0, form, asks)
     least, most = anchor_limits(lengths, first)
     if asked is not None and not least <= asked <= most:
         raise UserError(
@@ -117,7 +117,8 @@ def anchored_plan(
     shares = even_shares(work, anchor.tokens if shared else 0, per_token)
     for rank, (start, stop) in enumerate(itertools.pairwise(itertools.accumulate(shares, initial=0))):
         if not shared:
-            # Block 0 has no anchor; its host runs the head of it beside the block when its compressor asks.
+            # Block 0 has no anchor; its host runs the head of it beside the block when its compressor asks, though with
+            # a copy of the question in the context these are the block's own first rows.
             beside = anchor.skip + anchor.question if anchor.asks and kept_rows[0] else 0
             start, stop = 0, anchor.tokens if rank else beside
         plans.append(_host(rank, held[rank], spans, anchor, (start, stop), shared, route, kept_rows, coverage))

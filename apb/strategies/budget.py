@@ -30,14 +30,14 @@ def anchor_limits(lengths: PromptLengths, first: int) -> tuple[int, int]:
 
     Raises UserError where the context's own copy of the question does not lie within block 0.
     """
-    if not lengths.copy:
+    if not lengths.copied:
         return min(lengths.head, first) + lengths.question, first + lengths.question
-    least = lengths.head + lengths.copy
+    least = lengths.head + lengths.copied
     if least > first:
         raise UserError(
             "the question before the document does not lie within the first block, so anchors cannot show it",
-            given=f"{lengths.head} tokens of the template, {lengths.copy} of the question, {first} in the first block",
-            allowed="longer blocks",
+            given=f"{least} tokens up to the question's end, of which the first block holds {first}",
+            allowed="questions within the first block",
             remedy="Use fewer hosts, or question_first=false.",
         )
     return least, first

@@ -60,9 +60,8 @@ class Spava(Strategy):
         passing = passing_length(self.passing_len, n // 64 if published else n // hosts // 8, n // hosts)
         half = -(-passing // 2)
         kept = [min(half, stop - start) for start, stop in spans]
-        kept[0] = max(
-            0, min(half, first - anchor.tokens)
-        )  # every other block has these positions in the anchor, as in apb
+        # Every other block has the first l_a positions in the anchor, as in apb.
+        kept[0] = max(0, min(half, first - anchor.tokens))
         kept[-1] = 0  # nobody comes after it
 
         def plan(rows: tuple[int, ...], coverage: float | None) -> PrefillPlan:

@@ -10,6 +10,7 @@ from apb.compress.base import Compressor
 from apb.plan import ModelShape, PrefillPlan, PromptLengths
 from apb.strategies.anchored import Anchor, anchored_plan
 from apb.strategies.base import Strategy
+from apb.strategies.budget import anchor_limits
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,11 @@ class Star(Strategy):
     def plan(
         self, lengths: PromptLengths, hosts: int, shape: ModelShape, compressor: Compressor | None = None
     ) -> PrefillPlan:
-        """Return the plan: the anchor is the whole first block, without the question."""
+        """Return the plan: the anchor is the whole first block, without a question of its own. Raises UserError for
+        a copy of the question beyond that block."""
         spans = blocks(lengths.context, hosts)
+        if hosts > 1 and lengths.copied:
+            anchor_limits(lengths, spans[0][1])  # refuses a copy of the question that anchors would cut
         return anchored_plan(
             strategy=self.name,
             compressor=None,

@@ -115,15 +115,17 @@ def _frontier(axes: Any, lines: Sequence[Row]) -> None:
     axes.set_ylabel(axes.get_ylabel(), fontsize=7)
     tasks, samples = len({line["task"] for line in lines}), {line["samples"] for line in lines}
     each = "-".join(map(str, sorted({min(samples), max(samples)})))
-    what = f"{lines[0]['model']}, {lines[0]['tokens']:,} tokens, {tasks} task(s) of {each} samples"
+    what = f"{lines[0]['model']}, {lines[0]['dtype']}, {lines[0]['tokens']:,} tokens, {tasks} task(s) of {each} samples"
     axes.set_title(f"log-probability of the right answer, over cost\n{what}", fontsize=8)
     axes.legend(fontsize=5)
 
 
 def _longest(lines: Sequence[Row]) -> list[Row]:
-    """The lines of the last model, at its greatest length."""
+    """The lines of the last model, at its greatest length, of the last dtype."""
     (*_, mine) = groups(lines, "model").values()
-    return groups(mine, "tokens")[max(line["tokens"] for line in mine),]
+    longest = groups(mine, "tokens")[max(line["tokens"] for line in mine),]
+    (*_, mine) = groups(longest, "dtype").values()
+    return mine
 
 
 def _series(rows: Sequence[Row], over: str, held: str) -> list[Row]:

@@ -52,7 +52,7 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
     variants = list({v.label: v for v in (*others, variant)}.values())
     samples = _samples(setup, asked)
     for each in variants:  # what cannot be done is said before anything is loaded
-        for one in samples.items[:: asked.samples]:
+        for one in filter(each.takes, samples.items[:: asked.samples]):
             asked_for = each.prompt(one)
             each.fitted(asked_for.lengths).plan(asked_for, one.ask.new_tokens)
     store = Store(Path(common.out) if common.out else None)

@@ -43,7 +43,7 @@ def run(
         (variant, sample, _key(variant, sample, decode))
         for variant in variants
         for sample in samples.items
-        if sample.chat or not variant.question_first  # a text that is continued has no question to put first
+        if variant.takes(sample)
     ]
     todo = [each for each in todo if each[2] not in store]
     with _engines(cluster) as engine_of:

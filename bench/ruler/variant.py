@@ -61,6 +61,10 @@ class Variant:
             parts.append(", question not known")
         return "".join(parts) + (", question first" if self.question_first else "")
 
+    def takes(self, sample: Sample) -> bool:
+        """Whether it can be asked; a text that is continued has no question to put first."""
+        return sample.chat or not self.question_first
+
     def prompt(self, sample: Sample) -> Prompt:
         """Return what is prefilled of a sample."""
         made = prompt(self.setup.tokenizer, sample, question_first=self.question_first)
