@@ -16,7 +16,7 @@ from apb.strategies import strategy
 from apb.strategies.budget import critical_flops, sent_bytes
 from bench.ruler.budget import fit
 from bench.ruler.measure import divergence
-from bench.ruler.plots import draw
+from bench.ruler.plots import comparable, draw
 from bench.ruler.stats import holm, interval, sign_flip
 from bench.ruler.store import FILE, Store
 from bench.ruler.summary import chosen, comparisons, table
@@ -196,6 +196,15 @@ def test_what_has_no_full_attention_beside_it_is_not_drawn(tmp_path: Path) -> No
     pytest.importorskip("matplotlib")
     rows = [row("star", 0, -1.0, seeds="choose"), row("star", 0, -1.0), row("full", 0, -2.0)]
     assert draw(table(rows), tmp_path) == ["heatmap-9-report-float32.png", "frontier-9-report-float32.png"]
+
+
+def test_means_over_tasks_are_of_tasks_that_ask() -> None:
+    asked = [row(name, 0, -1.0, task="vt") for name in ("full", "star", "full, question first")]
+    lines = table([*asked, row("full", 0, -1.0, task="perplexity"), row("star", 0, -1.0, task="perplexity")])
+    assert {x["variant"] for x in comparable(lines)} == {"full", "star", "full, question first"}
+    assert {x["task"] for x in comparable(lines)} == {"vt"}
+    texts = [line for line in lines if line["task"] == "perplexity"]
+    assert comparable(texts) == texts
 
 
 def test_a_store_forgets_a_line_that_was_cut_off(tmp_path: Path) -> None:

@@ -72,7 +72,11 @@ def frontier(axes: Any, lines: Sequence[Line]) -> None:
 
 
 def comparable(lines: Sequence[Line]) -> list[Line]:
-    """Return the lines of the variants that were measured on all tasks: means over other tasks would not compare."""
+    """Return the lines of the variants that were measured on all tasks: means over other tasks would not compare.
+
+    Texts that are continued, which no question can stand before, are left out beside tasks that ask.
+    """
+    lines = [line for line in lines if line["perplexity"] is None] or lines
     tasks = {line["task"] for line in lines}
     seen = {variant: {x["task"] for x in lines if x["variant"] == variant} for variant in {x["variant"] for x in lines}}
     return [line for line in lines if seen[line["variant"]] == tasks]
