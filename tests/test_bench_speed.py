@@ -130,7 +130,8 @@ def test_growth_of_bytes_is_in_the_report(apb: Any, results: Path) -> None:
 
 def test_what_speed_costs_is_in_the_figure(apb: Any, tmp_path: Path) -> None:
     def row(variant: str, tokens: int, index: int, flops: float, log_prob: float, seeds: str = "report") -> Row:
-        about = {"model": "m", "task": "vt", "variant": variant, "tokens": tokens, "seeds": seeds, "index": index}
+        about = {"model": "m", "dtype": "float32", "task": "vt", "variant": variant}
+        about |= {"tokens": tokens, "seeds": seeds, "index": index}
         return about | {"prefill_flops": [flops], "log_prob": log_prob, "passing_bytes": 0, "sent_bytes": 0}
 
     rows = [row("full", tokens, index, 10.0, -1.0) for tokens in (100, 200) for index in range(2)]
@@ -148,7 +149,7 @@ def test_what_speed_costs_is_in_the_figure(apb: Any, tmp_path: Path) -> None:
     ran = apb("bench", "report", f"bench.results={tmp_path}", f"bench.figure={figure}", "bench.growth_hosts=[2]")
     assert ran.document["rows"]["ruler"] == 6
     assert f"![Log-probability against cost]({figure})" in ran.document["text"]
-    assert "m, 200 tokens, 2 task(s) of 1-2 samples" in figure.read_text()
+    assert "m, float32, 200 tokens, 2 task(s) of 1-2 samples" in figure.read_text()
     lines = read(tmp_path)["ruler"]
     ring = {**lines[0], "variant": "ring", "task": "vt"}
     assert comparable([*lines, ring]) == lines  # ring was measured on one task of two
