@@ -151,6 +151,24 @@ def test_comparisons_are_paired_and_of_the_chosen_compressor() -> None:
     assert got["star"]["flops_ratio"] == 1.0 and got["full"]["flops_ratio"] == 0.2
 
 
+def test_a_choice_holds_at_other_costs_but_not_for_another_prompt() -> None:
+    def choosing(strategy: str, good: str, bad: str) -> list[dict[str, Any]]:
+        by = ((good, -1.0), (bad, -2.0))
+        return [row(strategy, i, p, base=strategy, compressor=c, seeds="choose") for c, p in by for i in (0, 1)]
+
+    rows = choosing("apb, 8 hosts", "a", "b") + choosing("apb, 8 hosts, question first", "b", "a")
+    for base in ("apb, 8 hosts, at star's FLOPs", "apb, 8 hosts, at 9 bytes, question first", "spava, 8 hosts"):
+        for scorer in ("a", "b"):
+            rows += [row(f"{base} {scorer}", i, -1.0, base=base, compressor=scorer) for i in (0, 1)]
+    rows += [row("full", i, -1.0) for i in (0, 1)]
+    assert [c["variant"] for c in comparisons(rows)] == [
+        "apb, 8 hosts, at star's FLOPs a",
+        "apb, 8 hosts, at 9 bytes, question first b",
+        "spava, 8 hosts a",
+        "spava, 8 hosts b",
+    ]
+
+
 def test_types_are_kept_apart_but_share_a_choice() -> None:
     rows = [row(f"apb + {name}", i, p, seeds="choose") for name, p in (("good", -1), ("bad", -2)) for i in range(2)]
     for dtype, mean in (("float32", -1.0), ("bfloat16", -3.0)):
