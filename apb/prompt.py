@@ -79,15 +79,23 @@ def with_question_first(tokenizer: Any, prompt: Prompt) -> Prompt:
     """Return the prompt with a copy of its question between head and document, and a separator if it is text.
 
     Every strategy's hosts then read the document knowing the question, and the copy stays in the KV cache. Raises
-    UserError for a prompt without a question behind its document, or with a copy already.
+    UserError for a prompt without a question, with a copy already, or that closes a turn after its document instead of
+    asking (its question came before), and without a tokenizer where there is a separator.
     """
-    question = prompt.question
-    in_head = question is not None and prompt.chat and not question.before and question.text is None
-    if question is None or prompt.copied or in_head:
+    question, wrong = prompt.question, None
+    if question is None:
+        wrong = "no question"
+    elif prompt.copied:
+        wrong = "a prompt that has it there"
+    elif prompt.chat and question.text is None and not question.before:
+        wrong = "a prompt with nothing but the template's own text behind the document"
+    elif tokenizer is None and (prompt.chat or question.text is not None):
+        wrong = "random weights, which read no text"
+    if question is None or wrong is not None:
         raise UserError(
             "no question can be put before this document",
-            given="no question" if question is None else "a prompt that has it there",
-            allowed="a prompt with a question behind the document only",
+            given=wrong,
+            allowed="a question behind the document, and the model's tokenizer",
             remedy="Leave question_first out, or give a question.",
         )
     text = prompt.chat or question.text is not None

@@ -152,7 +152,7 @@ class Setup:
                 "another question stands before this document",
                 given="no question" if prompt.question is None else f"{len(prompt.question.ids)} other tokens",
                 allowed="the question whose copy is in the context",
-                remedy="Prefill with that one and fork the cache, or leave question_first out.",
+                remedy="Prefill with that one and fork the cache, or make a Prompt for the new one.",
             )
         plan = self.strategy.plan(prompt.lengths, self.hosts, self.shape, self.compressor)
         plan = dataclasses.replace(plan, chunk_tokens=self.chunk_tokens, draft=self.handoff)

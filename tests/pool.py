@@ -95,7 +95,7 @@ class Pool:
 
 @functools.cache
 def shared_pool(world: int) -> Pool:
-    """Return the pool of that size that all tests share; it ends with the test session.
+    """Return the pool of that size that all tests of this process share; it ends with them.
 
     Take it before virtual hosts run: processes are forked when it is first asked for, and a fork takes along locks that
     threads hold.

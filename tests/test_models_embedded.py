@@ -214,9 +214,7 @@ def test_flipped_bits_in_the_weights_are_found_by_the_full_check(fake: tuple[Emb
 
 
 def test_embedded_model(embedded_path: Path) -> None:
-    started = time.perf_counter()
     assert resolve("smollm2-135m") == embedded_path
-    assert time.perf_counter() - started < 0.5
     tokenizer = load_tokenizer(embedded_path)
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True

@@ -151,7 +151,7 @@ LENGTHS = st.builds(
     head=st.integers(0, 60),
     question=st.integers(0, 80),
     query=st.integers(0, 120),
-    copied=st.sampled_from([0, 1]),
+    copied=st.sampled_from([0, 1]),  # whether there is a copy
 ).map(_consistent)
 STRATEGIES = st.sampled_from([strategy("star"), strategy("apb"), strategy("apb", passing="allgather")])
 SCORERS = st.sampled_from(["query", "norm"])

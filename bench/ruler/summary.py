@@ -78,8 +78,8 @@ def comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
     Each approximate variant stands against full attention, full attention with the question first, its own strategy
     with random passing, and star on as many hosts (with the question first as well, where the variant has it there).
-    Where a compressor was chosen on other seeds, only the chosen one is compared, at other costs and with the question
-    not known, too. ``p`` is one-sided for "better than", ``p_holm`` corrected for all comparisons returned.
+    Where a compressor was chosen on other seeds, only the chosen one is compared, at other costs as well. ``p`` is
+    one-sided for "better than", ``p_holm`` corrected for all comparisons returned.
     """
     picked = chosen(rows)
     groups: dict[tuple[Any, ...], dict[str, dict[tuple[Any, ...], Row]]] = {}
@@ -91,7 +91,7 @@ def comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for (model, dtype, tokens, task), variants in groups.items():
         for variant, mine in variants.items():
             one = next(iter(mine.values()))
-            choice = picked.get((model, tokens, _settled(one["base"])))
+            choice = picked.get((model, tokens, one["base"])) or picked.get((model, tokens, _at_own_cost(one["base"])))
             if one["hosts"] == 1 or (choice and one["compressor"] != choice) or one["random"]:
                 continue
             for other in _others(one, variants):
@@ -105,10 +105,9 @@ def comparisons(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def _settled(base: str) -> str:
-    """A label without what does not change the choice of a compressor: another cost, and that the question is not
-    known."""
-    return ", ".join(p for p in base.split(", ") if not p.startswith("at ") and p != "question not known")
+def _at_own_cost(base: str) -> str:
+    """A label without the cost that its lengths were fitted to, which does not change the choice of a compressor."""
+    return ", ".join(part for part in base.split(", ") if not part.startswith("at "))
 
 
 def _others(one: Row, variants: Mapping[str, Mapping[tuple[Any, ...], Row]]) -> list[str]:
