@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from burst.errors import UserError
-from launch.arguments import Arguments
-from launch.display import Display
+from launch.terminal.arguments import Arguments
+from launch.terminal.display import Display
 
 BENCHES = {
     "attention": "bench.attention.show",

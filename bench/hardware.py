@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from apb.setup import Setup
+from apb.engine.setup import Setup
 from bench.verify.runner import cpu_name
 
 

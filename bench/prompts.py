@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from apb.compress import Compressor
-from apb.plan import PromptLengths
-from apb.prompt import Prompt, Question
-from apb.setup import Setup
+from apb.engine.setup import Setup
+from apb.plan.plan import PromptLengths
+from apb.prompt.prompt import Prompt, Question
 from apb.strategies import STRATEGIES
 from burst.errors import UserError, choose
-from launch.display import Display
-from launch.prepare import make_setup
-from launch.settings import Basics, basics, typed
+from launch.config.settings import Basics, basics, typed
+from launch.terminal.display import Display
+from launch.verbs.prepare import make_setup
 
 HEAD, BEFORE, AFTER = 24, 1, 7  # tokens of a chat template before the document, before and after the question
 

@@ -17,10 +17,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from apb.compress.base import Candidates, Projections
+from apb.compress.base import Candidates
 from apb.compress.random import Random
+from apb.kv.layer import Projections
 from apb.models.adapter import Adapter
-from apb.prompt import Prompt
+from apb.prompt.prompt import Prompt
 
 ANCHOR, BLOCK, QUERY = 0, 1, 2
 Rotate = Callable[[Tensor, int, int], Tensor]

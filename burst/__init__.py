@@ -1,8 +1,8 @@
 """Exact attention over several ranks: layouts, schedules, transports, kernels, byte ledger, planner."""
 
-from burst.attend import attention
 from burst.errors import HostFailure, UserError
-from burst.layouts import Layout, layout
+from burst.execution.attend import attention
+from burst.layouts.layout import Layout, layout
 from burst.transport import Transport, VirtualWorld, run_virtual
 
 __all__ = [

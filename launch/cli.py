@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from launch.interrupt import interruptible
+from launch.terminal.interrupt import interruptible
 
 # For the time before the code that writes such documents is there.
 _INTERRUPTED = (
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     with interruptible():
         try:
-            from launch.command import command  # torch and Hydra: seconds in which Ctrl-C may come, too
+            from launch.verbs.command import command  # torch and Hydra: seconds in which Ctrl-C may come, too
 
             code, text = command(words)
         except KeyboardInterrupt:

@@ -15,7 +15,7 @@ import torch
 from burst.errors import UserError
 
 torch.set_num_threads(1)
-pytest.register_assert_rewrite("tests.command")
+pytest.register_assert_rewrite("tests.support.command")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

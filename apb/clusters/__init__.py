@@ -7,14 +7,14 @@ import inspect
 from typing import Any
 
 from apb.clusters.base import Cluster
-from apb.host import HostSpec
-from apb.registry import check_options
+from apb.host.host import HostSpec
 from burst.errors import choose
+from burst.registry import check_options
 
 CLUSTERS = {
     "virtual": "apb.clusters.virtual:VirtualCluster",
-    "ray": "launch.ray_cluster:RayCluster",
-    "torchrun": "launch.torchrun:TorchrunCluster",
+    "ray": "launch.ray.cluster:RayCluster",
+    "torchrun": "launch.torchrun.cluster:TorchrunCluster",
 }
 
 

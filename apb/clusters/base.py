@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from apb.host import OnEvent
+from apb.host.host import OnEvent
 
 
 class Cluster(Protocol):
-    """Hosts 0 .. ``hosts`` - 1, each an apb.host.Host in its own place.
+    """Hosts 0 .. ``hosts`` - 1, each an apb.host.host.Host in its own place.
 
     ``epoch`` counts restarts: caches of an earlier epoch are gone. ``call`` runs ``Host.method(*per_host[r])`` on every
     host r and returns the results by rank; when a host fails it raises that host's UserError or a HostFailure, and the

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from apb.host import Host, HostSpec, OnEvent, load_adapter
+from apb.host.host import Host, HostSpec, OnEvent, load_adapter
 from apb.models.adapter import Adapter
 from burst.transport import VirtualWorld
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from apb.compress.base import Candidates, Compressor, Projections, rows_to_cover, top_rows
-from apb.registry import build
+from apb.compress.base import Candidates, Compressor, rows_to_cover, top_rows
+from burst.registry import build
 
 COMPRESSORS = {
     "query": "apb.compress.query:Query",
@@ -25,4 +25,4 @@ def compressor(name: str, **options: Any) -> Compressor:
     return made
 
 
-__all__ = ["COMPRESSORS", "Candidates", "Compressor", "Projections", "compressor", "rows_to_cover", "top_rows"]
+__all__ = ["COMPRESSORS", "Candidates", "Compressor", "compressor", "rows_to_cover", "top_rows"]

@@ -13,21 +13,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from apb.plan import ModelShape
+from apb.kv.layer import Projections
+from apb.plan.plan import ModelShape
 
 # What scores say of attention: shares of it, or logits whose softmax is.
 Measure = Literal["shares", "logits"]
 # Queries or keys (B, heads, S, D), and the positions to turn them on by: one number, or one a token.
 Rotate = Callable[[Tensor, int | Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Projections:
-    """The raw outputs of the q, k and v projections, before RoPE, of a block's tokens."""
-
-    q_BSE: Tensor  # (B, S, H*D)
-    k_BSE: Tensor  # (B, S, K*D)
-    v_BSE: Tensor  # (B, S, K*D)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from apb.compress.base import Candidates, Compressor, Measure
+from apb.compress.heads import find, head_input, load, on_device
 from apb.compress.pool import check_window, max_pool
-from apb.heads import find, head_input, load, on_device
-from apb.plan import ModelShape
+from apb.plan.plan import ModelShape
 
 
 @dataclass(frozen=True)

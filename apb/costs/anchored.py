@@ -8,8 +8,8 @@ import numpy as np
 
 from apb.costs.lockstep import Await, Exchange, Hosts, Move, Relay, Seconds, Step, Work, shift
 from apb.costs.rates import Rates, read
-from apb.plan import ROWS_BYTES, PrefillPlan
-from apb.steps import Attend, AttendAll, GatherAnchor, Pass, Select, TellRows, WaitAnchor, WaitPassing
+from apb.plan.plan import ROWS_BYTES, PrefillPlan
+from apb.plan.steps import Attend, AttendAll, GatherAnchor, Pass, Select, TellRows, WaitAnchor, WaitPassing
 
 Together = TellRows | GatherAnchor | WaitAnchor | Pass | WaitPassing
 Meeting = tuple[str, int]  # what hosts do together, and for which of their blocks

@@ -13,7 +13,7 @@ from apb.costs import anchored, exact
 from apb.costs.lockstep import Await, Clock, Exchange, Seconds, Step, Work, shift
 from apb.costs.network import Network
 from apb.costs.rates import PASSES_HEADS, PASSES_HIDDEN, PASSES_MLP, Rates, read
-from apb.plan import PrefillPlan
+from apb.plan.plan import PrefillPlan
 
 SETTLED = 3  # layers until hosts that wait for earlier ones only are as far apart as they stay
 

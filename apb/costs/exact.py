@@ -8,9 +8,9 @@ import numpy as np
 
 from apb.costs.lockstep import Await, Exchange, Hosts, Move, Seconds, Step, Work, shift
 from apb.costs.rates import Rates, read
-from apb.plan import PrefillPlan
-from apb.spread import Spread, attention_shape
-from burst.layouts import Layout
+from apb.plan.exact import Spread, attention_shape
+from apb.plan.plan import PrefillPlan
+from burst.layouts.layout import Layout
 from burst.schedules import AttentionShape, Heads, head_split
 
 PIECES = 2  # kernel calls of a pair of blocks in zigzag, at most

@@ -1,4 +1,4 @@
-"""Many hosts on one clock, all at the same step: ``burst.timeline``'s rules on arrays, for a thousand hosts and more.
+"""Many hosts on one clock, all at the same step: the rules of ``burst.planner.timeline`` on arrays, for many hosts.
 
 A program is the same list of steps for all hosts, with numbers by host; a host that has nothing to do in one has zeros.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from burst.topology import Topology
+from burst.planner.topology import Topology
 
 Seconds = NDArray[np.float64]
 Hosts = NDArray[np.int64]

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 
 from burst.errors import UserError
-from burst.topology import Link, Machine, Topology
+from burst.planner.topology import Link, Machine, Topology
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Network:
         return tuple(host // self.hosts_per_node for host in range(hosts))
 
     def topology(self, hosts: int) -> Topology:
-        """Return the hosts' links for ``burst.timeline``; the speeds of kernels, which it does not use, are 1."""
+        """Return the links for ``burst.planner.timeline``, which does not use the speeds of kernels: they are 1."""
         intra = Link(self.intra_gb_per_s * 1e9, self.intra_us / 1e6)
         inter = Link(self.inter_gb_per_s * 1e9, self.inter_us / 1e6)
         return Topology(self.nodes(hosts), Machine(intra, inter, flops=1.0, memory=1.0, call=0.0))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from burst.errors import UserError, choose
-from burst.topology import MACHINES
+from burst.planner.topology import MACHINES
 
 Curve = tuple[tuple[float, float], ...]  # (tokens, rate) ascending by tokens
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from apb.registry import build
+from burst.registry import build
 
 if TYPE_CHECKING:
     from apb.decode.base import Decoder

@@ -9,10 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from apb.attention.cached import CacheAttention
 from apb.decode.sampling import Sampling
 from apb.decode.text import TextStream
-from apb.graphs import Capture
-from apb.kv.cache import CacheAttention, HostCache
+from apb.graphs.capture import Capture
+from apb.kv.cache import HostCache
 from apb.models.adapter import Adapter
 from burst.errors import UserError
 from burst.kernels import Kernel
@@ -208,7 +209,7 @@ def forward(
     if transport.rank != cache.owner:
         adapter.run(ids_S, positions_S, attention)
         return None
-    with adapter.capturing(cache.draft.head.taps if cache.draft is not None else None) as features:
+    with adapter.capturing(cache.draft.taps if cache.draft is not None else None) as features:
         if all_logits:
             logits_SV = adapter.all_logits(ids_S, positions_S, attention)
         else:

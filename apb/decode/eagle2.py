@@ -22,7 +22,7 @@ from apb.decode.stride import Stride
 from apb.decode.tree import Pool, Tree, build, capacity, expand, rerank, root_only
 from apb.draft.cache import DraftCache
 from apb.draft.steps import HeadSteps
-from apb.kv.cache import LayerKV
+from apb.kv.layer import LayerKV
 from burst.errors import UserError, choose
 from burst.kernels.reference import attend
 
@@ -84,11 +84,12 @@ class Eagle2:
         """Decode; every host calls this."""
         drafter = None
         if decoding.decides:
-            assert decoding.cache.draft is not None
-            decoding.cache.draft.adapt()
+            draft = decoding.cache.draft
+            assert isinstance(draft, DraftCache)
+            draft.adapt()
             matcher = Matcher(decoding.request.history, LOOKUP_MATCH) if self.lookup else None
-            steps = HeadSteps(decoding.cache.draft.head, decoding.capture)
-            drafter = _Drafter(self, decoding.cache.draft, matcher, steps)
+            steps = HeadSteps(draft.head, decoding.capture)
+            drafter = _Drafter(self, draft, matcher, steps)
         return speculate(decoding, drafter, self.tokens)
 
 

@@ -16,9 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from apb.attention.cached import CacheAttention
 from apb.decode.base import GO_ON, Decoded, Decoding, Drafting
 from apb.decode.tree import Tree, root_only, walk
-from apb.kv.cache import CacheAttention
 
 WORD_BYTES = 4  # of a decision's int32 words
 
@@ -124,7 +124,7 @@ def verify(
         adapter.run(ids_M, positions_M, CacheAttention(cache, d.transport, d.kernel))
         return None
     attention = CacheAttention(cache, d.transport, d.kernel, tree.mask(adapter.device))
-    with adapter.capturing(cache.draft.head.taps if cache.draft is not None else None) as features:
+    with adapter.capturing(cache.draft.taps if cache.draft is not None else None) as features:
         logits_MV = adapter.all_logits(ids_M, positions_M, attention)
     return logits_MV, features.value_SF if cache.draft is not None else None
 

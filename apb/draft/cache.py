@@ -18,7 +18,8 @@ from torch import Tensor
 from apb.draft.draft import Draft
 from apb.draft.steps import HeadSteps
 from apb.draft.vocab import bitmap
-from apb.kv.cache import LayerKV, Tail
+from apb.kv.cache import Tail
+from apb.kv.layer import LayerKV
 from burst.kernels.reference import attend
 
 
@@ -48,6 +49,11 @@ class DraftCache:
     def positions(self) -> Sequence[int]:
         """The rows' positions."""
         return self._positions
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The layers whose input the head reads; empty: the final norm's output."""
+        return self.head.taps
 
     def copy(self) -> DraftCache:
         """Return an independent copy."""

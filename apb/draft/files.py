@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apb import stored
 from apb.draft.base import SINKS, WINDOW, DraftHead, Target
 from apb.draft.eagle import EagleHead
+from apb.files import tensors as stored
 from burst.errors import UserError
 
 FORMAT = "apb-draft-head"

@@ -13,10 +13,10 @@ from torch import Tensor
 from apb.draft.base import DraftHead, LayerShape, Target
 from apb.draft.draft import Draft
 from apb.draft.files import configuration, find, footprint, load, ranks, shipped
-from apb.draft.handoff import Handoff
 from apb.draft.vocab import bitmap, check
 from apb.draft.vocab import load as load_ranks
-from apb.plan import ModelShape
+from apb.plan.draft import Handoff
+from apb.plan.plan import ModelShape
 from burst.errors import UserError
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from apb.draft.base import Attend, DraftHead
-from apb.graphs import Capture, Cut, Pieces
+from apb.graphs.capture import Capture, Cut, Pieces
 
 _Found = tuple[Tensor, Tensor]
 

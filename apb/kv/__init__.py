@@ -1,0 +1,1 @@
+"""KV: the sharded cache of keys and values."""

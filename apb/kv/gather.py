@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from apb.kv.cache import HostCache, LayerKV, Tail
-from apb.plan import ModelShape
+from apb.kv.cache import HostCache, Tail
+from apb.kv.layer import LayerKV
+from apb.plan.plan import ModelShape
 from burst.transport import Message, Transport
 
 

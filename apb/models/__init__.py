@@ -3,7 +3,7 @@
 Importing this package does not import transformers; the functions do when they are called.
 """
 
+from apb.models.fetch.resolve import resolve
 from apb.models.loading import generation_stop_ids, load_config, load_model, load_tokenizer
-from apb.models.resolve import resolve
 
 __all__ = ["generation_stop_ids", "load_config", "load_model", "load_tokenizer", "resolve"]

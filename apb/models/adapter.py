@@ -11,18 +11,19 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from apb.compress.base import Projections
+from apb.attention.base import Attention
 from apb.draft.base import Rotate, Target
 from apb.draft.draft import Draft
+from apb.kv.layer import Projections
+from apb.models.checks import PlainCall, check_config, check_keywords, check_model
 from apb.models.chunked import Finished, InChunks, chunkable
-from apb.models.honoured import PlainCall, check_config, check_keywords, check_model
-from apb.plan import ModelShape
+from apb.plan.plan import ModelShape
 from burst.errors import UserError
 
 IMPLEMENTATION = "apb"
@@ -31,26 +32,6 @@ IMPLEMENTATION = "apb"
 _captured = threading.local()
 _LASTING = ("rope_theta", "partial_rotary_factor")  # the model's own where a draft head names no other
 FINAL = -1  # the final norm's output among the features
-
-
-class Attention(Protocol):
-    """What stands in for a model's attention: called once per layer with rotated queries and keys.
-
-    What it is given is its own until it returns: it may write its output over the queries, and what it keeps it copies.
-    """
-
-    needs_projections: bool
-
-    def __call__(
-        self,
-        layer: int,
-        q_BHSD: Tensor,
-        k_BKSD: Tensor,
-        v_BKSD: Tensor,
-        scale: float,
-        projections: Projections | None,
-    ) -> Tensor:
-        """Return the attention output (B, S, H, D)."""
 
 
 def _attend(

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from apb.chunks import spans
-from apb.compress.base import Projections
+from apb.attention.chunked import spans
+from apb.kv.layer import Projections
 from burst.errors import UserError
 
 KEYWORD = "apb_attention"

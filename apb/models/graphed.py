@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apb.graphs import Capture, Cut, Pieces
-from apb.models.adapter import Adapter, Attention, active_features
+from apb.attention.base import Attention
+from apb.graphs.capture import Capture, Cut, Pieces
+from apb.models.adapter import Adapter, active_features
 
 _Found = tuple[Tensor | None, dict[int, Tensor]]  # logits, and the features by tap
 

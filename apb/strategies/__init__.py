@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from apb.registry import build
 from apb.strategies.base import Strategy
+from burst.registry import build
 
 STRATEGIES = {
     "full": "apb.strategies.full:Full",

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from apb.compress.base import Compressor
-from apb.plan import HostPlan, ModelShape, PrefillPlan, PromptLengths
-from apb.steps import Attend, GatherAnchor, Pass, Region, Route, Select, Step, TellRows, WaitAnchor, WaitPassing
+from apb.plan.plan import HostPlan, ModelShape, PrefillPlan, PromptLengths
+from apb.plan.steps import Attend, GatherAnchor, Pass, Region, Route, Select, Step, TellRows, WaitAnchor, WaitPassing
 from apb.strategies.budget import anchor_limits, sent_bytes
 from burst.errors import UserError
 

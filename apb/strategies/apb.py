@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-from apb.blocks import blocks
 from apb.compress.base import Compressor
-from apb.plan import ModelShape, PrefillPlan, PromptLengths
+from apb.plan.plan import ModelShape, PrefillPlan, PromptLengths
+from apb.plan.split import blocks
 from apb.strategies.anchored import (
     AnchorForm,
     adaptive,

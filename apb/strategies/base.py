@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from apb.compress.base import Compressor
-from apb.plan import ModelShape, PrefillPlan, PromptLengths
+from apb.plan.plan import ModelShape, PrefillPlan, PromptLengths
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from apb.compress.base import Compressor
-from apb.plan import ModelShape, PrefillPlan, PromptLengths
+from apb.plan.plan import ModelShape, PrefillPlan, PromptLengths
 from apb.strategies.base import Strategy
 from apb.strategies.full import Full
 from burst.errors import UserError

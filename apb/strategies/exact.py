@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from apb.blocks import blocks
 from apb.compress.base import Compressor
-from apb.plan import HostPlan, ModelShape, PrefillPlan, PromptLengths
-from apb.spread import Spread
-from apb.steps import AttendAll
+from apb.plan.exact import Spread
+from apb.plan.plan import HostPlan, ModelShape, PrefillPlan, PromptLengths
+from apb.plan.split import blocks
+from apb.plan.steps import AttendAll
 from apb.strategies.base import Strategy
 from burst.errors import choose
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from apb.blocks import blocks
 from apb.compress.base import Compressor
-from apb.plan import HostPlan, ModelShape, PrefillPlan, PromptLengths
-from apb.steps import Attend
+from apb.plan.plan import HostPlan, ModelShape, PrefillPlan, PromptLengths
+from apb.plan.split import blocks
+from apb.plan.steps import Attend
 from apb.strategies.base import Strategy
 from burst.errors import UserError
 

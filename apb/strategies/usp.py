@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from apb.plan import ModelShape
-from apb.spread import Spread
+from apb.plan.exact import Spread
+from apb.plan.plan import ModelShape
 from apb.strategies.exact import Exact
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from apb.compress.base import Projections
+from apb.kv.layer import Projections
 from apb.models.adapter import Adapter
 from burst.kernels import kernel
-from burst.merge import merge
+from burst.kernels.merge import merge
 
 KEPT = 64  # tokens of what stands before all prompts that answers keep
 FIRST = 8  # of these, its first ones

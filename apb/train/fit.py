@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apb.heads import Head
+from apb.compress.heads import Head
 from burst.errors import UserError, choose
 
 Method = Literal["mlp", "ridge"]

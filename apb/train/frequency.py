@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from apb.draft import vocab
-from apb.prompt import encode
+from apb.prompt.prompt import encode
 from burst.errors import UserError
 
 _PIECE = 50_000  # characters that are tokenised at once

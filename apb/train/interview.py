@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from apb.models.adapter import Adapter
-from apb.prompt import encode, template
+from apb.prompt.prompt import encode, template
 from apb.train import features
 from apb.train.answers import KEPT, Answer, answer
 from apb.train.questions import Question

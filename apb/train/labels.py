@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apb.compress.base import Projections
-from apb.heads import head_input
+from apb.compress.heads import head_input
+from apb.kv.layer import Projections
 from apb.models.adapter import Adapter
 from apb.train.prompts import Sample
 from burst.kernels import Kernel
-from burst.merge import Accumulator
+from burst.kernels.merge import Accumulator
 
 # layer, inputs (T, E) in the model's type, importance (K, T) fp32
 OnLayer = Callable[[int, Tensor, Tensor], None]

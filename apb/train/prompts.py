@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from apb.prompt import Prompt, make_prompt
+from apb.prompt.prompt import Prompt, make_prompt
 from apb.train.words import ADJECTIVES, CITIES, FIRST_NAMES, JOBS, LAST_NAMES, NOISE, NOUNS, VERBS
 from burst.errors import UserError
 

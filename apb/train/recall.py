@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from apb.heads import Head
+from apb.compress.heads import Head
 from apb.models.adapter import Adapter
 from apb.train.labels import OnLayer, observe
 from apb.train.prompts import Prompts

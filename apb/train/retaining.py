@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from apb.heads import Head, RetainingHeads, load, save
+from apb.compress.heads import Head, RetainingHeads, load, save
 from apb.models.adapter import Adapter
 from apb.train import shards
 from apb.train.fit import Method, Recipe, fit

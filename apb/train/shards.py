@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from apb.heads import Head
+from apb.compress.heads import Head
 from apb.models.adapter import Adapter
 from apb.train.labels import observe
 from apb.train.prompts import Sample

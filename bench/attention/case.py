@@ -13,7 +13,7 @@ from torch import Tensor
 from burst.errors import UserError, choose
 from burst.kernels import kernel
 from burst.kernels.base import DTYPES
-from burst.layouts import NAMES, Layout, layout
+from burst.layouts.layout import NAMES, Layout, layout
 from burst.schedules import AttentionShape
 
 

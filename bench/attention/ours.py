@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from bench.attention.case import AttentionSettings, rms_error
-from burst.attend import attention
-from burst.planner import Candidate, plan
-from burst.topology import Topology, topology
+from burst.execution.attend import attention
+from burst.planner.planner import Candidate, plan
+from burst.planner.topology import Topology, topology
 from burst.transport import Transport, VirtualWorld
 
 Parts = list[tuple[Tensor, ...]]

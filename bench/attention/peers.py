@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bench.attention.case import AttentionSettings
 from bench.timing import seconds
-from burst.attend import attention
+from burst.execution.attend import attention
 from burst.transport.process_group import ProcessGroupTransport
 
 Work = Callable[[], None]

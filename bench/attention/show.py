@@ -12,8 +12,8 @@ from bench.attention.case import AttentionSettings
 from bench.attention.run import Row, rows
 from bench.report import columns, save
 from bench.verify.runner import conditions
-from launch.display import Display, size
-from launch.settings import typed
+from launch.config.settings import typed
+from launch.terminal.display import Display, size
 
 COLUMNS = ("", "ms", "% of ideal", "spread", "exposed ms", "% with comm.", "sent by all", "error")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apb.engine import Engine
+from apb.engine.engine import Engine
 from bench import report
 from bench.decode.links import winners
 from bench.decode.measure import PLAIN, decoders, label, measure, shape
@@ -18,9 +18,9 @@ from bench.rows import Rows, provenance
 from bench.ruler.variant import Variant
 from bench.timing import spread
 from burst.errors import UserError
-from launch.display import Display, seconds, size
-from launch.prepare import make_setup
-from launch.settings import Basics, basics, decode_settings, in_range, typed
+from launch.config.settings import Basics, basics, decode_settings, in_range, typed
+from launch.terminal.display import Display, seconds, size
+from launch.verbs.prepare import make_setup
 
 ALL = "all"
 WARM = 2  # verifications

@@ -10,10 +10,10 @@ from apb.decode.base import Decoder
 from apb.decode.eagle2 import Eagle2
 from apb.decode.lookup import Lookup
 from apb.decode.tree import capacity
-from apb.engine import Engine, Result
-from apb.prompt import Prompt
+from apb.engine.engine import Engine, Result
+from apb.prompt.prompt import Prompt
 from burst.errors import UserError
-from launch.settings import DecodeSettings
+from launch.config.settings import DecodeSettings
 
 PLAIN = "autoregressive"
 REPEAT = 16  # tokens: an answer that says as many twice has run into a loop, which drafts follow all too well

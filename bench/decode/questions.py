@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apb.prompt import Prompt, Question, make_prompt, make_question
+from apb.prompt.prompt import Prompt, Question, make_prompt, make_question
 from apb.train.questions import KINDS, Questions
 from bench.ruler.text import prose
 from burst.errors import UserError, choose

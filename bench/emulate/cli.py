@@ -12,7 +12,7 @@ from typing import Any
 
 from apb.compress import compressor
 from apb.costs import Network, load
-from apb.host import load_adapter
+from apb.host.host import load_adapter
 from bench import report
 from bench.emulate.gantt import draw
 from bench.emulate.measure import PARTS, Measured
@@ -26,8 +26,8 @@ from bench.prompts import base_setup, lengths, random_prompt, setups
 from bench.rows import Rows, provenance
 from bench.timing import ratio
 from burst.errors import UserError
-from launch.display import Display, seconds, size
-from launch.settings import chosen_compressor, in_range, typed
+from launch.config.settings import chosen_compressor, in_range, typed
+from launch.terminal.display import Display, seconds, size
 
 
 @dataclass(frozen=True)

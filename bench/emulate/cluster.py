@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from apb.clusters.virtual import VirtualCluster
-from apb.host import HostSpec, OnEvent
+from apb.host.host import HostSpec, OnEvent
 from apb.models.adapter import Adapter
 from burst.kernels import Kernel
-from burst.timeline import Event
-from burst.trace import Recorder
+from burst.planner.timeline import Event
+from burst.planner.trace import Recorder
 
 _here = threading.local()  # the recorder of the virtual rank that this thread is
 
@@ -49,7 +49,7 @@ class EmulatedCluster(VirtualCluster):
 
     @property
     def programs(self) -> list[list[Event]]:
-        """Each host's work and calls in the last call, for ``burst.timeline``."""
+        """Each host's work and calls in the last call, for ``burst.planner.timeline``."""
         return [list(recorder.events) for recorder in self._recorders]
 
     def call(self, method: str, per_host: Sequence[tuple[Any, ...]], on_event: OnEvent | None = None) -> list[Any]:

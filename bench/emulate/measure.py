@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from apb.costs.network import Network
-from apb.engine import Engine
+from apb.engine.engine import Engine
+from apb.engine.setup import Setup
 from apb.models.adapter import Adapter
-from apb.plan import PrefillPlan
-from apb.prompt import Prompt
-from apb.setup import Setup
+from apb.plan.plan import PrefillPlan
+from apb.prompt.prompt import Prompt
 from bench.emulate.cluster import EmulatedCluster
 from bench.timing import spread
-from burst.timeline import Event, Interval, interval, parts
+from burst.planner.timeline import Event, Interval, interval, parts
 
 PARTS = ("linear", "attention", "selection", "other")
 

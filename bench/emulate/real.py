@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from apb.host import Host, HostSpec, OnEvent
+from apb.clusters.outcome import Outcome, attempt, values
+from apb.host.host import Host, HostSpec, OnEvent
 from burst.errors import HostFailure, UserError
 from burst.transport import Transport
 from burst.transport.base import Message
 from burst.transport.process_group import ProcessGroupTransport
-from launch.outcome import Outcome, attempt, values
 
 READY_S = 600.0  # seconds to load the model
 BLOCK, TINY = 2**22, 8  # bytes of the messages that measure bandwidth and latency

@@ -8,16 +8,16 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from apb.costs import Network, Rates, cost
-from apb.engine import Engine
-from apb.host import load_adapter
+from apb.engine.engine import Engine
+from apb.engine.setup import Setup
+from apb.host.host import load_adapter
 from apb.models.adapter import Adapter
-from apb.prompt import Prompt
-from apb.setup import Setup
+from apb.prompt.prompt import Prompt
 from bench.emulate.measure import record
 from bench.emulate.real import PinnedCluster
 from bench.timing import ratio, spread
-from burst.timeline import interval
-from launch.display import Display, seconds
+from burst.planner.timeline import interval
+from launch.terminal.display import Display, seconds
 
 SIMULATED = ("simulated_over_real", "work_simulated_over_real")
 

@@ -15,8 +15,8 @@ from bench.kernels.measure import Device
 from bench.prompts import base_setup
 from bench.rows import Rows, provenance
 from burst.errors import UserError
-from launch.display import Display, size
-from launch.settings import chosen_compressor, in_range, typed
+from launch.config.settings import chosen_compressor, in_range, typed
+from launch.terminal.display import Display, size
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from torch.nn import functional
 
 from apb.compress.base import Candidates, Compressor, top_rows
 from apb.models.placement import torch_dtype
-from apb.plan import ModelShape
+from apb.plan.plan import ModelShape
 from bench.timing import median_s
 from burst.kernels import Kernel, kernel
-from burst.merge import Accumulator
+from burst.kernels.merge import Accumulator
 
 COPIED = 2**28  # bytes: far more than any cache holds
 

@@ -13,8 +13,8 @@ from bench.readme.figure import draw
 from bench.readme.rows import read
 from bench.readme.tables import decoders, emulated, growth, measured
 from burst.errors import UserError
-from launch.display import Display
-from launch.settings import in_range, typed
+from launch.config.settings import in_range, typed
+from launch.terminal.display import Display
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from apb.plan import PrefillPlan
-from apb.setup import Setup
+from apb.engine.setup import Setup
+from apb.plan.plan import PrefillPlan
 from bench.decode.cli import ALL, cells, loops
 from bench.decode.cli import summary as of_decoders
 from bench.prompts import lengths, setups
 from bench.readme.rows import DECODING, Row, groups
 from bench.throughput.cli import summary
-from launch.display import seconds, size
+from launch.terminal.display import seconds, size
 
 QUERY = 64  # tokens of the question and its template in the growth table
 GROWING = ("apb", "spava", "star", "ring", "allgather", "ulysses")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from apb.plan import PrefillPlan, PromptLengths
-from apb.setup import Setup
+from apb.engine.setup import Setup
+from apb.plan.plan import PrefillPlan, PromptLengths
 from apb.strategies import Strategy
 from apb.strategies.budget import lengths_within
 from burst.errors import UserError

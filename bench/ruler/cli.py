@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from apb.setup import Setup
+from apb.engine.setup import Setup
 from bench.ruler import TASKS, sample
 from bench.ruler.official import read
 from bench.ruler.plots import draw
@@ -20,9 +20,9 @@ from bench.ruler.summary import CHOOSE, chosen, comparisons, table
 from bench.ruler.variant import Variant, baselines
 from bench.verify.runner import conditions
 from burst.errors import UserError
-from launch.display import Display, size
-from launch.prepare import make_setup
-from launch.settings import Basics, basics, in_range, typed
+from launch.config.settings import Basics, basics, in_range, typed
+from launch.terminal.display import Display, size
+from launch.verbs.prepare import make_setup
 
 
 @dataclass(frozen=True)

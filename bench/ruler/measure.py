@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from apb.engine import Engine
-from apb.kv.handle import KVHandle
-from apb.prompt import Prompt, Question
+from apb.engine.engine import Engine
+from apb.engine.handle import KVHandle
+from apb.prompt.prompt import Prompt, Question
 from bench.ruler.base import Ask, Sample
 from bench.ruler.prompts import question, target
 from bench.ruler.scoring import accuracy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from apb.prompt import Prompt, Question, make_prompt, make_question, with_question_first
+from apb.prompt.prompt import Prompt, Question, make_prompt, make_question, with_question_first
 from bench.ruler.base import Ask, Sample, encoder, too_short
 
 

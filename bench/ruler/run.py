@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import Tensor
 
-from apb.engine import Engine
-from apb.setup import Setup
+from apb.engine.engine import Engine
+from apb.engine.setup import Setup
 from bench.ruler.base import Sample
 from bench.ruler.measure import measure
 from bench.ruler.prompts import prompt

@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from apb.compress import Compressor
-from apb.plan import PromptLengths
-from apb.prompt import Prompt
-from apb.setup import Setup
+from apb.engine.setup import Setup
+from apb.plan.plan import PromptLengths
+from apb.prompt.prompt import Prompt
 from apb.strategies import STRATEGIES, Strategy
 from apb.strategies.budget import critical_flops
 from bench.ruler.base import Sample

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from apb.costs import Network, assumed, load
-from apb.setup import Setup
+from apb.engine.setup import Setup
 from bench import report
 from bench.prompts import base_setup
 from bench.rows import Rows, provenance
 from bench.simulate.grid import EXACT, crossings, replicas, rows, series
-from launch.display import Display, seconds, size
-from launch.settings import chosen_compressor, in_range, typed
+from launch.config.settings import chosen_compressor, in_range, typed
+from launch.terminal.display import Display, seconds, size
 
 FINE = 64  # hosts up to which lengths and host counts between the asked ones are costed to find crossovers
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from apb.costs import Network, Rates, cost
-from apb.setup import Setup
+from apb.engine.setup import Setup
 from bench.prompts import lengths, setups
 from burst.errors import UserError
 

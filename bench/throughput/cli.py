@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from apb.clusters import cluster as start_cluster
-from apb.setup import Setup
+from apb.engine.setup import Setup
 from bench import report
 from bench.hardware import hardware
 from bench.kernels.measure import Device
@@ -16,9 +16,9 @@ from bench.rows import Rows, provenance
 from bench.ruler.variant import Variant
 from bench.throughput.measure import EveryToken, Source, measure, utilisation
 from bench.timing import spread
-from launch.display import Display, seconds, size
-from launch.prepare import make_setup
-from launch.settings import Basics, basics, in_range, typed
+from launch.config.settings import Basics, basics, in_range, typed
+from launch.terminal.display import Display, seconds, size
+from launch.verbs.prepare import make_setup
 
 PARTS = ("tokenise_s", "ship_s", "prefill_s", "first_step_s")
 TIMES = ("ttft_s", *PARTS, "prefill_tokens_per_s", "decode_tokens_per_s", "flops_utilisation", "share_of_limit")

@@ -6,10 +6,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from apb.engine import Engine
-from apb.plan import PrefillPlan
-from apb.prompt import Prompt
-from apb.setup import Setup
+from apb.engine.engine import Engine
+from apb.engine.setup import Setup
+from apb.plan.plan import PrefillPlan
+from apb.prompt.prompt import Prompt
 from bench.kernels.measure import Device
 from bench.prompts import lengths, random_prompt
 from bench.verify.full import document_text

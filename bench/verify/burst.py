@@ -18,9 +18,9 @@ from bench.verify.cases import GRAD_ATOL, OUT_ATOL, Case, compute, dense, inputs
 from bench.verify.faults import TIMEOUT_S
 from bench.verify.faults import one as fault
 from bench.verify.runner import Recorder
-from burst.attend import attention
+from burst.execution.attend import attention
 from burst.kernels import kernel
-from burst.layouts import layout
+from burst.layouts.layout import layout
 from burst.transport import Transport, VirtualWorld
 
 RANKS = (2, 4, 8, 16, 32, 64)

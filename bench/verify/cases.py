@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from burst.attend import attention
-from burst.layouts import NAMES as LAYOUTS
-from burst.layouts import layout
+from burst.execution.attend import attention
+from burst.layouts.layout import NAMES as LAYOUTS
+from burst.layouts.layout import layout
 from burst.schedules import NAMES as SCHEDULES
 from burst.schedules import AttentionShape, Phase, schedule
 from burst.transport import Transport, VirtualWorld

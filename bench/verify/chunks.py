@@ -63,9 +63,9 @@ def _run(model: str, strategy: str, hosts: int, tokens: int, chunk: int | None) 
 
 def measure(model: str, strategy: str, hosts: int, tokens: int, chunk: int | None) -> dict[str, Any]:
     """Rank 0's part, inside torchrun: the busiest host's growth over what it keeps."""
-    from apb.engine import Engine
-    from apb.memory import whole_row_bytes
-    from apb.setup import Setup
+    from apb.engine.engine import Engine
+    from apb.engine.setup import Setup
+    from apb.plan.memory import whole_row_bytes
     from bench.verify.full import document_text
 
     setup = Setup.make(
@@ -101,7 +101,7 @@ def _mb(sizes: Iterator[int] | list[int]) -> list[float]:
 
 if __name__ == "__main__":
     from bench.report import document
-    from launch.torchrun import lead
+    from launch.torchrun.start import lead
 
     model, strategy, *numbers = sys.argv[1:]
     hosts, tokens, chunk = map(int, numbers)

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing
 
-from burst.attend import attention
 from burst.errors import HostFailure, UserError
-from burst.layouts import layout
+from burst.execution.attend import attention
+from burst.layouts.layout import layout
 from burst.transport.process_group import ProcessGroupTransport
 
 TIMEOUT_S = 3.0  # the transport's deadline for one operation

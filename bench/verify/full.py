@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from apb.engine import Engine
-from apb.setup import Setup
+from apb.engine.engine import Engine
+from apb.engine.setup import Setup
 from bench.verify.runner import Recorder
 
 NEW_TOKENS = 64

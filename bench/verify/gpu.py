@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import yaml
 
-import burst.merge as merging
+import burst.kernels.merge as merging
 from apb.decode.eagle2 import Eagle2
 from bench.timing import median_s
 from bench.verify.runner import Recorder
 from bench.verify.steps import Stand
 from burst.kernels import flash_attn, kernel
-from burst.merge import Accumulator
+from burst.kernels.merge import Accumulator
 
 MODEL = "llama3.1-8b-shape"
 TOKENS, HOSTS = 131_072, 8

@@ -32,8 +32,8 @@ def _run(model: str) -> dict[str, Any]:
 
 def measure(model: str) -> dict[str, Any]:
     """Rank 0's part, inside torchrun."""
-    from apb.engine import Engine
-    from apb.setup import Setup
+    from apb.engine.engine import Engine
+    from apb.engine.setup import Setup
     from bench.verify.full import document_text
 
     setup = Setup.make(model, hosts=HOSTS, strategy="apb", device="cpu", dtype="float32", threads=1)
@@ -60,6 +60,6 @@ def measure(model: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     from bench.report import document
-    from launch.torchrun import lead
+    from launch.torchrun.start import lead
 
     sys.exit(lead(lambda: document(measure(sys.argv[1]))))

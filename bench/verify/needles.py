@@ -6,8 +6,8 @@ import random
 from functools import partial
 from typing import Any
 
-from apb.engine import Engine
-from apb.setup import Setup
+from apb.engine.engine import Engine
+from apb.engine.setup import Setup
 from bench.haystack import haystack
 from bench.verify.runner import Recorder
 

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from apb.engine import versions
+from apb.engine.engine import versions
 from bench.report import say
 
 Measure = Callable[[], dict[str, Any]]  # must contain "ok": bool

@@ -13,9 +13,9 @@ from apb.decode.base import Decoder
 from apb.decode.eagle2 import Eagle2
 from apb.decode.lookup import Lookup
 from apb.decode.sampling import Sampling
-from apb.engine import Engine
-from apb.kv.handle import KVHandle
-from apb.setup import Setup
+from apb.engine.engine import Engine
+from apb.engine.handle import KVHandle
+from apb.engine.setup import Setup
 from apb.train.questions import KINDS
 from bench.decode.questions import Asked, questions
 from bench.verify.runner import Recorder

@@ -19,8 +19,9 @@ from apb.decode.eagle2 import Eagle2
 from apb.draft.cache import DraftCache
 from apb.draft.draft import Draft
 from apb.draft.eagle import EagleHead
-from apb.host import Host, HostSpec, load_adapter
-from apb.kv.cache import HostCache, LayerKV, Tail
+from apb.host.host import Host, HostSpec, load_adapter
+from apb.kv.cache import HostCache, Tail
+from apb.kv.layer import LayerKV
 from bench.timing import spread
 from burst.transport import VirtualWorld
 

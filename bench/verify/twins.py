@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apb.engine import Engine
-from apb.host import load_adapter
-from apb.setup import Setup
+from apb.engine.engine import Engine
+from apb.engine.setup import Setup
+from apb.host.host import load_adapter
 from bench.twin import twin
 from bench.verify.full import document_text
 from bench.verify.runner import Recorder
@@ -105,7 +105,7 @@ def _gloo(model: str, hosts: int) -> Found:
 
 
 if __name__ == "__main__":
-    from launch.torchrun import lead
+    from launch.torchrun.start import lead
 
     _, given_model, given_hosts, path = sys.argv
     sys.exit(lead(lambda: torch.save(_engines(given_model, int(given_hosts), "torchrun"), path)))

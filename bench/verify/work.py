@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from apb.engine import Engine
-from apb.setup import Setup
+from apb.engine.engine import Engine
+from apb.engine.setup import Setup
 from bench.verify.full import document_text
 from bench.verify.runner import Recorder
 

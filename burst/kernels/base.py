@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from burst.errors import UserError
-from burst.merge import accumulate_dtype
+from burst.kernels.merge import accumulate_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from burst.kernels.base import Checked, Kernel, row_sums
-from burst.merge import accumulate_dtype
+from burst.kernels.merge import accumulate_dtype
 
 
 def attend(

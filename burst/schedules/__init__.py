@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from burst.errors import UserError, choose
-from burst.layouts import Layout
+from burst.layouts.layout import Layout
 from burst.schedules.base import (
     AttentionShape,
     Compute,

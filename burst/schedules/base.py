@@ -32,8 +32,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from burst.layouts import Layout
-from burst.masks import Piece
+from burst.layouts.layout import Layout
+from burst.layouts.masks import Piece
 
 Role = Literal["kv", "q", "qd", "qo", "part", "out", "dq", "dkv", "qkv", "dout", "dqkv"]
 Phase = Literal["forward", "backward"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from burst.layouts import Layout
+from burst.layouts.layout import Layout
 from burst.schedules.base import (
     Compute,
     Fold,

@@ -7,14 +7,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from burst.errors import HostFailure
-from burst.ledger import Ledger
-from burst.trace import Recorder
+from burst.transport.ledger import Ledger
 
 Observer = Callable[[str, str, int], None]  # (event "post" | "arrive" | "wait" | "compute", step, peer)
 
@@ -34,10 +33,33 @@ class Handle(ABC):
         """Block until done, at the latest until the transport's deadline; raises HostFailure."""
 
 
+class CallRecorder(Protocol):
+    """The part of a recorder that a transport talks to; ``burst.planner.trace`` implements it."""
+
+    @property
+    def last(self) -> int:
+        """The name of the call recorded last."""
+        ...
+
+    def follow(
+        self, call: Callable[[], Handle], sends: Sequence[Message], recvs: Sequence[Message], to: int | None, step: str
+    ) -> Handle:
+        """Make a call and record it."""
+        ...
+
+    def wait(self, handle: Handle, name: int) -> None:
+        """Wait for a recorded call and record that."""
+        ...
+
+    def during(self, part: str) -> AbstractContextManager[None]:
+        """Count the caller's work inside as ``part``."""
+        ...
+
+
 class _Followed(Handle):
     """A handle whose wait is recorded."""
 
-    def __init__(self, handle: Handle, recorder: Recorder) -> None:
+    def __init__(self, handle: Handle, recorder: CallRecorder) -> None:
         self._handle, self._recorder, self._name = handle, recorder, recorder.last
 
     def wait(self) -> None:
@@ -86,7 +108,7 @@ class Transport(ABC):
         self.ledger = Ledger()
         self.waited_s = 0.0
         self.clock: Callable[[], float] = time.perf_counter
-        self.recorder: Recorder | None = None
+        self.recorder: CallRecorder | None = None
         self.agreed: set[str] = set()  # what ``agree_once`` has found equal on all ranks
 
     # -- the primitive ------------------------------------------------------------------------------------------

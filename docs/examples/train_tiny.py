@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import burst
-from burst.layouts import Layout
+from burst.layouts.layout import Layout
 from burst.transport import Transport
 from burst.transport.process_group import ProcessGroupTransport
 

@@ -1,0 +1,325 @@
+"""Runs one host's steps of a prefill plan, layer by layer: selection, passing, attention, and the KV that is kept.
+
+Shapes: B batch (1), S tokens run here (anchor, then blocks), L block tokens, R passed rows, H query heads, K kv heads,
+D head dim, Q question tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apb.attention.cached import CacheAttention
+from apb.attention.chunked import attend_over
+from apb.compress.base import Candidates, Compressor, rows_to_cover, top_rows
+from apb.kv.layer import LayerKV, Projections
+from apb.plan.plan import PrefillPlan
+from apb.plan.steps import Attend, GatherAnchor, Pass, Region, Select, Step, TellRows, WaitAnchor, WaitPassing
+from burst.kernels import Kernel
+from burst.kernels.merge import Accumulator
+from burst.transport import Gathered, Handle, Message, Transport
+
+
+@dataclass
+class _Layer:
+    """What one layer has at hand while its steps run; lists by the host's own blocks."""
+
+    number: int
+    q_BHSD: Tensor
+    scale: float
+    projections: Projections | None
+    rows: list[slice]  # where each block stands in S
+    blocks: list[LayerKV]
+    share: LayerKV  # the anchor's rows that this host runs
+    anchor: list[LayerKV]  # all of the anchor, in parts by the hosts that ran them
+    question: list[Tensor]  # the embedded question's queries (B, H, Q, D), in parts
+    passed: dict[int, Tensor]  # selected rows (2, B, K, R, D) by the number of the block they come from
+    kept_rows: tuple[int, ...]  # how many each block passes on
+
+
+class PrefillAttention:
+    """Stands in for a model's attention during a prefill; executes the host's plan and keeps its blocks' KV."""
+
+    def __init__(
+        self,
+        plan: PrefillPlan,
+        transport: Transport,
+        kernel: Kernel,
+        compressor: Compressor | None,
+        question_delta: int | None,
+        rotate: Callable[[Tensor, int | Tensor, int], Tensor],
+        on_layer: Callable[[int], None],
+    ) -> None:
+        """``question_delta``: positions between the anchor's copy of the question and the question itself."""
+        self.plan = plan
+        self.host = plan.host_plans[transport.rank]
+        self.kept: list[LayerKV] = []
+        self.needs_projections = compressor is not None and compressor.needs_projections
+        chunk = plan.chunk_tokens
+        self._chunk = chunk if chunk is not None and chunk < self.host.tokens_run else None
+        self._transport, self._kernel, self._compressor = transport, kernel, compressor
+        self._question_delta, self._rotate, self._on_layer = question_delta, rotate, on_layer
+        self._numbers = plan.numbers[transport.rank]
+        self._due = _due(self.host.steps) if self._chunk is not None else {}
+
+    def __call__(
+        self,
+        layer: int,
+        q_BHSD: Tensor,
+        k_BKSD: Tensor,
+        v_BKSD: Tensor,
+        scale: float,
+        projections: Projections | None,
+    ) -> Tensor:
+        """Execute the steps of one layer and return the attention output (B, S, H, D)."""
+        a = self.host.anchor_len
+        # Copies, so that the kept KV does not hold the anchor's rows in memory.
+        kept = LayerKV(k_BKSD[:, :, a:].clone(), v_BKSD[:, :, a:].clone())
+        self.kept.append(kept)
+        share = LayerKV(k_BKSD[:, :, :a], v_BKSD[:, :, :a])
+        sizes = [stop - start for start, stop in self.host.spans]
+        ends = list(itertools.accumulate(sizes, initial=a))
+        parts = zip(kept.k_BKTD.split(sizes, dim=2), kept.v_BKTD.split(sizes, dim=2), strict=True)
+        here = _Layer(
+            number=layer,
+            q_BHSD=q_BHSD,
+            scale=scale,
+            projections=projections,
+            rows=[slice(start, stop) for start, stop in itertools.pairwise(ends)],
+            blocks=[LayerKV(k, v) for k, v in parts],
+            share=share,
+            anchor=[share],
+            question=[q_BHSD[:, :, slice(*self.plan.question_rows(self.host.rank))]],
+            passed={},
+            kept_rows=self.plan.kept_rows,
+        )
+        merged = {("anchor", 0): Accumulator()} | {("block", i): Accumulator() for i in range(len(sizes))}
+        gathering: Gathered | None = None
+        arriving: dict[int, Handle] = {}
+
+        for at, step in enumerate(self.host.steps):
+            match step:
+                case GatherAnchor():
+                    gathering = self._gather_anchor(step, here)
+                case WaitAnchor():
+                    assert gathering is not None
+                    self._take_anchor(gathering.wait(), here)
+                case Select():
+                    here.passed[self._numbers[step.block]] = self._select(step, here)
+                case TellRows():
+                    here.kept_rows = self._tell_rows(here)
+                case Pass():
+                    arriving[step.block] = self._pass(step, here)
+                case WaitPassing():
+                    arriving[step.block].wait()
+                case Attend() if self._chunk is None:
+                    k, v = self._keys_of(step, here)
+                    part = self._kernel(self._queries_of(step, here), k, v, causal=step.causal, scale=scale)
+                    merged[step.queries, step.block].add(*part)
+            for attends in self._due.get(at, ()):
+                assert self._chunk is not None
+                keys = [(*self._keys_of(attend, here), attend.causal) for attend in attends]
+                attend_over(self._queries_of(attends[0], here), keys, self._kernel, scale, self._chunk)
+
+        self._on_layer(layer)
+        if self._chunk is not None:
+            return q_BHSD.transpose(1, 2)
+        outs = [done.finish(q_BHSD.dtype)[0] for done in merged.values() if done.ready]
+        out_BHSD = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+        return out_BHSD.transpose(1, 2)
+
+    def _queries_of(self, step: Attend, here: _Layer) -> Tensor:
+        rows = slice(0, self.host.anchor_len) if step.queries == "anchor" else here.rows[step.block]
+        return here.q_BHSD[:, :, rows]
+
+    def _keys_of(self, step: Attend, here: _Layer) -> tuple[Tensor, Tensor]:
+        return _concat([part for name in step.keys for part in self._keys(name, step.block, here)])
+
+    def _keys(self, region: Region, block: int, here: _Layer) -> list[LayerKV]:
+        """Return a region's keys and values in parts: they are laid side by side only where they are attended to."""
+        match region:
+            case "anchor":
+                return here.anchor
+            case "share":
+                return [here.share]
+            case "before":
+                return here.anchor[: self.host.rank]
+            case "block":
+                return [here.blocks[block]]
+            case "passing":
+                earlier = sorted(number for number in here.passed if number < self._numbers[block])
+                return [LayerKV(here.passed[number][0], here.passed[number][1]) for number in earlier]
+
+    # -- the anchor -----------------------------------------------------------------------------------------------
+
+    def _gather_anchor(self, step: GatherAnchor, here: _Layer) -> Gathered:
+        """Post this host's share of the anchor, and the question's queries in it, as one flat message."""
+        own = [here.share.k_BKTD, here.share.v_BKTD, *(here.question if step.question else [])]
+        packed = torch.cat([x.flatten() for x in own])
+        shapes = [(sum(self._share_sizes(rank, step.question, here)),) for rank in range(self.plan.hosts)]
+        return self._transport.all_gather(packed, shapes, kind="anchor", step=f"layer {here.number}: anchor")
+
+    def _share_sizes(self, rank: int, question: bool, here: _Layer) -> list[int]:
+        """Return how many numbers of K, V and queries a host's share has."""
+        _, heads, _, width = here.q_BHSD.shape
+        kv = self.plan.host_plans[rank].anchor_len * here.blocks[0].k_BKTD.shape[1] * width
+        first, last = self.plan.question_rows(rank)
+        return [kv, kv, *([(last - first) * heads * width] if question else [])]
+
+    def _take_anchor(self, parts: list[Tensor], here: _Layer) -> None:
+        """Unpack all hosts' shares."""
+        batch, heads, _, width = here.q_BHSD.shape
+        shared = self.plan.shared_anchor
+        assert shared is not None
+        here.anchor, here.question = [], []
+        for rank, part in enumerate(parts):
+            k, v, *asked = part.split(self._share_sizes(rank, shared.question, here))
+            size = (batch, here.blocks[0].k_BKTD.shape[1], self.plan.host_plans[rank].anchor_len, width)
+            here.anchor.append(LayerKV(k.view(size), v.view(size)))
+            first, last = self.plan.question_rows(rank)
+            here.question += [q.view(batch, heads, last - first, width) for q in asked]
+
+    # -- passing --------------------------------------------------------------------------------------------------
+
+    def _select(self, step: Select, here: _Layer) -> Tensor:
+        """Return the kept rows, K and V in one tensor (2, B, K, R, D), so that they travel as one message."""
+        with self._transport.during("selection"):
+            return self._selected(step, here)
+
+    def _selected(self, step: Select, here: _Layer) -> Tensor:
+        assert self._compressor is not None
+        layer, block, rows, question_q = here.number, here.blocks[step.block], here.rows[step.block], None
+        if self._compressor.needs_question:
+            assert self._question_delta is not None
+            question_q = self._rotate(torch.cat(here.question, dim=2), self._question_delta, layer)
+        projections = here.projections
+        if projections is not None:
+            raw = (projections.q_BSE, projections.k_BSE, projections.v_BSE)
+            projections = Projections(*(x[:, rows] for x in raw))
+        scores_BKL = self._compressor.score(
+            Candidates(
+                layer=layer,
+                rank=self._numbers[step.block],
+                q_BHSD=here.q_BHSD[:, :, rows],
+                k_BKSD=block.k_BKTD,
+                v_BKSD=block.v_BKTD,
+                scale=here.scale,
+                question_q_BHQD=question_q,
+                projections=projections,
+                start=self.host.spans[step.block][0],
+                end=self.plan.lengths.context,
+                rotate=lambda x_BHSD, delta: self._rotate(x_BHSD, delta, layer),
+            )
+        )
+        rows_kept = step.rows
+        if step.coverage is not None:
+            measure = self._compressor.measures
+            assert measure is not None, "the plan was refused otherwise"
+            rows_kept = rows_to_cover(scores_BKL, measure, step.coverage, step.rows, step.skip)
+        index_BKR = top_rows(scores_BKL, rows_kept, step.skip)
+        index_BKRD = index_BKR[..., None].expand(*index_BKR.shape, block.k_BKTD.shape[-1])
+        return torch.stack([block.k_BKTD.gather(2, index_BKRD), block.v_BKTD.gather(2, index_BKRD)])
+
+    def _tell_rows(self, here: _Layer) -> tuple[int, ...]:
+        """Return how many rows every block passes on in this layer. Until this is known nothing can be received."""
+        numbers, device = self.plan.numbers, here.q_BHSD.device
+        own = [here.passed[n].shape[3] if n in here.passed else 0 for n in self._numbers]
+        parts = self._transport.all_gather(
+            torch.tensor(own, device=device),
+            [(len(held),) for held in numbers],
+            kind="rows",
+            step=f"layer {here.number}: rows",
+        ).wait()
+        told = {
+            n: c for held, part in zip(numbers, parts, strict=True) for n, c in zip(held, part.tolist(), strict=True)
+        }
+        rows = tuple(told[n] for n in range(len(told)))
+        assert all(r <= most for r, most in zip(rows, self.plan.kept_rows, strict=True)), rows
+        return rows
+
+    def _pass(self, step: Pass, here: _Layer) -> Handle:
+        """Post the passing of one block; ``here.passed`` gets the buffers of what is received with it."""
+        t, plan, k = self._transport, self.plan, here.blocks[step.block].k_BKTD
+        shapes = [(2, k.shape[0], k.shape[1], rows, k.shape[3]) for rows in here.kept_rows]
+        number = self._numbers[step.block]
+        own = here.passed.get(number)
+        if own is None:
+            own = k.new_empty(shapes[number])
+        name = f"layer {here.number}: passing" + (f" {step.block}" if step.route == "direct" else "")
+        if step.route == "direct":
+            sources = [n[step.block] for n in plan.numbers if len(n) > step.block]
+            buffers = {n: k.new_empty(shapes[n]) for n in sources if t.rank in plan.receivers(n)}
+            here.passed |= buffers
+            sends = [Message(rank, own) for rank in plan.receivers(number)]
+            recvs = [Message(plan.blocks[n][0], buffer) for n, buffer in buffers.items()]
+            return t.exchange(sends, recvs, kind="passing", step=name)
+        if step.route == "allgather":
+            gathered = t.all_gather(own, shapes, kind="passing", step=name)
+            here.passed |= dict(enumerate(gathered.parts))
+            return gathered.handle
+        here.passed |= {n: k.new_empty(shapes[n]) for n in range(t.rank)}
+        return t.relay(
+            own,
+            [here.passed[n] for n in reversed(range(t.rank))],  # the nearest host's block comes first
+            src=t.rank - 1 if t.rank else None,
+            dst=t.rank + 1 if t.rank < t.world - 1 else None,
+            kind="passing",
+            step=name,
+        )
+
+
+class WithQuestion:
+    """Stands in for a model's attention where the question runs in its host's own pass, behind anchor and blocks.
+
+    In every layer the question's rows attend to what that layer's prefill has just kept, on all hosts, as in a pass of
+    their own: the same result, with the weights read once. Source: Spava (arXiv 2601.21444), section 3.
+    """
+
+    def __init__(self, prefill: PrefillAttention, question: CacheAttention, tokens: int) -> None:
+        """``tokens``: rows of anchor and blocks; those behind them are the question's."""
+        self.needs_projections = prefill.needs_projections
+        self._prefill, self._question, self._tokens = prefill, question, tokens
+
+    def __call__(
+        self,
+        layer: int,
+        q_BHSD: Tensor,
+        k_BKSD: Tensor,
+        v_BKSD: Tensor,
+        scale: float,
+        projections: Projections | None,
+    ) -> Tensor:
+        """Return the attention output (B, S, H, D) of all rows."""
+        n = self._tokens
+        if projections is not None:
+            raw = (projections.q_BSE, projections.k_BSE, projections.v_BSE)
+            projections = Projections(*(x[:, :n] for x in raw))
+        (q, asked_q), (k, asked_k), (v, asked_v) = ((x[:, :, :n], x[:, :, n:]) for x in (q_BHSD, k_BKSD, v_BKSD))
+        out_BSHD = self._prefill(layer, q, k, v, scale, projections)
+        return torch.cat([out_BSHD, self._question(layer, asked_q, asked_k, asked_v, scale, None)], dim=1)
+
+
+def _due(steps: Sequence[Step]) -> dict[int, list[list[Attend]]]:
+    """Return what is attended to in chunks after which step: all calls of the same queries together.
+
+    Outputs take the queries' memory. So all that these queries attend to must be here, and nothing may be selected
+    by them afterwards.
+    """
+    sent = max((at for at, step in enumerate(steps) if isinstance(step, Select | Pass)), default=0)
+    calls: dict[tuple[str, int], list[Attend]] = {}
+    last: dict[tuple[str, int], int] = {}
+    for at, step in enumerate(steps):
+        if isinstance(step, Attend):
+            calls.setdefault((step.queries, step.block), []).append(step)
+            last[step.queries, step.block] = max(at, sent)
+    return {at: [calls[whose] for whose in last if last[whose] == at] for at in sorted(set(last.values()))}
+
+
+def _concat(parts: list[LayerKV]) -> tuple[Tensor, Tensor]:
+    if len(parts) == 1:
+        return parts[0].k_BKTD, parts[0].v_BKTD
+    return torch.cat([kv.k_BKTD for kv in parts], dim=2), torch.cat([kv.v_BKTD for kv in parts], dim=2)

@@ -1,0 +1,1 @@
+"""Engine: the calls of users, checked, made into requests to hosts, and answered."""

@@ -1,0 +1,98 @@
+"""What an engine refuses before it asks its hosts for anything."""
+
+from __future__ import annotations
+
+from apb.decode.base import Decoder
+from apb.draft.spec import DraftSpec
+from apb.engine.handle import Caches, KVHandle
+from burst.errors import UserError
+
+
+def check_open(closed: bool, method: str) -> None:
+    """Refuse calls on an engine that has ended its hosts; raises UserError."""
+    if closed:
+        raise UserError(
+            "this engine is closed",
+            given=f"a call of {method}",
+            allowed="calls before Engine.close, or inside the with block",
+            remedy="Start another engine with Engine.launch.",
+        )
+
+
+def check_alive(handle: KVHandle, engine: Caches, epoch: int) -> None:
+    """Refuse a cache that is not, or no longer, on the engine's hosts; raises UserError."""
+    if handle.engine is not engine or handle.released:
+        raise UserError(
+            "this cache is not on the engine's hosts",
+            given=f"{handle.id}, " + ("released" if handle.released else "prefilled by another engine"),
+            allowed="caches prefilled by this engine and not released",
+            remedy="Call engine.prefill again.",
+        )
+    if handle.interrupted:
+        raise UserError(
+            "this cache is in an unknown state: an answer from it was interrupted",
+            given=handle.id,
+            allowed="caches whose answers came to their end",
+            remedy="Prefill again; to be able to go back, generate from handle.fork().",
+        )
+    if handle.epoch != epoch:
+        raise UserError(
+            "this cache is gone: a host that held part of it died",
+            given=handle.id,
+            allowed="caches prefilled since the hosts were restarted",
+            remedy="Call engine.prefill again.",
+        )
+
+
+def check_rank(rank: int, hosts: int) -> None:
+    """Refuse a host that there is not; raises UserError."""
+    if not 0 <= rank < hosts:
+        raise UserError(
+            "no such host to gather on",
+            given=rank,
+            allowed=f"0 to {hosts - 1}",
+            remedy="Choose one of the engine's hosts.",
+        )
+
+
+def check_question(handle: KVHandle) -> None:
+    """Refuse to answer where nothing is asked; raises UserError."""
+    if handle.prompt.question is None:
+        raise UserError(
+            "this cache has no question yet",
+            given="a cache from prefill(query=None)",
+            allowed="a cache with a question",
+            remedy="Ask one: handle.fork(query=...).",
+        )
+
+
+def check_head(decoder: Decoder, draft: DraftSpec | None) -> None:
+    """Refuse a decoder that drafts with a head where there is none; raises UserError."""
+    if decoder.needs_head and draft is None:
+        raise UserError(
+            f"decoder '{decoder.name}' needs a draft head",
+            given="an engine without one",
+            allowed="an engine launched with one",
+            remedy="Launch it with Engine.launch(..., draft='smollm2-135m'), or with the head of your model.",
+        )
+
+
+def check_gather(rank: int, need: int, available: int) -> None:
+    """Refuse to gather a cache where it does not fit; raises UserError. Sizes in bytes."""
+    if need > available:
+        raise UserError(
+            f"the gathered cache does not fit on host {rank}",
+            given=f"{need / 1e9:.3f} GB beside what that host holds",
+            allowed=f"{available / 1e9:.3f} GB free there",
+            remedy="Decode where the cache lies (decode.placement=sharded, or auto), or release other caches.",
+        )
+
+
+def nothing_pending() -> UserError:
+    """Return the error of asking for logits that have been used, or that no question has made yet."""
+    return UserError(
+        "no logits are pending on this cache",
+        given="a cache without a question, or one that has generated already",
+        allowed="a cache straight after prefill or fork with a question",
+        remedy="Call handle.fork(query=...) first.",
+    )

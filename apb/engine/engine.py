@@ -1,0 +1,334 @@
+"""The engine: prefill a long context over hosts, ask questions about it, generate answers. Read this file first."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+
+from apb.clusters import Cluster
+from apb.clusters import cluster as start_cluster
+from apb.decode import decoder as make_decoder
+from apb.decode.base import Decoder, DecodeRequest
+from apb.decode.placement import PLACEMENTS, Links, gathered_bytes, gathering_pays
+from apb.decode.sampling import Sampling
+from apb.decode.score import Score
+from apb.decode.text import TextStream
+from apb.engine.checks import (
+    check_alive,
+    check_gather,
+    check_head,
+    check_open,
+    check_question,
+    check_rank,
+    nothing_pending,
+)
+from apb.engine.handle import KVHandle
+from apb.engine.metrics import added, decoded, measured, prefilled, versions
+from apb.engine.requests import decode_requests, prefill_request
+from apb.engine.setup import Setup
+from apb.prompt.prompt import Prompt, Question, Text, make_question, with_question_first
+from burst.errors import UserError, choose
+
+__all__ = ["Engine", "Result", "versions"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """An answer: its text (stop token and stop string left out), its token ids, and what everything cost."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str  # "stop" or "length"
+    metrics: dict[str, Any]
+
+
+class Engine:
+    """A model on a cluster of hosts, ready to prefill; a context manager that ends its hosts."""
+
+    def __init__(self, setup: Setup, cluster: Cluster) -> None:
+        self.setup = setup
+        self.cluster = cluster
+        self._closed = False
+        self._ids = (f"cache-{i}" for i in itertools.count())
+        self._links: Links | None = None
+
+    @classmethod
+    def launch(cls, model: str | Setup = "smollm2-135m", *, cluster: str = "virtual", **options: Any) -> Engine:
+        """Start the hosts and load the model on each.
+
+        ``model`` is a name, a folder, a hub id, or a Setup; ``cluster`` is virtual, ray or torchrun. Options are those
+        of Setup.make (hosts, strategy, compress, dtype, device, threads, ...) and the cluster's own (ray: address).
+        Raises UserError for anything unknown, before any host starts.
+        """
+        known = Setup.make.__annotations__.keys() - {"model", "return"}
+        settled = {name: options.pop(name) for name in list(options) if name in known}
+        if isinstance(model, Setup) and settled:
+            raise UserError(
+                "a Setup has settled these options already",
+                given=", ".join(settled),
+                allowed="the cluster's own options beside a Setup",
+                remedy="Give them to Setup.make, or give the model's name instead of a Setup.",
+            )
+        setup = model if isinstance(model, Setup) else Setup.make(model, **settled)
+        return cls(setup, start_cluster(cluster, setup.spec, setup.hosts, **options))
+
+    @property
+    def model_path(self) -> str:
+        """The resolved folder of the model."""
+        return self.setup.spec.model_path
+
+    def prefill(
+        self,
+        context: Text | Prompt,
+        query: Text | None = None,
+        chat: bool = True,
+        question_first: bool = False,
+        on_layer: Callable[[int, int], None] | None = None,
+    ) -> KVHandle:
+        """Prefill a context over the hosts and run the question, if there is one, over the sharded cache.
+
+        ``context`` and ``query`` are text or token ids; ``chat`` puts them into the chat template (a Prompt has its
+        question and its template already); ``question_first`` puts the question before the document as well. Without a
+        question the cache is unconditioned: ask with ``handle.fork(query=...)``. ``on_layer(done, total)`` reports
+        progress.
+        """
+        start = time.perf_counter()
+        if isinstance(context, Prompt) and query is not None:
+            raise UserError(
+                "a Prompt has its own question",
+                given="a Prompt and a query",
+                allowed="a Prompt alone, or context and query",
+                remedy="Make the Prompt with the question, or fork the cache and ask there.",
+            )
+        prompt = context if isinstance(context, Prompt) else self.setup.prompt(context, query, chat=chat)
+        if question_first:
+            prompt = with_question_first(self.setup.tokenizer, prompt)
+        plan = self.setup.plan(prompt)
+        handle_id = next(self._ids)
+        requests = [(prefill_request(handle_id, prompt, plan, self.setup.compressor, r),) for r in range(plan.hosts)]
+        reports = self._call("prefill", requests, _layers(on_layer))
+        asked = prompt.question if plan.question_len or prompt.copied else None
+        names = {"model": self.model_path, "cluster": self.cluster.name}
+        return KVHandle(
+            engine=self,
+            id=handle_id,
+            prompt=prompt,
+            exact=plan.exact,
+            conditioned_on=(asked.text or asked.ids) if asked else None,
+            blocks=plan.blocks,
+            owner=plan.hosts - 1,
+            epoch=self.cluster.epoch,
+            metrics=names | prefilled(prompt, plan, reports, time.perf_counter() - start),
+        )
+
+    def generate(
+        self,
+        handle: KVHandle,
+        max_new_tokens: int = 64,
+        decode: str | Decoder = "autoregressive",
+        placement: str = "sharded",
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        stop: str | Sequence[str] | None = None,
+        on_token: Callable[[str], None] | None = None,
+    ) -> Result:
+        """Generate from a handle, which goes on from there when asked again.
+
+        Ends at the model's stop tokens, at a ``stop`` string, or after ``max_new_tokens``. ``decode``: a name, or what
+        ``apb.decode.decoder(name, ...)`` makes; with the same seed all give the same tokens. ``placement``: sharded
+        decodes over the hosts' parts as they lie; gathered moves them to the deciding host first, where the handle then
+        lies; auto takes what measured links and the longest answer make cheaper. ``on_token(piece)`` gets the text as
+        it comes. Raises UserError when there is no question yet, no room for that many tokens, or no draft head for a
+        decoder that needs one.
+        """
+        start = time.perf_counter()
+        self._alive(handle)
+        choose("value of decode.placement:", placement, PLACEMENTS)
+        decoder = make_decoder(decode) if isinstance(decode, str) else decode
+        check_question(handle)
+        check_head(decoder, self.setup.spec.draft)
+        request = DecodeRequest(
+            decoder,
+            max_new_tokens,
+            Sampling(temperature, top_p, top_k, seed),
+            self._stop_ids(),
+            (stop,) if isinstance(stop, str) else tuple(stop or ()),
+        )
+        self.setup.check_room(handle.next_position, max_new_tokens)
+        self._place(handle, placement, request)
+        stream = TextStream(self.setup.tokenizer, request.stop)
+        first_token: list[float] = []
+
+        def on_event(event: dict[str, Any]) -> None:
+            first_token.append(time.perf_counter())
+            piece = "" if event["id"] in request.stop_ids else stream.push(event["id"])
+            if piece and on_token is not None:
+                on_token(piece)
+
+        handle.interrupted = True  # until the answer is whole, however it ends
+        reports = self._call("generate", decode_requests(handle, request, self.cluster.hosts), on_event)
+        handle.interrupted = False
+        rest = stream.finish()
+        if rest and on_token is not None:
+            on_token(rest)
+        answer = reports[handle.owner].decoded
+        assert answer is not None
+        waited_s = 0.0 if handle.generated else handle.metrics["request_s"]  # the first answer waited for the prefill
+        metrics = decoded(handle.metrics, reports, answer, decoder.name, waited_s + first_token[0] - start)
+        handle.generated += answer.token_ids
+        metrics |= {"conditioned_on": handle.conditioned_on, "hosts_decoding": len({h for h, _ in handle.blocks})}
+        return Result(stream.text, tuple(answer.token_ids), answer.finish_reason, metrics)
+
+    def fork(self, handle: KVHandle, query: Text | Question | None = None) -> KVHandle:
+        """Ask another question on the same context (only the query phase runs), or copy a cache as it stands.
+
+        Text and ids become a question as in ``prefill``; a Question runs as it is.
+        """
+        start = time.perf_counter()
+        self._alive(handle)
+        prompt, generated = handle.prompt, list(handle.generated)
+        ids: tuple[int, ...] | None = None
+        if query is not None:
+            question = query
+            if not isinstance(question, Question):
+                question = make_question(self.setup.tokenizer, question, chat=prompt.chat)
+            prompt, generated, ids = dataclasses.replace(prompt, question=question), [], question.query_ids
+            self.setup.check_ids(ids)
+            self.setup.check_room(len(prompt.token_ids), 0)
+        new_id = next(self._ids)
+        reports = self._call("fork", [(handle.id, new_id, ids)] * self.cluster.hosts)
+        metrics = handle.metrics | {"query_tokens": prompt.lengths.query, "forked": True}
+        if query is not None:
+            metrics |= measured(reports, time.perf_counter() - start)
+        return dataclasses.replace(handle, id=new_id, prompt=prompt, generated=generated, metrics=metrics)
+
+    def gather(self, handle: KVHandle, rank: int = 0) -> KVHandle:
+        """Merge a cache on host ``rank``; the given handle stays usable. Raises UserError where it does not fit."""
+        self._alive(handle)
+        check_rank(rank, self.cluster.hosts)
+        check_gather(rank, gathered_bytes(self.setup.shape, handle.next_position, 0, 1), self._available(rank))
+        return self._gather(handle, rank)
+
+    def logits(self, handle: KVHandle) -> Tensor:
+        """Return the next token's logits (V,); raises UserError before a question or after generating."""
+        self._alive(handle)
+        logits: Tensor | None = self._call("logits", [(handle.id,)] * self.cluster.hosts)[handle.owner]
+        if logits is None:
+            raise nothing_pending()
+        return logits
+
+    def score(self, handle: KVHandle, token_ids: Sequence[int], first: int = 0) -> Score:
+        """Return the log-probabilities of given tokens, teacher-forced after the prompt; the cache stays as it is.
+
+        ``first``: of how many tokens the whole distribution is wanted too. Raises UserError before a question, after
+        generating, without tokens, and beyond the model's positions.
+        """
+        self._alive(handle)
+        if handle.prompt.question is None or handle.generated:
+            raise nothing_pending()
+        ids = tuple(int(i) for i in token_ids)
+        if not ids:
+            raise UserError(
+                "there are no tokens to score",
+                given="none",
+                allowed="one or more",
+                remedy="Give the answer's token ids.",
+            )
+        self.setup.check_ids(ids)
+        self.setup.check_room(handle.next_position, len(ids))
+        found: Score | None = self._call("score", [(handle.id, ids, first)] * self.cluster.hosts)[handle.owner]
+        assert found is not None
+        return found
+
+    def release(self, handle: KVHandle) -> None:
+        """Free a cache on all hosts; may be called twice."""
+        gone = self._closed or handle.released or handle.epoch != self.cluster.epoch
+        if handle.engine is self and not gone:
+            self._call("release", [(handle.id,)] * self.cluster.hosts)
+        handle.released = True
+
+    def close(self) -> None:
+        """End the hosts; may be called twice."""
+        self._closed = True
+        self.cluster.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def links(self) -> Links:
+        """Return what exchanges between the hosts cost, measured once: the slowest host's."""
+        if self._links is None:
+            found = self._call("links", [()] * self.cluster.hosts)
+            self._links = Links(
+                max(x.latency_s for x in found),
+                min(x.bytes_per_s for x in found),
+                min(x.read_bytes_per_s for x in found),
+            )
+        return self._links
+
+    # -- how ------------------------------------------------------------------------------------------------------
+
+    def _call(self, method: str, per_host: Sequence[tuple[Any, ...]], on_event: Any = None) -> list[Any]:
+        check_open(self._closed, method)
+        return self.cluster.call(method, per_host, on_event)
+
+    def _place(self, handle: KVHandle, wanted: str, request: DecodeRequest) -> None:
+        """Move a cache to its deciding host where that is wanted, or (auto) pays."""
+        shards = handle.shards
+        if len(shards) == 1 or wanted == "sharded":
+            return
+        new_tokens, tree_tokens = request.max_new_tokens, request.decoder.tree_tokens
+        if wanted == "auto" and not gathering_pays(self.links(), self.setup.shape, shards, new_tokens, tree_tokens):
+            return
+        need = gathered_bytes(self.setup.shape, handle.next_position, new_tokens, tree_tokens)
+        available = self._available(handle.owner)
+        if wanted == "auto" and need > available:
+            return
+        check_gather(handle.owner, need, available)
+        there = self._gather(handle, handle.owner)
+        self._call("release", [(handle.id,)] * self.cluster.hosts)
+        handle.id, handle.blocks, handle.metrics = there.id, there.blocks, there.metrics
+
+    def _gather(self, handle: KVHandle, rank: int) -> KVHandle:
+        new_id = next(self._ids)
+        reports = self._call("gather", [(handle.id, new_id, rank)] * self.cluster.hosts)
+        blocks = ((rank, len(handle.prompt.context_ids)),)
+        metrics = added(handle.metrics, reports) | {"gathered_on": rank}
+        generated = list(handle.generated)
+        return dataclasses.replace(handle, id=new_id, blocks=blocks, owner=rank, generated=generated, metrics=metrics)
+
+    def _available(self, rank: int) -> int:
+        """Return the bytes that are free on a host."""
+        found: int = self._call("available", [()] * self.cluster.hosts)[rank]
+        return found
+
+    def _alive(self, handle: KVHandle) -> None:
+        check_alive(handle, self, self.cluster.epoch)
+
+    def _stop_ids(self) -> tuple[int, ...]:
+        from apb.models.loading import generation_stop_ids
+
+        if self.setup.spec.config is not None:  # random weights mean nothing by any token
+            return ()
+        return generation_stop_ids(Path(self.model_path))
+
+
+def _layers(on_layer: Callable[[int, int], None] | None) -> Callable[[dict[str, Any]], None] | None:
+    if on_layer is None:
+        return None
+    return lambda event: on_layer(event["done"], event["total"])

@@ -1,0 +1,260 @@
+"""What is settled before weights are loaded: model, strategy, compressor, hosts; prompts, plans and checks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apb.compress import Compressor, compressor
+from apb.draft.spec import DraftSpec
+from apb.host.host import HostSpec
+from apb.plan.draft import Handoff
+from apb.plan.memory import Answer
+from apb.plan.plan import ModelShape, PrefillPlan
+from apb.prompt.prompt import Prompt, Text, make_prompt, with_question_first
+from apb.strategies import Strategy, strategy
+from burst.errors import UserError
+
+DEFAULT_HOSTS = 4
+DEFAULT_COMPRESSOR = "query"
+PROCESS_BYTES = 400_000_000  # a process with torch and transformers imported: 350 MB resident on Linux, and some room
+
+SMALLEST_CHUNK = 32  # tokens; what is proposed is never less: more chunks would cost time and save next to nothing
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model and a way to prefill it, without weights."""
+
+    spec: HostSpec
+    shape: ModelShape
+    tokenizer: Any
+    strategy: Strategy
+    compressor: Compressor | None
+    hosts: int
+    chunk_tokens: int | None = None  # tokens that a host runs through a layer at once; None: all of its own
+    handoff: Handoff | None = None  # what the draft head takes over from a prefill; None without one
+
+    @classmethod
+    def make(
+        cls,
+        model: str = "smollm2-135m",
+        *,
+        config: Mapping[str, Any] | None = None,
+        hosts: int | None = None,
+        strategy: str | Strategy = "apb",
+        compress: str | Compressor | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        threads: int = 1,
+        timeout_s: float = 600.0,
+        chunk_tokens: int | None = None,
+        draft: str | DraftSpec | None = None,
+        graphs: bool = True,
+        cache_dir: Path | None = None,
+        on_progress: Callable[[str, int, int], None] | None = None,
+    ) -> Setup:
+        """Resolve names; may fetch the model's files (``on_progress(phase, done, total)``).
+
+        ``config``: random weights of this configuration, without a tokenizer; ``model`` is then only a name.
+        ``hosts``: None is the strategy's own default, else 4. ``threads``: intra-op threads a host. ``dtype`` auto is
+        the checkpoint's own on a GPU and float32 on a CPU. ``chunk_tokens``: tokens that a host runs through a layer
+        at once, less memory for a little more work; None is all of its own. ``draft``: the head that decode=eagle2
+        drafts with, a name, a path or a DraftSpec; the prefill then keeps what it needs. ``graphs``: decode steps as
+        CUDA graphs, on GPUs.
+        Raises UserError for anything unknown or contradictory.
+        """
+        from apb.models.checks import check_config
+        from apb.models.fetch.resolve import resolve
+        from apb.models.loading import generation_stop_ids, load_config, load_tokenizer, make_config
+        from apb.models.placement import resolve_device, resolve_dtype, torch_dtype
+        from apb.models.shape import model_shape
+
+        _check_numbers(hosts, threads, timeout_s, chunk_tokens)
+        chosen = _strategy(strategy)
+        scorer = _compressor(chosen, compress)
+        count = hosts if hosts is not None else chosen.default_hosts or DEFAULT_HOSTS
+        path = None if config is not None else resolve(model, on_progress=on_progress, cache_dir=cache_dir)
+        found = make_config(config or {}) if path is None else load_config(path)
+        check_config(found)
+        device = resolve_device(device)
+        dtype = resolve_dtype(dtype, device, found)
+        shape = model_shape(found, torch_dtype(dtype))
+        if scorer is not None:
+            scorer.check(shape)
+        spec = DraftSpec(draft) if isinstance(draft, str) else draft
+        if spec is not None and path is None:
+            raise UserError(
+                "random weights have no draft head",
+                given=f"draft={spec.head} with a configuration",
+                allowed="a draft head with a model's own weights",
+                remedy="Leave draft out, or name a model.",
+            )
+        return cls(
+            spec=HostSpec(
+                str(path or model),
+                dtype,
+                device,
+                threads=threads,
+                timeout_s=timeout_s,
+                draft=spec,
+                config=config,
+                graphs=graphs,
+            ),
+            handoff=None if spec is None or path is None else spec.handoff(shape, generation_stop_ids(path)),
+            shape=shape,
+            tokenizer=None if path is None else load_tokenizer(path),
+            strategy=chosen,
+            compressor=scorer,
+            hosts=count,
+            chunk_tokens=chunk_tokens,
+        )
+
+    def using(self, strategy: str | Strategy, hosts: int | None = None) -> Setup:
+        """Return the same model with another strategy, its own default compressor and host count."""
+        chosen = _strategy(strategy)
+        count = hosts if hosts is not None else chosen.default_hosts or self.hosts
+        return dataclasses.replace(self, strategy=chosen, compressor=_compressor(chosen, None), hosts=count)
+
+    def prompt(self, context: Text, query: Text | None, *, chat: bool = True, question_first: bool = False) -> Prompt:
+        """Tokenise a prompt, with ``question_first`` the question before the document as well; raises UserError when a
+        part is empty or the template cannot be split."""
+        if self.tokenizer is None:
+            raise UserError(
+                "random weights read no text",
+                given=self.spec.model_path,
+                allowed="a Prompt of token ids, or a model with a tokenizer",
+                remedy="Choose another model, or 'apb bench emulate' and its like for times and bytes.",
+            )
+        made = make_prompt(self.tokenizer, context, query, chat=chat)
+        return with_question_first(self.tokenizer, made) if question_first else made
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Refuse token ids that the model does not have; raises UserError."""
+        wrong = [i for i in ids if not 0 <= i < self.shape.vocab]
+        if wrong:
+            raise UserError(
+                "token ids outside the model's vocabulary",
+                given=wrong[:5],
+                allowed=f"0 to {self.shape.vocab - 1}",
+                remedy="Tokenise the text with this model's own tokenizer.",
+            )
+
+    def plan(self, prompt: Prompt, new_tokens: int = 0) -> PrefillPlan:
+        """Return the plan for a prompt; raises UserError when it cannot be done as asked, before anything is loaded."""
+        self.check_ids(prompt.token_ids)
+        first = prompt.context_ids[prompt.head : prompt.head + prompt.copied]
+        if prompt.copied and (prompt.question is None or first[: len(prompt.question.ids)] != prompt.question.ids):
+            raise UserError(
+                "another question stands before this document",
+                given="no question" if prompt.question is None else f"{len(prompt.question.ids)} other tokens",
+                allowed="the question whose copy is in the context",
+                remedy="Prefill with that one and fork the cache, or make a Prompt for the new one.",
+            )
+        plan = self.strategy.plan(prompt.lengths, self.hosts, self.shape, self.compressor)
+        plan = dataclasses.replace(plan, chunk_tokens=self.chunk_tokens, draft=self.handoff)
+        scorer = self.compressor
+        if scorer is not None and scorer.needs_question and any(plan.kept_rows) and prompt.question is None:
+            raise UserError(
+                f"compressor '{scorer.name}' needs a question",
+                given="a prefill without a question",
+                allowed="compressors that need none, such as expected, norm, recent and random",
+                remedy="Set compress=expected, give the question, or pass nothing on (strategy.passing_len=0).",
+            )
+        self.check_room(len(prompt.token_ids), new_tokens)
+        return plan
+
+    def check_room(self, tokens: int, new_tokens: int) -> None:
+        """Refuse what goes beyond the model's positions; nothing is ever truncated. Raises UserError."""
+        limit = self.shape.max_positions
+        if tokens + new_tokens > limit:
+            over = tokens + new_tokens - limit
+            raise UserError(
+                "prompt and answer are longer than the model's context",
+                given=f"{tokens} prompt tokens + {new_tokens} new tokens = {tokens + new_tokens}",
+                allowed=f"{limit} positions",
+                remedy=f"Shorten the document by {over} tokens, lower decode.max_new_tokens, or choose a model with a "
+                "longer context.",
+            )
+
+    def check_memory(self, plan: PrefillPlan, answer: Answer, available: int, *, sharing: int, copies: int) -> None:
+        """Refuse a plan that needs more than ``available`` bytes on a machine that ``sharing`` hosts share.
+
+        ``copies`` processes, each with the weights, stand on that machine. The heaviest ``sharing`` hosts are
+        charged. Raises UserError with the setting to change.
+        """
+        need = needed_bytes(plan, answer, sharing=sharing, copies=copies)
+        if need <= available:
+            return
+        memories = _heaviest(plan, answer, sharing)
+        weights = memories[0]["weights"]
+        chunk = fitting_chunk(plan, answer, available, sharing=sharing, copies=copies)
+        chunked = f" chunk_tokens={chunk} makes it fit;" if chunk is not None else ""
+        halved = " dtype=bfloat16 halves it;" if self.spec.dtype == "float32" else ""
+        virtual = " cluster=virtual holds the weights once;" if copies > 1 else ""
+        raise UserError(
+            f"this prefill does not fit: weights {weights * copies / 1e9:.1f} GB, "
+            f"KV {sum(m['kv'] for m in memories) / 1e9:.1f} GB, "
+            f"activations {sum(m['activations'] for m in memories) / 1e9:.1f} GB, "
+            f"processes {PROCESS_BYTES * copies / 1e9:.1f} GB",
+            given=f"{need / 1e9:.1f} GB for {sharing} host(s) on one machine",
+            allowed=f"{available / 1e9:.1f} GB free there",
+            remedy=f"Change one of these:{chunked}{halved}{virtual} more machines (cluster.address) with more "
+            "cluster.hosts make each block smaller; or shorten the document.",
+        )
+
+
+def needed_bytes(plan: PrefillPlan, answer: Answer, *, sharing: int, copies: int) -> int:
+    """Bytes that a plan needs on a machine; see ``Setup.check_memory``."""
+    memories = _heaviest(plan, answer, sharing)
+    weights = memories[0]["weights"]
+    return copies * (weights + PROCESS_BYTES) + sum(m["kv"] + m["activations"] for m in memories)
+
+
+def _heaviest(plan: PrefillPlan, answer: Answer, sharing: int) -> list[dict[str, int]]:
+    """Return the memory of the ``sharing`` hosts that need most."""
+    return sorted((plan.memory(r, answer) for r in range(plan.hosts)), key=lambda m: sum(m.values()))[-sharing:]
+
+
+def fitting_chunk(plan: PrefillPlan, answer: Answer, available: int, *, sharing: int, copies: int) -> int | None:
+    """Return the largest power of two of tokens a chunk that fits into ``available`` bytes; None where none does."""
+    longest = max(host.tokens_run for host in plan.host_plans)
+    chunk = 1 << (longest - 1).bit_length()
+    while chunk > SMALLEST_CHUNK:
+        chunk //= 2
+        smaller = dataclasses.replace(plan, chunk_tokens=chunk)
+        if needed_bytes(smaller, answer, sharing=sharing, copies=copies) <= available:
+            return chunk
+    return None
+
+
+def _check_numbers(hosts: int | None, threads: int, timeout_s: float, chunk: int | None) -> None:
+    whole = "a whole number, 1 or more"
+    for name, value, fine, allowed in (
+        ("hosts", hosts, hosts is None or (isinstance(hosts, int) and hosts >= 1), whole),
+        ("threads", threads, isinstance(threads, int) and threads >= 1, whole),
+        ("timeout_s", timeout_s, timeout_s > 0, "above 0 seconds"),
+        ("chunk_tokens", chunk, chunk is None or (isinstance(chunk, int) and chunk >= 1), f"{whole}, or None"),
+    ):
+        if not fine:
+            raise UserError(f"{name} is out of range", given=value, allowed=allowed, remedy=f"Change {name}.")
+
+
+def _strategy(given: str | Strategy) -> Strategy:
+    return strategy(given) if isinstance(given, str) else given
+
+
+def _compressor(chosen: Strategy, given: str | Compressor | None) -> Compressor | None:
+    if not chosen.takes_compressor:
+        if given is not None:
+            raise UserError(
+                f"strategy '{chosen.name}' takes no compressor",
+                given=given if isinstance(given, str) else given.name,
+                allowed="no compress setting",
+                remedy="Leave compress out, or choose strategy=apb or spava.",
+            )
+        return None
+    return compressor(given or DEFAULT_COMPRESSOR) if not isinstance(given, Compressor) else given

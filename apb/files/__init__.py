@@ -1,0 +1,1 @@
+"""Files: tensors of small heads on disk."""

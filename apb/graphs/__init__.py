@@ -1,0 +1,1 @@
+"""Graphs: steps of decoding captured once and replayed."""

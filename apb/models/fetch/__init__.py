@@ -1,0 +1,1 @@
+"""Fetching: from a model's name to a folder on this machine."""

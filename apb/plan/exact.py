@@ -1,0 +1,83 @@
+"""Exact attention over hosts as a part of the plan: who holds which positions, what is computed and sent.
+
+Everything follows from a few words and the model's shape, so only the words travel with a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from apb.plan.counts import Counts, counts
+from apb.plan.plan import ModelShape
+from burst.layouts.layout import Layout, layout
+from burst.schedules import AttentionShape, Schedule, head_groups, schedule
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Which of burst's layouts and schedules attends. ``ulysses``: hosts that share tokens by heads, in ``usp``."""
+
+    schedule: str
+    layout: str
+    context: int  # tokens
+    hosts: int
+    ulysses: int | None = None
+
+    def spans(self, rank: int) -> tuple[tuple[int, int], ...]:
+        """Positions [start, stop) that a host holds, ascending."""
+        held = self.tokens().spans[rank]
+        assert all(span.step == 1 for span in held), self.layout
+        return tuple((span.start, span.stop) for span in held)
+
+    def program(self, shape: ModelShape, nodes: Sequence[int] | None = None) -> Schedule:
+        """Return what every host does in one layer; ``nodes[r]`` is the machine of host r (None: one machine).
+
+        Machines change who talks to whom, never what all hosts together send by kind. Raises UserError for hosts
+        that the schedule cannot take.
+        """
+        where = tuple(nodes) if nodes is not None else (0,) * self.hosts
+        return schedule(self.schedule, self.tokens(), attention_shape(shape), nodes=where, ulysses=self.ulysses)
+
+    def sent(self, rank: int, shape: ModelShape) -> dict[str, int]:
+        """Bytes that a host sends in one layer, by kind; hosts on one machine."""
+        return self._counts(shape).sent[rank]
+
+    def head_pairs(self, rank: int, shape: ModelShape) -> int:
+        """Query-key pairs that a host computes in one layer, each head by itself."""
+        return self._counts(shape).head_pairs[rank]
+
+    def workspace(self, rank: int, shape: ModelShape) -> int:
+        """Bytes of a host's buffers in one layer, and of its heads of the group's tokens."""
+        return self._counts(shape).workspace[rank]
+
+    def members(self) -> int:
+        """Hosts that share their tokens by heads; raises UserError where they do not divide the hosts."""
+        return head_groups(self.schedule, (0,) * self.hosts, self.ulysses)
+
+    def tokens(self) -> Layout:
+        """Return who holds which positions."""
+        return _tokens(self.layout, self.context, self.hosts)
+
+    def _counts(self, shape: ModelShape) -> Counts:
+        return counts(self.schedule, self.tokens(), attention_shape(shape), self.members())
+
+
+def attention_shape(shape: ModelShape) -> AttentionShape:
+    """Return what burst's schedules count bytes with: one sequence, states in fp32 (fp64 for fp64)."""
+    e = shape.element_size
+    return AttentionShape(
+        q_heads=shape.q_heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        value_dim=shape.head_dim,
+        element_size=e,
+        state_size=max(4, e),
+        partial_size=e,
+    )
+
+
+@lru_cache(maxsize=64)
+def _tokens(name: str, context: int, hosts: int) -> Layout:
+    return layout(name, context, hosts)

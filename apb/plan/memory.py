@@ -1,0 +1,107 @@
+"""What a host's memory must hold, from the plan's numbers: weights, KV, and what lives at once.
+
+What freed memory leaves unused is not counted: C's allocator on Linux may keep as much again (``docs/log.md``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from apb.plan.plan import PrefillPlan
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is to be generated from a prefill: at most ``new_tokens``, in trees of ``tree_tokens`` rows, root included.
+
+    ``gathered``: the cache is moved to the deciding host first.
+    """
+
+    new_tokens: int = 0
+    tree_tokens: int = 1
+    gathered: bool = False
+
+
+NOTHING = Answer()
+
+
+def memory(plan: PrefillPlan, rank: int, answer: Answer) -> dict[str, int]:
+    """Return the bytes that host ``rank`` needs: weights (the draft head's among them), KV (the head's too), and what
+    else lives at once in the layer, or the step of decoding, that needs most."""
+    s = plan.shape
+    return {
+        "weights": s.total_params * s.element_size + (plan.draft.weight_bytes if plan.draft is not None else 0),
+        "kv": _kv(plan, rank, answer),
+        "activations": max(_prefilling(plan, rank), _handing_over(plan, rank), _decoding(plan, rank, answer)),
+    }
+
+
+def _kv(plan: PrefillPlan, rank: int, answer: Answer) -> int:
+    s, block = plan.shape, plan.host_plans[rank].block_len
+    row = s.kv_row_bytes * s.layers
+    if rank != plan.hosts - 1:
+        return block * row
+    # A tree's rows lie behind the tail until its walk; its root is the last token decided.
+    later = plan.lengths.query + answer.new_tokens
+    rows = block + later + answer.tree_tokens - 1
+    if answer.gathered and plan.hosts > 1:  # the cache as it lay is freed when it is here as a whole
+        rows += plan.lengths.context + plan.lengths.query
+    return rows * row + (plan.draft.cache_bytes(plan.lengths.context, later) if plan.draft is not None else 0)
+
+
+def _prefilling(plan: PrefillPlan, rank: int) -> int:
+    s, host = plan.shape, plan.host_plans[rank]
+    together = host.tokens_run if plan.chunk_tokens is None else min(plan.chunk_tokens, host.tokens_run)
+    fused = plan.fused and plan.chunk_tokens is None
+    tokens = together + plan.lengths.query if fused else max(together, plan.lengths.query)
+    anchor = plan.anchor_len if plan.shared_anchor is not None else host.anchor_len
+    passing = (plan.passing_rows(rank) + anchor) * s.kv_row_bytes * 2
+    if plan.spread is not None:
+        passing += plan.spread.workspace(rank, s)
+        if plan.hosts > 1 and together == host.tokens_run:  # in chunks, the whole rows' outputs have room for it
+            passing += host.block_len * s.kv_row_bytes  # packed to be sent
+    features = plan.draft.feature_bytes(host.spans, plan.lengths.context) if plan.draft is not None else 0
+    return tokens * _row_bytes(plan) + passing + host.tokens_run * whole_row_bytes(plan, rank) + features
+
+
+def _handing_over(plan: PrefillPlan, rank: int) -> int:
+    """Bytes while the draft head makes its keys and values of what it takes over: features and its layer's input."""
+    if plan.draft is None:
+        return 0
+    s, spans = plan.shape, plan.host_plans[rank].spans
+    rows = plan.draft.rows(spans, plan.lengths.context)
+    # Features fused, normed, the embedding, both side by side, and what the projections read.
+    made = 6 * s.hidden * s.element_size + 2 * plan.draft.row_bytes
+    return plan.draft.feature_bytes(spans, plan.lengths.context) + rows * made
+
+
+def _decoding(plan: PrefillPlan, rank: int, answer: Answer) -> int:
+    s = plan.shape
+    logits = 0
+    if rank == plan.hosts - 1:
+        copied = 4 if s.element_size < 4 else 0  # to fp32
+        logits = answer.tree_tokens * s.vocab * (s.element_size + copied)
+    return answer.tree_tokens * _row_bytes(plan) + logits
+
+
+def _row_bytes(plan: PrefillPlan) -> int:
+    """Bytes of a token that runs through a layer.
+
+    The embedding, which the forward pass keeps, residual, norm and output of the hidden size, and the rotation; then
+    either the MLP's gate, up and product, or attention's q, k, v before and after RoPE with two fp32 partial outputs.
+    """
+    s = plan.shape
+    attention = (3 * s.q_heads + 4 * s.kv_heads) * s.head_dim * s.element_size + 2 * s.q_heads * s.head_dim * 4
+    return (4 * s.hidden + 2 * s.head_dim) * s.element_size + max(3 * s.intermediate * s.element_size, attention)
+
+
+def whole_row_bytes(plan: PrefillPlan, rank: int) -> int:
+    """Bytes of a token that stay through a layer where chunks of the others run: the residual stream, its rotation,
+    q, k and v; the output takes q's place, but not in exact attention over hosts."""
+    s, host = plan.shape, plan.host_plans[rank]
+    if plan.chunk_tokens is None or plan.chunk_tokens >= host.tokens_run or host.alone:
+        return 0
+    out = 0 if plan.spread is None else 2 * s.q_heads * s.head_dim * max(4, s.element_size)
+    return (s.hidden + (2 + s.q_heads) * s.head_dim) * s.element_size + s.kv_row_bytes + out

@@ -1,0 +1,1 @@
+"""Prompts: documents, questions and chat templates as token ids."""

@@ -1,0 +1,1 @@
+"""Execution: ``burst.attention``, the only place where schedules meet tensors."""

@@ -1,0 +1,141 @@
+"""Attention of one block of queries over one block of keys, piece by piece, forward and backward.
+
+Shapes: B batch, H query heads, K kv heads, S queries, T keys, D head dim, E value dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from burst.kernels import Kernel
+from burst.kernels.merge import Accumulator, accumulate_dtype
+from burst.layouts.masks import Piece
+
+TOKENS = 2  # the dim of tokens in every tensor here
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Runs the pieces of a mask through a kernel; ``accurate`` widens the inputs, so no part is rounded."""
+
+    kernel: Kernel
+    scale: float
+    accurate: bool = False
+
+    def forward(self, total: Accumulator, q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece]) -> None:
+        """Merge the attention of q (B, H, S, D) over k (B, K, T, D) and v (B, K, T, E) into ``total``."""
+        if self.accurate:
+            q, k, v = _wide(q), _wide(k), _wide(v)
+        for piece in pieces:
+            q_part, k_part, v_part = (
+                _rows(q, piece.q, piece),
+                _rows(k, piece.k, piece),
+                _rows(v, piece.k, piece),
+            )
+            out, lse = self._attend(q_part, k_part, v_part, piece.causal)
+            if piece.flip:
+                out, lse = out.flip(TOKENS), lse.flip(TOKENS)
+            whole = piece.q_stop - piece.q_start == q.shape[TOKENS]
+            if not whole:
+                begin(total, q, v.shape[3])
+            total.add(out, lse, None if whole else piece.q)
+
+    def backward(
+        self,
+        given: Mapping[str, Tensor],
+        k: Tensor,
+        v: Tensor,
+        pieces: Sequence[Piece],
+        sums: Mapping[str, Tensor],
+        fresh: set[str],
+    ) -> None:
+        """Add the pieces' gradients to ``sums``: dq (B, H, S, D), dk (B, K, T, D), dv (B, K, T, E).
+
+        ``fresh`` names the sums whose memory holds nothing yet; they are begun here and taken off the set.
+        ``given`` has q (B, H, S, D), dout (B, H, S, E), the whole softmax's lse (B, H, S), out (B, H, S, E)
+        or delta (B, H, S), or both.
+        """
+        acc = accumulate_dtype(k.dtype)
+        for piece in pieces:
+            rows = {name: _rows(x, piece.q, piece) for name, x in given.items()}
+            k_part, v_part = _rows(k, piece.k, piece), _rows(v, piece.k, piece)
+            if self.accurate:
+                rows = {name: x.to(acc) for name, x in rows.items()}
+                k_part, v_part = k_part.to(acc), v_part.to(acc)
+            grads = self._differentiate(rows, k_part, v_part, piece.causal)
+            for name, grad, span in zip(("dq", "dk", "dv"), grads, (piece.q, piece.k, piece.k), strict=True):
+                grad = grad.flip(TOKENS) if piece.flip else grad
+                whole = span.stop - span.start == sums[name].shape[TOKENS]
+                if name in fresh and whole:  # saves a pass over the memory to clear it, and one to read it
+                    sums[name].copy_(grad)
+                else:
+                    if name in fresh:
+                        sums[name].zero_()
+                    sums[name][:, :, span].add_(grad)
+                fresh.discard(name)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+        value_dim = v.shape[3]
+        q, k, v = self._one_dim(q, k, v)
+        out, lse = self.kernel(q, k, v, causal=causal, scale=self.scale)
+        return out[..., :value_dim], lse
+
+    def _differentiate(
+        self, rows: Mapping[str, Tensor], k: Tensor, v: Tensor, causal: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        head_dim, value_dim = k.shape[3], v.shape[3]
+        q, k, v = self._one_dim(rows["q"], k, v)
+        dout, out = rows["dout"], rows.get("out")
+        if v.shape[3] > value_dim:  # zeros leave the row sums of dout * out as they are; pad() copies in any case
+            dout = pad(dout, (0, v.shape[3] - value_dim))
+            out = None if out is None else pad(out, (0, v.shape[3] - value_dim))
+        dq, dk, dv = self.kernel.backward(
+            q, k, v, out, rows["lse"], dout, causal=causal, scale=self.scale, delta=rows.get("delta")
+        )
+        return dq[..., :head_dim], dk[..., :head_dim], dv[..., :value_dim]
+
+    def _one_dim(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pad with zeros to one dim for kernels that know one only; scores and lse stay as they are."""
+        if self.kernel.any_value_dim or k.shape[3] == v.shape[3]:
+            return q, k, v
+        dim = max(k.shape[3], v.shape[3])
+        return pad(q, (0, dim - q.shape[3])), pad(k, (0, dim - k.shape[3])), pad(v, (0, dim - v.shape[3]))
+
+
+def begin(total: Accumulator, q: Tensor, value_dim: int) -> None:
+    """Give the accumulator an empty part for q's (B, H, S, D) rows, unless it has one: 0 with lse -inf."""
+    if not total.ready:
+        acc = accumulate_dtype(q.dtype)
+        total.add(q.new_zeros((*q.shape[:3], value_dim), dtype=acc), q.new_full(q.shape[:3], -math.inf, dtype=acc))
+
+
+def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Let a key without value and with a learned logit a head, ``sinks`` (H,), join the softmax.
+
+    Scales ``out`` (B, H, S, E) in place and returns the new lse (B, H, S).
+    Source: attention sinks of gpt-oss: one more term in the denominator.
+    """
+    whole_BHS = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    out.mul_((lse - whole_BHS).exp().unsqueeze(-1))
+    return whole_BHS
+
+
+def sink_gradient(lse: Tensor, delta: Tensor, sinks: Tensor) -> Tensor:
+    """Return the rows' share of the gradient of ``sinks`` (H,): -sum of exp(sink - lse) * delta (B, H, S)."""
+    weight_BHS = (sinks.to(lse.dtype)[:, None] - lse).exp()
+    return -(weight_BHS * delta).sum((0, 2))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(accumulate_dtype(x.dtype))
+
+
+def _rows(x: Tensor, rows: slice, piece: Piece) -> Tensor:
+    part = x[:, :, rows]
+    return part.flip(TOKENS) if piece.flip else part

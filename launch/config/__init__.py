@@ -1,0 +1,1 @@
+"""Configuration: composed by Hydra, made into typed values, explained by ``--help``."""

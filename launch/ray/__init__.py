@@ -1,0 +1,1 @@
+"""Ray: one actor a host, on this machine or on a cluster."""

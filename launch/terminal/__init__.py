@@ -1,0 +1,1 @@
+"""Terminal: arguments, progress, tables, output and interrupts."""

@@ -1,0 +1,92 @@
+"""JSON documents: what a failure becomes, and what ``out=DIR`` writes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from burst.errors import HostFailure, UserError
+from launch.terminal.display import Display
+from launch.terminal.interrupt import handled
+
+DONE, FAILED, USER, INTERRUPTED = 0, 1, 2, 130
+
+
+def one_line(document: Mapping[str, Any]) -> str:
+    """Return the document as one line of ASCII, which no terminal, locale or line splitter can break."""
+    return json.dumps(document, allow_nan=False)
+
+
+def failure(error: BaseException, display: Display, verbose: bool) -> tuple[int, dict[str, Any]]:
+    """Tell people of an error and return the exit code and the document for it."""
+    if isinstance(error, UserError):
+        shown = [error.message, str(error.given), str(error.allowed), error.remedy]
+        code, kind, (message, given, allowed, remedy) = USER, type(error).__name__, shown
+    elif isinstance(error, KeyboardInterrupt):
+        handled()
+        code, kind, message, given, allowed = INTERRUPTED, "Interrupted", "interrupted", "Ctrl-C", "waiting"
+        remedy = "Run again; nothing was left behind."
+    elif isinstance(error, HostFailure):
+        code, kind, message = FAILED, "HostFailure", str(error)
+        peer = "" if error.peer is None else f", peer {error.peer}"
+        given, allowed = f"host {error.rank}, step '{error.step}'{peer}", "hosts that answer within timeout_s"
+        remedy = "Run again. If the host was only slow, raise timeout_s; if memory ran out, see 'apb plan'."
+    else:
+        code, kind, message = FAILED, type(error).__name__, str(error) or type(error).__name__
+        given, allowed = _place(error), "no such error"
+        remedy = "A bug, or the machine ran out of something. Run again with --verbose for the traceback."
+    if code == FAILED and verbose:
+        display.raw("".join(traceback.format_exception(error)))
+    display.note(f"{'Error' if code != INTERRUPTED else 'Stopped'}: {message}", style="bold red")
+    if code != INTERRUPTED:
+        for label, text in (("given", given), ("allowed", allowed), ("remedy", remedy)):
+            display.note(f"  {label + ':':8} {text}")
+    keys = {"type": kind, "given": given, "allowed": allowed, "remedy": remedy, "message": message}
+    return code, {"error": keys}
+
+
+def told(error: BaseException) -> int:
+    """Tell of an error where no command is under way yet, on both streams; return the exit code."""
+    code, document = failure(error, Display(), verbose=False)
+    sys.stdout.write(one_line(document) + "\n")
+    return code
+
+
+def _place(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return "nowhere"
+    return f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}, in {frames[-1].name}"
+
+
+@contextlib.contextmanager
+def kept(out: str | None, config: Mapping[str, Any], display: Display) -> Iterator[dict[str, Any]]:
+    """With a folder, write config.yaml and apb.log there at once, and what the caller puts into the yielded
+    dictionary as result.json at the end. Raises UserError when the folder cannot be written."""
+    result: dict[str, Any] = {}
+    if out is None:
+        yield result
+        return
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))), encoding="utf-8")
+        log = contextlib.ExitStack()
+        log.enter_context(display.logging_to(folder / "apb.log"))
+    except OSError as error:
+        raise UserError(
+            f"the folder for results cannot be written: {error}",
+            given=f"out={out}",
+            allowed="a folder that can be made and written",
+            remedy="Choose another out=DIR.",
+        ) from error
+    with log:
+        yield result
+        (folder / "result.json").write_text(one_line(result) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""torchrun: one host a process."""

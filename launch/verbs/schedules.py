@@ -1,0 +1,31 @@
+"""Which exact schedule would be fastest for a prefill, as ``apb plan burst.explain=true`` tells it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from apb.plan.exact import attention_shape
+from apb.plan.plan import PrefillPlan
+from burst.layouts.layout import layout
+from burst.planner import planner
+from burst.planner.topology import topology
+from launch.config.settings import BurstSettings
+from launch.terminal.display import Display
+
+
+def explain(plan: PrefillPlan, settings: BurstSettings, device: str, display: Display) -> dict[str, Any]:
+    """Show the planner's table for one layer of this prefill and return it; raises UserError for speeds or nodes.
+
+    Positions are laid out as the plan's strategy does, in zigzag where it is not an exact one.
+    """
+    machine = settings.machine if settings.machine != "auto" else device.partition(":")[0]
+    name = plan.spread.layout if plan.spread is not None else "zigzag"
+    tokens = layout(name, plan.lengths.context, plan.hosts)
+    found = planner.plan(tokens, attention_shape(plan.shape), topology(plan.hosts, settings.nodes, machine))
+    display.note(
+        f"Exact attention of one layer (of {plan.shape.layers}), {name}, {plan.hosts} hosts on {settings.nodes} "
+        f"machine(s), speeds assumed for {machine}:",
+        style="bold",
+    )
+    display.note(found.table().rstrip())
+    return {"layout": name, "nodes": settings.nodes, "machine": machine, "layers": plan.shape.layers} | found.to_dict()

@@ -1,0 +1,1 @@
+"""Training verbs: ``apb train NAME``."""

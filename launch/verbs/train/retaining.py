@@ -1,0 +1,94 @@
+"""``apb train retaining_heads``: the heads of compress=retaining."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from apb.compress.heads import load
+from apb.engine.engine import versions
+from apb.train.fit import Recipe
+from apb.train.folder import digest
+from apb.train.retaining import Job, Trained, finished, train
+from launch.config.settings import in_range, typed
+from launch.terminal.arguments import Arguments
+from launch.terminal.display import Display, size
+from launch.verbs.document import corpus
+from launch.verbs.train.train import Place, place
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """conf/train.yaml with conf/train/retaining_heads.yaml."""
+
+    model: str
+    method: Literal["mlp", "ridge"]
+    hidden: int
+    prompts: int
+    held_out: int
+    shortest: int
+    longest: int
+    keep: int
+    epochs: int
+    lr: float
+    seed: int
+    dtype: str
+    device: str
+    threads: int
+    out: str | None
+
+
+def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> dict[str, Any]:
+    """Train retaining heads, show their held-out recall, and return the JSON document; raises UserError."""
+    settings = typed(_Settings, config, "")
+    in_range("threads", settings.threads, settings.threads >= 1, "1 or more")
+    text = corpus(arguments)
+    where = place(settings.model, settings.device, settings.dtype, display)
+    recipe = Recipe(settings.method, settings.hidden, settings.epochs, lr=settings.lr, seed=settings.seed)
+    job = Job(
+        model=settings.model,
+        text_sha256=digest(text),
+        prompts=settings.prompts,
+        held_out=settings.held_out,
+        shortest=settings.shortest,
+        longest=settings.longest,
+        keep=settings.keep,
+        seed=settings.seed,
+        dtype=where.dtype,
+        recipe=recipe,
+    )
+    folder = where.folder("retaining_heads", job, settings.out)
+    trained = finished(folder, job)
+    if trained is None:
+        display.note(f"Working in {folder}: the same command goes on from there if it is interrupted.")
+        trained = _train(job, where, settings.threads, text, folder, display)
+    return _shown(trained, job, display)
+
+
+def _train(job: Job, where: Place, threads: int, text: str, folder: Path, display: Display) -> Trained:
+    from apb.models.loading import load_tokenizer
+    from burst.kernels import kernel
+
+    adapter = where.load(job.dtype, threads, display)
+    chosen = kernel("auto", device=adapter.device, dtype=adapter.dtype)
+    with display.progress() as on_progress:
+        return train(job, adapter, chosen, load_tokenizer(where.path), text, folder, on_progress)
+
+
+def _shown(trained: Trained, job: Job, display: Display) -> dict[str, Any]:
+    rows = [[scorer, f"{row['plain']:.3f}", f"{row['embedded']:.3f}"] for scorer, row in trained.recall.items()]
+    display.table("Held-out recall of the true top 10%", ["scorer", "plain anchor", "question embedded"], rows)
+    written = trained.file.stat().st_size
+    display.note(f"Wrote {trained.file}, {size(written)}. Use it: compress=retaining compress.heads={trained.file}")
+    return {
+        "file": str(trained.file),
+        "file_bytes": written,
+        "model": job.model,
+        "method": job.recipe.method,
+        "hidden": load(trained.file).layers[0].hidden,
+        "recall": trained.recall,
+        "job": asdict(job),
+        "versions": versions(),
+    }

@@ -1,0 +1,314 @@
+"""The model adapter over architectures: equal to the model itself, to the dense twin, or refused by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from apb.compress import Candidates, Compressor
+from apb.compress.norm import Norm
+from apb.models.adapter import Adapter
+from apb.models.checks import check_config
+from apb.models.shape import model_shape
+from apb.strategies import strategy
+from bench.twin import twin
+from burst.errors import UserError
+from tests.support import tiny
+from tests.support.tiny import adapt, build, make_prompt, tiny_engine
+
+COMMON: dict[str, Any] = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 600,
+    "max_position_embeddings": 4096,
+    "initializer_range": tiny.INIT,
+    "pad_token_id": 0,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "rope_theta": 10000.0}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**COMMON),
+    "llama-yarn": lambda: transformers.LlamaConfig(**COMMON, rope_parameters=YARN),
+    "llama3-rope": lambda: transformers.LlamaConfig(**COMMON, rope_parameters=LLAMA3),
+    "qwen2": lambda: transformers.Qwen2Config(**COMMON),
+    "qwen3": lambda: transformers.Qwen3Config(**COMMON, head_dim=16),
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
+        **COMMON, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    ),
+    "mistral": lambda: transformers.MistralConfig(**COMMON, sliding_window=None),
+    "granite": lambda: transformers.GraniteConfig(
+        **COMMON,
+        attention_multiplier=0.2,
+        residual_multiplier=0.6,
+        embedding_multiplier=3.0,
+        logits_scaling=2.0,
+    ),
+    "phi3": lambda: transformers.Phi3Config(**COMMON),
+    "phi3-partial": lambda: transformers.Phi3Config(**COMMON, rope_parameters=PARTIAL),
+    "phi": lambda: transformers.PhiConfig(**COMMON, rope_parameters=PARTIAL),  # turns half of a head, outside apply
+    "mixtral": lambda: transformers.MixtralConfig(
+        **COMMON, num_local_experts=4, num_experts_per_tok=2, sliding_window=None
+    ),
+    "mqa": lambda: transformers.LlamaConfig(**COMMON | {"num_key_value_heads": 1}),
+    "glm": lambda: transformers.GlmConfig(**COMMON, head_dim=12, rope_parameters=PARTIAL),  # pairs (2i, 2i + 1)
+    "glm-yarn": lambda: transformers.GlmConfig(
+        **COMMON, head_dim=12, rope_parameters=YARN | {"partial_rotary_factor": 0.5}
+    ),
+    "olmo2": lambda: transformers.Olmo2Config(**COMMON),
+    "smollm3": lambda: transformers.SmolLM3Config(**COMMON, no_rope_layers=[1, 0]),  # layer 1 has no positions
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request: pytest.FixtureRequest) -> Any:
+    return CONFIGS[request.param]()
+
+
+def prompt_for(context: int = 211) -> Any:
+    prompt = make_prompt(context)
+    small = {name: tuple(i % 600 for i in getattr(prompt.question, name)) for name in ("before", "ids", "after")}
+    question = type(prompt.question)(**small, text=None)
+    return type(prompt)(tiny.random_ids(context, 5, vocab=600), prompt.head, question)
+
+
+def test_full_attention_equals_the_model_itself(config: Any) -> None:
+    prompt, model = prompt_for(), build(config)
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        want = model(torch.tensor([prompt.token_ids])).logits[0, -1]
+    engine = tiny_engine(adapt(config), strategy("full"), 1)
+    handle = engine.prefill(prompt)
+    torch.testing.assert_close(engine.logits(handle), want, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("select", ["query", "norm"])
+def test_apb_equals_the_twin(config: Any, select: str) -> None:
+    prompt, adapter = prompt_for(), adapt(config)
+    want = twin(adapter, tiny.rotation(adapter), prompt, "apb", 3, select=select)
+    engine = tiny_engine(adapter, strategy("apb"), 3, select)
+    got = engine.logits(engine.prefill(prompt))
+    torch.testing.assert_close(got, want.logits, atol=1e-4, rtol=1e-4)
+
+
+# -- rotation -------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Attention that keeps the rotated queries and keys of every layer and answers with the values."""
+
+    needs_projections = False
+
+    def __init__(self) -> None:
+        self.q: list[Tensor] = []
+        self.k: list[Tensor] = []
+
+    def __call__(
+        self, layer: int, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, projections: object
+    ) -> Tensor:
+        self.q.append(q_BHSD)
+        self.k.append(k_BKSD)
+        group = q_BHSD.shape[1] // k_BKSD.shape[1]
+        return v_BKSD.repeat_interleave(group, 1).transpose(1, 2)  # no token sees another: positions do not matter
+
+
+@pytest.mark.parametrize("delta", [0, 1, 37, 900, -20])
+def test_rotating_on_equals_rotating_from_scratch(config: Any, delta: int) -> None:
+    adapter, ids = adapt(config), torch.tensor(tiny.random_ids(12, 1, vocab=600))
+    here, there = Recorder(), Recorder()
+    start = 25
+    with torch.inference_mode():
+        adapter.run(ids, torch.arange(start, start + 12), here)
+        adapter.run(ids, torch.arange(start, start + 12) + delta, there)
+        for layer in range(2):
+            for a, b in ((here.q, there.q), (here.k, there.k)):
+                # Angles are computed in fp32: an angle of 900 is known to 6e-5.
+                torch.testing.assert_close(adapter.rotate(a[layer], delta, layer), b[layer], atol=2e-3, rtol=1e-3)
+        assert delta == 0 or (here.q[0] - there.q[0]).abs().max() > 0.1  # or nothing was tested
+
+
+# -- refusals -------------------------------------------------------------------------------------------
+
+DYNAMIC = YARN | {"rope_type": "dynamic"}
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 1024}
+LONG |= {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
+    "mistral": ("sliding_window", lambda: transformers.MistralConfig(**COMMON, sliding_window=64)),
+    "qwen2": (
+        "sliding_window",
+        lambda: transformers.Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=64, max_window_layers=1),
+    ),
+    "phi3": ("sliding_window", lambda: transformers.Phi3Config(**COMMON, sliding_window=64)),
+    "gemma2": ("attn_logit_softcapping", lambda: gemma2(None)),
+    "gemma2-window": ("sliding_window", lambda: gemma2("sliding_attention")),
+    "gpt_oss-window": ("sliding_window", lambda: gpt_oss(["sliding_attention", "full_attention"])),
+    "dynamic": ("rope_type", lambda: transformers.LlamaConfig(**COMMON, rope_parameters=DYNAMIC)),
+    "longrope": ("rope_type", lambda: transformers.Phi3Config(**COMMON, rope_parameters=LONG)),
+    "images": ("other inputs than text", transformers.Gemma3Config),
+    "gpt2": ("positions other than RoPE", transformers.GPT2Config),
+    "bloom": ("positions other than RoPE", transformers.BloomConfig),
+}
+
+
+def gemma2(kind: str | None) -> Any:
+    config = transformers.Gemma2Config(**COMMON, head_dim=12, sliding_window=None if kind is None else 64)
+    config.layer_types = [kind or "full_attention"] * 2
+    return config
+
+
+def gpt_oss(kinds: list[str]) -> Any:
+    options = COMMON | {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 12}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    return transformers.GptOssConfig(**options, layer_types=kinds, sliding_window=64, rope_parameters=rope)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_honoured_is_refused_by_name(name: str) -> None:
+    word, make = REFUSED[name]
+    with pytest.raises(UserError, match=word) as caught:
+        check_config(make())
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_does_not_look_like_another_rotation(config: Any, dtype: torch.dtype) -> None:
+    assert adapt(config, dtype).dtype == dtype
+
+
+def test_a_mask_and_a_plain_call_are_refused_by_name() -> None:
+    config = CONFIGS["llama"]()
+    model = build(config)
+    Adapter(model, model_shape(copy.deepcopy(config), torch.float32))
+    ids = torch.arange(5)[None]
+    with torch.inference_mode():
+        with pytest.raises(UserError, match="distributed attention"):
+            model(ids, use_cache=False)
+        with pytest.raises(UserError, match="attention_mask"):
+            model(ids, attention_mask=torch.zeros(1, 1, 5, 5), use_cache=False, apb_attention=Recorder())
+        with pytest.raises(UserError, match="softcap"):
+            model(ids, softcap=30.0, use_cache=False, apb_attention=Recorder())
+        model.config._attn_implementation = "apb"
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.1
+        model.train()
+        with pytest.raises(UserError, match="dropout"):
+            model(ids, use_cache=False, apb_attention=Recorder())
+
+
+UNFIT: dict[str, tuple[str, Callable[[], Any]]] = {
+    "sinks": ("'s_aux'", lambda: gpt_oss(["full_attention"] * 2)),
+    "compressed keys": (
+        "DeepseekV3ForCausalLM: 0 of 2 layers",
+        lambda: transformers.DeepseekV3Config(**COMMON, rope_parameters=PARTIAL),
+    ),
+    "keywords dropped": (
+        "StableLmForCausalLM.*keywords",
+        lambda: transformers.StableLmConfig(**COMMON, rope_parameters=PARTIAL),
+    ),
+    "keywords dropped too": (
+        "NemotronForCausalLM.*keywords",
+        lambda: transformers.NemotronConfig(**COMMON, rope_parameters=PARTIAL),
+    ),
+    "a norm after RoPE": (
+        "HunYuanDenseV1ForCausalLM.*positions are not RoPE alone",
+        lambda: transformers.HunYuanDenseV1Config(**COMMON, head_dim=12),
+    ),
+    "layers without positions": (
+        "Cohere2ForCausalLM.*positions are not RoPE alone",
+        lambda: transformers.Cohere2Config(**COMMON, layer_types=["full_attention"] * 2, sliding_window=None),
+    ),
+    "attention twice a layer": (
+        r"DiffLlamaForCausalLM.*layers \[0, 0, 1, 1\]",
+        lambda: transformers.DiffLlamaConfig(**COMMON),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_models_that_attend_otherwise_are_refused_when_loaded(name: str) -> None:
+    match, make = UNFIT[name]
+    config = make()
+    check_config(config)
+    with pytest.raises(UserError, match=match) as caught:
+        adapt(config)
+    assert caught.value.remedy
+
+
+def test_attention_that_looks_ahead_is_refused() -> None:
+    model = build(CONFIGS["llama"]())
+    model.model.layers[1].self_attn.is_causal = False
+    with pytest.raises(UserError, match="is_causal"):
+        Adapter(model, model_shape(CONFIGS["llama"](), torch.float32))
+
+
+@pytest.mark.parametrize("make", [transformers.ViTConfig, lambda: transformers.Lfm2MoeConfig(layer_types=None)])
+def test_a_configuration_of_no_decoder_is_refused(make: Callable[[], Any]) -> None:
+    with pytest.raises(UserError, match="no decoder can be made"):
+        model_shape(make(), torch.float32)
+
+
+# -- projections ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spy(Compressor):
+    """Keeps what it is shown; selects like the key norms do."""
+
+    name: ClassVar[str] = "spy"
+    needs_projections: ClassVar[bool] = True
+
+    seen: dict[tuple[int, int], Candidates] = field(default_factory=dict)
+
+    def score(self, block: Candidates) -> Tensor:
+        self.seen[block.rank, block.layer] = block
+        return Norm().score(block)
+
+
+def module_projections(adapter: Adapter, layer: int, hidden: Tensor) -> list[Tensor]:
+    attention = adapter._model.base_model.layers[layer].self_attn
+    if hasattr(attention, "qkv_proj"):
+        s = adapter.shape
+        sizes = [s.q_heads * s.head_dim, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim]
+        return list(attention.qkv_proj(hidden).split(sizes, dim=-1))
+    return [getattr(attention, f"{name}_proj")(hidden) for name in "qkv"]
+
+
+def test_compressors_see_each_ranks_own_projections_before_rope(config: Any) -> None:
+    adapter, prompt, spy = adapt(config), prompt_for(), Spy()
+    engine = tiny_engine(adapter, strategy("apb"), 4, spy)
+    want = engine.logits(engine.prefill(prompt))
+    plan = engine.setup.plan(prompt)
+    assert set(spy.seen) == {(rank, layer) for rank in range(3) for layer in range(2)}
+    base = adapter._model.base_model
+    scale = getattr(adapter._model.config, "embedding_multiplier", 1.0)
+    with torch.inference_mode():
+        for rank in range(3):  # layer 0 sees the embeddings alone, so its projections are known
+            host = plan.host_plans[rank]
+            ids = torch.tensor([prompt.context_ids[host.start : host.stop]])
+            hidden = base.embed_tokens(ids) * scale
+            norm_first = getattr(base.layers[0], "input_layernorm", None)
+            hidden = norm_first(hidden) if norm_first is not None else hidden
+            shown = spy.seen[rank, 0].projections
+            assert shown is not None
+            for mine, theirs in zip(
+                (shown.q_BSE, shown.k_BSE, shown.v_BSE), module_projections(adapter, 0, hidden), strict=True
+            ):
+                torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+            for layer in range(2):  # values are not rotated: each layer's must be the cached ones
+                block = spy.seen[rank, layer]
+                assert block.projections is not None
+                flat = block.v_BKSD.transpose(1, 2).flatten(2)
+                torch.testing.assert_close(block.projections.v_BSE, flat, atol=0, rtol=0)
+                assert block.projections.q_BSE.shape[1] == host.block_len
+    again = tiny_engine(adapter, strategy("apb"), 4, "norm")
+    torch.testing.assert_close(again.logits(again.prefill(prompt)), want, atol=0, rtol=0)
