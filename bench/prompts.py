@@ -10,7 +10,7 @@ import torch
 
 from apb.compress import Compressor
 from apb.engine.setup import Setup
-from apb.plan.plan import PromptLengths
+from apb.plan.shapes import PromptLengths
 from apb.prompt.prompt import Prompt, Question
 from apb.strategies import STRATEGIES
 from burst.errors import UserError, choose

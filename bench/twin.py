@@ -75,12 +75,8 @@ def sizes(
     anchor_len: int | None = None,
     passing_len: int | None = None,
     published: bool = False,
-    coverage: float | None = None,
 ) -> Sizes:
-    """Return the lengths for ``full``, ``star``, ``apb`` or ``spava`` (``select``: query, random, recent or norm).
-
-    ``coverage``: of its scores' mass; a block then offers a row less at most.
-    """
+    """Return the lengths for ``full``, ``star``, ``apb`` or ``spava`` (``select``: query, random, recent or norm)."""
     n, s = len(prompt.context_ids), prompt.head
     l_q = len(prompt.question.ids) if prompt.question else 0
     count = min(2 * hosts, n) if strategy == "spava" and hosts > 1 else hosts
@@ -105,8 +101,6 @@ def sizes(
         l_p = (l_p + 1) // 2
     rows = [min(l_p, size) for size in lengths]
     rows[0] = min(l_p, max(0, lengths[0] - l_a))  # the first l_a positions stand in every anchor already
-    if coverage is not None:
-        rows = [max(0, r - 1) for r in rows]
     asks = select == "query" or getattr(select, "needs_question", False)
     head = s + l_q if asks and rows[0] else 0
     return Sizes(spans, l_a, s, l_q, tuple(rows), (head,) + (l_a,) * (count - 1), held)
@@ -127,11 +121,8 @@ class Twin:
 class _Dense:
     """The attention of the whole sequence in one layer after another."""
 
-    def __init__(
-        self, prompt: Prompt, sizes: Sizes, select: Select, rotate: Rotate, coverage: float | None, logits: bool
-    ) -> None:
+    def __init__(self, prompt: Prompt, sizes: Sizes, select: Select, rotate: Rotate) -> None:
         self.sizes, self.select, self.rotate = sizes, select, rotate
-        self.coverage, self.logits = coverage, logits
         self.needs_projections = callable(select)
         ids: list[int] = []
         positions: list[int] = []
@@ -231,20 +222,9 @@ class _Dense:
             if number == 0:
                 scores_KL[:, : self.sizes.anchor] = -torch.inf
             best = (-scores_KL).argsort(dim=-1, stable=True)  # ties to the earlier token
-            most = rows if self.coverage is None else self._enough(scores_KL, rows)
             for j in range(k_KND.shape[0]):
-                chosen_KN[j, block[best[j, :most]]] = True
+                chosen_KN[j, block[best[j, :rows]]] = True
         return chosen_KN
-
-    def _enough(self, scores_KL: Tensor, rows: int) -> int:
-        """The fewest rows whose scores, taken as attention, reach the coverage on the heads' average."""
-        assert self.coverage is not None
-        mass_KL = scores_KL.double().exp() if self.logits else scores_KL.double().clamp_min(0.0)
-        ordered = [sorted(row, reverse=True) for row in mass_KL.tolist()]
-        for count in range(1, rows):
-            if sum(sum(row[:count]) / sum(row) for row in ordered) / len(ordered) >= self.coverage:
-                return count
-        return rows
 
     def _scores(self, layer: int, number: int, q_HND: Tensor, k_KLD: Tensor, scale: float) -> Tensor:
         if self.select == "recent":
@@ -284,17 +264,12 @@ def twin(
     anchor_len: int | None = None,
     passing_len: int | None = None,
     published: bool = False,
-    coverage: float | None = None,
-    logits: bool = False,
 ) -> Twin:
-    """Prefill and ask in one forward pass; ``rotate(q, delta, layer)`` turns rotated queries on.
-
-    ``coverage`` of the scores, or with ``logits`` of their softmax, is enough to pass on.
-    """
+    """Prefill and ask in one forward pass; ``rotate(q, delta, layer)`` turns rotated queries on."""
     chosen = select if strategy in ("apb", "spava") else None
     lengths = {"anchor_len": anchor_len, "passing_len": passing_len}
-    found = sizes(strategy, prompt, hosts, select=chosen, published=published, coverage=coverage, **lengths)
-    dense = _Dense(prompt, found, chosen, rotate, coverage, logits)
+    found = sizes(strategy, prompt, hosts, select=chosen, published=published, **lengths)
+    dense = _Dense(prompt, found, chosen, rotate)
     with torch.inference_mode():
         dense.out.logits = adapter.logits(dense.ids, dense.positions, dense)
     return dense.out

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from apb.attention.cached import CacheAttention
 from apb.attention.chunked import attend_over
-from apb.compress.base import Candidates, Compressor, rows_to_cover, top_rows
+from apb.compress.base import Candidates, Compressor, top_rows
 from apb.kv.layer import LayerKV, Projections
 from apb.plan.plan import PrefillPlan
-from apb.plan.steps import Attend, GatherAnchor, Pass, Region, Select, Step, TellRows, WaitAnchor, WaitPassing
+from apb.plan.steps import Attend, GatherAnchor, Pass, Region, Select, Step, WaitAnchor, WaitPassing
 from burst.kernels import Kernel
 from burst.kernels.merge import Accumulator
 from burst.transport import Gathered, Handle, Message, Transport
@@ -38,7 +38,6 @@ class _Layer:
     anchor: list[LayerKV]  # all of the anchor, in parts by the hosts that ran them
     question: list[Tensor]  # the embedded question's queries (B, H, Q, D), in parts
     passed: dict[int, Tensor]  # selected rows (2, B, K, R, D) by the number of the block they come from
-    kept_rows: tuple[int, ...]  # how many each block passes on
 
 
 class PrefillAttention:
@@ -95,7 +94,6 @@ class PrefillAttention:
             anchor=[share],
             question=[q_BHSD[:, :, slice(*self.plan.question_rows(self.host.rank))]],
             passed={},
-            kept_rows=self.plan.kept_rows,
         )
         merged = {("anchor", 0): Accumulator()} | {("block", i): Accumulator() for i in range(len(sizes))}
         gathering: Gathered | None = None
@@ -110,8 +108,6 @@ class PrefillAttention:
                     self._take_anchor(gathering.wait(), here)
                 case Select():
                     here.passed[self._numbers[step.block]] = self._select(step, here)
-                case TellRows():
-                    here.kept_rows = self._tell_rows(here)
                 case Pass():
                     arriving[step.block] = self._pass(step, here)
                 case WaitPassing():
@@ -215,36 +211,14 @@ class PrefillAttention:
                 rotate=lambda x_BHSD, delta: self._rotate(x_BHSD, delta, layer),
             )
         )
-        rows_kept = step.rows
-        if step.coverage is not None:
-            measure = self._compressor.measures
-            assert measure is not None, "the plan was refused otherwise"
-            rows_kept = rows_to_cover(scores_BKL, measure, step.coverage, step.rows, step.skip)
-        index_BKR = top_rows(scores_BKL, rows_kept, step.skip)
+        index_BKR = top_rows(scores_BKL, step.rows, step.skip)
         index_BKRD = index_BKR[..., None].expand(*index_BKR.shape, block.k_BKTD.shape[-1])
         return torch.stack([block.k_BKTD.gather(2, index_BKRD), block.v_BKTD.gather(2, index_BKRD)])
-
-    def _tell_rows(self, here: _Layer) -> tuple[int, ...]:
-        """Return how many rows every block passes on in this layer. Until this is known nothing can be received."""
-        numbers, device = self.plan.numbers, here.q_BHSD.device
-        own = [here.passed[n].shape[3] if n in here.passed else 0 for n in self._numbers]
-        parts = self._transport.all_gather(
-            torch.tensor(own, device=device),
-            [(len(held),) for held in numbers],
-            kind="rows",
-            step=f"layer {here.number}: rows",
-        ).wait()
-        told = {
-            n: c for held, part in zip(numbers, parts, strict=True) for n, c in zip(held, part.tolist(), strict=True)
-        }
-        rows = tuple(told[n] for n in range(len(told)))
-        assert all(r <= most for r, most in zip(rows, self.plan.kept_rows, strict=True)), rows
-        return rows
 
     def _pass(self, step: Pass, here: _Layer) -> Handle:
         """Post the passing of one block; ``here.passed`` gets the buffers of what is received with it."""
         t, plan, k = self._transport, self.plan, here.blocks[step.block].k_BKTD
-        shapes = [(2, k.shape[0], k.shape[1], rows, k.shape[3]) for rows in here.kept_rows]
+        shapes = [(2, k.shape[0], k.shape[1], rows, k.shape[3]) for rows in plan.kept_rows]
         number = self._numbers[step.block]
         own = here.passed.get(number)
         if own is None:

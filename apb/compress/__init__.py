@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from apb.compress.base import Candidates, Compressor, rows_to_cover, top_rows
+from apb.compress.base import Candidates, Compressor, top_rows
 from burst.registry import build
 
 COMPRESSORS = {
@@ -25,4 +25,4 @@ def compressor(name: str, **options: Any) -> Compressor:
     return made
 
 
-__all__ = ["COMPRESSORS", "Candidates", "Compressor", "compressor", "rows_to_cover", "top_rows"]
+__all__ = ["COMPRESSORS", "Candidates", "Compressor", "compressor", "top_rows"]

@@ -8,16 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from apb.kv.layer import Projections
-from apb.plan.plan import ModelShape
+from apb.plan.shapes import ModelShape
 
-# What scores say of attention: shares of it, or logits whose softmax is.
-Measure = Literal["shares", "logits"]
 # Queries or keys (B, heads, S, D), and the positions to turn them on by: one number, or one a token.
 Rotate = Callable[[Tensor, int | Tensor], Tensor]
 
@@ -56,11 +54,6 @@ class Compressor(ABC):
     needs_question: ClassVar[bool] = False
     needs_projections: ClassVar[bool] = False
 
-    @property
-    def measures(self) -> Measure | None:
-        """What the scores say of how much attention tokens get; None: which of two gets more, at most."""
-        return None
-
     def check(self, shape: ModelShape) -> None:  # noqa: B027 - most fit every model
         """Raise UserError unless the compressor fits a model of ``shape``; called before weights are loaded."""
 
@@ -80,12 +73,3 @@ def top_rows(scores_BKS: Tensor, rows: int, skip: int) -> Tensor:
         scores_BKS[..., :skip] = -torch.inf
     order = scores_BKS.sort(dim=-1, descending=True, stable=True).indices
     return order[..., :rows].sort(dim=-1).values
-
-
-def rows_to_cover(scores_BKS: Tensor, measure: Measure, coverage: float, most: int, skip: int) -> int:
-    """Return how many of the best rows cover ``coverage`` of the score mass above ``skip``, all kv heads together: at
-    least 1, at most ``most``. Waits for the device."""
-    mass_BKS = scores_BKS[..., skip:].double()
-    mass_BKS = mass_BKS.softmax(dim=-1) if measure == "logits" else mass_BKS / mass_BKS.sum(dim=-1, keepdim=True)
-    covered_S = mass_BKS.sort(dim=-1, descending=True).values.cumsum(dim=-1).mean(dim=(0, 1))
-    return max(1, min(most, int((covered_S < coverage).sum()) + 1))

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from apb.compress.base import Candidates, Compressor, Measure
+from apb.compress.base import Candidates, Compressor
 from burst.errors import UserError
 
 _SAMPLED = 16  # future positions that the mean rotation is taken over; it is smooth in the position
@@ -37,11 +37,6 @@ class Expected(Compressor):
                 allowed="1 or more",
                 remedy="Raise compress.future.",
             )
-
-    @property
-    def measures(self) -> Measure:
-        """Shares of the expected attention, by the norms of values."""
-        return "shares"
 
     def score(self, block: Candidates) -> Tensor:
         """Return scores (B, K, S), fp32 (fp64 for fp64 models)."""

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from apb.compress.base import Candidates, Compressor, Measure
+from apb.compress.base import Candidates, Compressor
 from apb.compress.heads import find, head_input, load, on_device
 from apb.compress.pool import check_window, max_pool
-from apb.plan.plan import ModelShape
+from apb.plan.shapes import ModelShape
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,6 @@ class Retaining(Compressor):
     def check(self, shape: ModelShape) -> None:
         """Raise UserError unless the heads are there and belong to such a model."""
         load(find(self.heads)).check(shape)
-
-    @property
-    def measures(self) -> Measure:
-        """Logits, as the heads were trained."""
-        return "logits"
 
     def score(self, block: Candidates) -> Tensor:
         """Return scores (B, K, S), fp32; the heads run in the model's type."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from apb.compress.base import Candidates, Compressor, Measure
+from apb.compress.base import Candidates, Compressor
 from apb.compress.pool import check_window, mean_pool
 from burst.errors import UserError
 
@@ -38,11 +38,6 @@ class SnapKV(Compressor):
                 allowed="1 or more",
                 remedy="Raise compress.observers.",
             )
-
-    @property
-    def measures(self) -> Measure:
-        """Shares of the observers' attention."""
-        return "shares"
 
     def score(self, block: Candidates) -> Tensor:
         """Return scores (B, K, S), fp32."""

@@ -8,10 +8,11 @@ import numpy as np
 
 from apb.costs.lockstep import Await, Exchange, Hosts, Move, Relay, Seconds, Step, Work, shift
 from apb.costs.rates import Rates, read
-from apb.plan.plan import ROWS_BYTES, PrefillPlan
-from apb.plan.steps import Attend, AttendAll, GatherAnchor, Pass, Select, TellRows, WaitAnchor, WaitPassing
+from apb.plan.bytes import anchor_bytes
+from apb.plan.plan import PrefillPlan
+from apb.plan.steps import Attend, AttendAll, GatherAnchor, Pass, Select, WaitAnchor, WaitPassing
 
-Together = TellRows | GatherAnchor | WaitAnchor | Pass | WaitPassing
+Together = GatherAnchor | WaitAnchor | Pass | WaitPassing
 Meeting = tuple[str, int]  # what hosts do together, and for which of their blocks
 
 
@@ -56,9 +57,6 @@ def _together(meeting: Meeting, plan: PrefillPlan) -> list[Step]:
     what, block = meeting
     if what.startswith("Wait"):
         return [Await(f"{what.removeprefix('Wait')} {block}")]
-    if what == "TellRows":
-        told = np.array([ROWS_BYTES * len(held) for held in plan.numbers], dtype=float)
-        return [Exchange("Rows", _all(plan.hosts, told)), Await("Rows")]
     return [_passed(what, block, plan)]
 
 
@@ -66,7 +64,7 @@ def _passed(what: str, block: int, plan: PrefillPlan) -> Step:
     row = plan.shape.kv_row_bytes
     if what == "GatherAnchor":
         layers, others = plan.shape.layers, plan.hosts - 1
-        share = np.array([plan.anchor_bytes(r) // layers // others for r in range(plan.hosts)], dtype=float)
+        share = np.array([anchor_bytes(plan, r) // layers // others for r in range(plan.hosts)], dtype=float)
         return Exchange(f"Anchor {block}", _all(plan.hosts, share))
     kept = np.array([plan.kept_rows[held[block]] if len(held) > block else 0 for held in plan.numbers])
     name = f"Passing {block}"

@@ -13,6 +13,8 @@ from apb.costs import anchored, exact
 from apb.costs.lockstep import Await, Clock, Exchange, Seconds, Step, Work, shift
 from apb.costs.network import Network
 from apb.costs.rates import PASSES_HEADS, PASSES_HIDDEN, PASSES_MLP, Rates, read
+from apb.plan.bytes import partial_bytes, prefill_bytes
+from apb.plan.memory import host_memory
 from apb.plan.plan import PrefillPlan
 
 SETTLED = 3  # layers until hosts that wait for earlier ones only are as far apart as they stay
@@ -75,8 +77,8 @@ def cost(plan: PrefillPlan, rates: Rates, network: Network) -> Cost:
         query_s=float(spent[-1][0]) + head if plan.lengths.query else 0.0,
         parts={**work, "linear": work["linear"] + head},
         sent={link: round(count) for link, count in zip(("intra", "inter"), sent, strict=True)},
-        sent_most=max(sum(plan.prefill_bytes(r).values()) for r in ranks) + plan.partial_bytes(plan.lengths.query),
-        memory=max(sum(plan.memory(r).values()) for r in ranks),
+        sent_most=max(sum(prefill_bytes(plan, r).values()) for r in ranks) + partial_bytes(plan, plan.lengths.query),
+        memory=max(sum(host_memory(plan, r).values()) for r in ranks),
     )
 
 

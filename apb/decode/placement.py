@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from apb.plan.plan import ModelShape
+from apb.plan.shapes import ModelShape
 from burst.transport import Transport
 
 PLACEMENTS = ("sharded", "gathered", "auto")

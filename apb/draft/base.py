@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apb.plan.plan import ModelShape
+from apb.plan.shapes import ModelShape
 
 # q (B, H, S, D), k and v (B, K, S, D) of new rows -> attention output (B, H, S, D)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -16,7 +16,7 @@ from apb.draft.files import configuration, find, footprint, load, ranks, shipped
 from apb.draft.vocab import bitmap, check
 from apb.draft.vocab import load as load_ranks
 from apb.plan.draft import Handoff
-from apb.plan.plan import ModelShape
+from apb.plan.shapes import ModelShape
 from burst.errors import UserError
 
 

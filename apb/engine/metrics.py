@@ -12,6 +12,7 @@ from typing import Any
 from apb.decode.base import Decoded
 from apb.host.host import HostReport
 from apb.plan.plan import PrefillPlan
+from apb.plan.report import plan_document
 from apb.prompt.prompt import Prompt
 
 
@@ -50,7 +51,7 @@ def prefilled(prompt: Prompt, plan: PrefillPlan, reports: Sequence[HostReport], 
         "query_tokens": prompt.lengths.query,
         "exact": plan.exact,
         "forked": False,
-        "plan": plan.to_dict(),
+        "plan": plan_document(plan),
         "versions": versions(),
     } | measured(reports, elapsed_s)
 

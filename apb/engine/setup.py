@@ -12,8 +12,9 @@ from apb.compress import Compressor, compressor
 from apb.draft.spec import DraftSpec
 from apb.host.host import HostSpec
 from apb.plan.draft import Handoff
-from apb.plan.memory import Answer
-from apb.plan.plan import ModelShape, PrefillPlan
+from apb.plan.memory import Answer, host_memory
+from apb.plan.plan import PrefillPlan
+from apb.plan.shapes import ModelShape
 from apb.prompt.prompt import Prompt, Text, make_prompt, with_question_first
 from apb.strategies import Strategy, strategy
 from burst.errors import UserError
@@ -216,7 +217,7 @@ def needed_bytes(plan: PrefillPlan, answer: Answer, *, sharing: int, copies: int
 
 def _heaviest(plan: PrefillPlan, answer: Answer, sharing: int) -> list[dict[str, int]]:
     """Return the memory of the ``sharing`` hosts that need most."""
-    return sorted((plan.memory(r, answer) for r in range(plan.hosts)), key=lambda m: sum(m.values()))[-sharing:]
+    return sorted((host_memory(plan, r, answer) for r in range(plan.hosts)), key=lambda m: sum(m.values()))[-sharing:]
 
 
 def fitting_chunk(plan: PrefillPlan, answer: Answer, available: int, *, sharing: int, copies: int) -> int | None:

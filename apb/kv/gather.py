@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apb.kv.cache import HostCache, Tail
 from apb.kv.layer import LayerKV
-from apb.plan.plan import ModelShape
+from apb.plan.shapes import ModelShape
 from burst.transport import Message, Transport
 
 

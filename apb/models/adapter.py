@@ -23,7 +23,7 @@ from apb.draft.draft import Draft
 from apb.kv.layer import Projections
 from apb.models.checks import PlainCall, check_config, check_keywords, check_model
 from apb.models.chunked import Finished, InChunks, chunkable
-from apb.plan.plan import ModelShape
+from apb.plan.shapes import ModelShape
 from burst.errors import UserError
 
 IMPLEMENTATION = "apb"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from apb.attention.base import Attention
-from apb.plan.plan import ModelShape
+from apb.plan.shapes import ModelShape
 from burst.errors import UserError
 
 # Keywords that carry something attention would have to honour; anything but None (or 0) is refused by name.

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from apb.plan.plan import ModelShape
+from apb.plan.shapes import ModelShape
 from burst.errors import UserError
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from apb.plan.counts import Counts, counts
-from apb.plan.plan import ModelShape
+from apb.plan.shapes import ModelShape
 from burst.layouts.layout import Layout, layout
 from burst.schedules import AttentionShape, Schedule, head_groups, schedule
 

@@ -6,10 +6,8 @@ What freed memory leaves unused is not counted: C's allocator on Linux may keep 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from apb.plan.plan import PrefillPlan
+from apb.plan.plan import PrefillPlan
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Answer:
 NOTHING = Answer()
 
 
-def memory(plan: PrefillPlan, rank: int, answer: Answer) -> dict[str, int]:
+def host_memory(plan: PrefillPlan, rank: int, answer: Answer = NOTHING) -> dict[str, int]:
     """Return the bytes that host ``rank`` needs: weights (the draft head's among them), KV (the head's too), and what
     else lives at once in the layer, or the step of decoding, that needs most."""
     s = plan.shape

@@ -17,18 +17,11 @@ Route = Literal["ring", "allgather", "direct", "none"]
 
 @dataclass(frozen=True)
 class Select:
-    """Keep ``rows`` of the block's keys and values per kv head, none from the first ``skip`` block tokens; with
-    ``coverage`` fewer in layers where fewer cover that share of the scores."""
+    """Keep ``rows`` of the block's keys and values per kv head, none from the first ``skip`` block tokens."""
 
     rows: int
     skip: int
     block: int = 0
-    coverage: float | None = None
-
-
-@dataclass(frozen=True)
-class TellRows:
-    """Give every host the number of rows that each block passes on in this layer, and wait for it."""
 
 
 @dataclass(frozen=True)
@@ -80,4 +73,4 @@ class AttendAll:
     head_pairs: int
 
 
-Step = Select | TellRows | Pass | WaitPassing | GatherAnchor | WaitAnchor | Attend | AttendAll
+Step = Select | Pass | WaitPassing | GatherAnchor | WaitAnchor | Attend | AttendAll

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from apb.plan.plan import PromptLengths
+from apb.plan.shapes import PromptLengths
 from burst.errors import UserError
 
 Text = str | Sequence[int]  # text, or token ids as they are

@@ -1,17 +1,21 @@
-"""What star, apb and spava share: every block but the first sees an anchor, and passing blocks may join."""
+"""Parts that star, apb and spava share: the anchor, the lengths, and one host's steps by name.
+
+A strategy lists the steps of one host; ``anchored_plan`` makes them for every host and puts the plan together.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from apb.compress.base import Compressor
-from apb.plan.plan import HostPlan, ModelShape, PrefillPlan, PromptLengths
-from apb.plan.steps import Attend, GatherAnchor, Pass, Region, Route, Select, Step, TellRows, WaitAnchor, WaitPassing
-from apb.strategies.budget import anchor_limits, sent_bytes
+from apb.plan.flops import attention_flops
+from apb.plan.plan import HostPlan, PrefillPlan
+from apb.plan.shapes import ModelShape, PromptLengths
+from apb.plan.steps import Attend, GatherAnchor, Pass, Region, Route, Select, Step, WaitAnchor, WaitPassing
+from apb.strategies.budget import anchor_limits
 from burst.errors import UserError
 
 AnchorForm = Literal["shared", "recomputed"]  # computed once, spread over the hosts; or by every host that sees it
@@ -53,7 +57,7 @@ def make_anchor(
 
 
 def passing_length(asked: int | None, default: int, smallest: int) -> int:
-    """Return l_p, at most ``smallest``, what the host with the fewest tokens holds; raises UserError beyond it."""
+    """Return l_p, at most ``smallest``, the tokens of the smallest host; raises UserError beyond that."""
     if asked is None:
         return max(1, default)
     if not 0 <= asked <= smallest:
@@ -66,27 +70,86 @@ def passing_length(asked: int | None, default: int, smallest: int) -> int:
     return asked
 
 
-def check_coverage(coverage: float | None, compressor: Compressor | None) -> None:
-    """Raise UserError for a share of the scores that cannot be told."""
-    if coverage is None:
-        return
-    if not 0 < coverage < 1:
-        raise UserError(
-            "no such share of the scores",
-            given=f"strategy.passing_coverage={coverage}",
-            allowed="more than 0 and less than 1",
-            remedy="Choose 0.95, for example, or leave it out.",
-        )
-    if compressor is not None and compressor.measures is None:
-        raise UserError(
-            f"compressor '{compressor.name}' orders tokens, but does not say how much attention they get",
-            given=f"strategy.passing_coverage={coverage}",
-            allowed="compressors such as query, retaining, expected and snapkv",
-            remedy="Choose another compressor, or leave strategy.passing_coverage out.",
-        )
+@dataclass(frozen=True)
+class HostShare:
+    """One host's part of an anchored prefill, and its steps by name.
+
+    Each method returns the steps of its name, none where there is nothing to do: block 0 sees no anchor, the last
+    block passes nothing on. ``place`` counts the host's own blocks.
+    """
+
+    rank: int
+    numbers: tuple[int, ...]  # the host's blocks, numbered in position order
+    spans: Sequence[tuple[int, int]]  # positions of all blocks
+    anchor: Anchor
+    run: tuple[int, int]  # anchor tokens [start, stop) that this host runs
+    shared: bool  # whether the anchor's tokens are spread over the hosts
+    route: Route
+    kept_rows: tuple[int, ...]  # rows that each of all blocks passes on
+
+    @property
+    def places(self) -> range:
+        """The host's own blocks."""
+        return range(len(self.numbers))
+
+    @property
+    def beside(self) -> int:
+        """Anchor tokens that this host runs."""
+        return self.run[1] - self.run[0]
+
+    def select(self, place: int) -> list[Step]:
+        """Keep the block's best rows; none of block 0's that stand in every anchor."""
+        number = self.numbers[place]
+        skip = min(self.anchor.tokens, self._tokens(place)) if number == 0 else 0
+        return [Select(self.kept_rows[number], skip, place)] if self.kept_rows[number] else []
+
+    def pass_on(self, place: int) -> list[Step]:
+        """Start passing the block's kept rows to later blocks, and receiving those of earlier ones."""
+        return [Pass(self.route, place)] if self.route != "none" else []
+
+    def wait_passing(self, place: int) -> list[Step]:
+        """Wait for the rows of all blocks before this one."""
+        return [WaitPassing(place)] if self.route != "none" else []
+
+    def gather_anchor(self) -> list[Step]:
+        """Start giving every host all shares of the anchor."""
+        return [GatherAnchor(question=self.anchor.asks)]
+
+    def wait_anchor(self) -> list[Step]:
+        """Wait for all shares of the anchor; this host's share then attends to those before it."""
+        before, beside = self.run[0], self.beside
+        late: list[Step] = [_attend("anchor", ("before",), beside, before)] if before and beside else []
+        return [WaitAnchor(), *late]
+
+    def attend_anchor(self) -> list[Step]:
+        """Attend the anchor tokens run here to one another, causally."""
+        region: Region = "share" if self.shared else "anchor"
+        return [_attend("anchor", (region,), self.beside)] if self.beside else []
+
+    def attend_block(self, place: int) -> list[Step]:
+        """Attend the block to itself, causally."""
+        return [_attend("block", ("block",), self._tokens(place), block=place)]
+
+    def attend_earlier(self, place: int) -> list[Step]:
+        """Attend the block to the anchor and to the rows that all earlier blocks passed on."""
+        number = self.numbers[place]
+        rows: dict[Region, int] = {
+            "anchor": (self.anchor.tokens if self.shared else self.beside) if number else 0,
+            "passing": sum(self.kept_rows[:number]) if self.route != "none" else 0,
+        }
+        seen = tuple(region for region, length in rows.items() if length)
+        return [_attend("block", seen, self._tokens(place), sum(rows.values()), place)] if seen else []
+
+    def _tokens(self, place: int) -> int:
+        start, stop = self.spans[self.numbers[place]]
+        return stop - start
+
+
+Steps = Callable[[HostShare], list[Step]]
 
 
 def anchored_plan(
+    steps: Steps,
     *,
     strategy: str,
     compressor: str | None,
@@ -97,31 +160,30 @@ def anchored_plan(
     anchor: Anchor,
     route: Route,
     kept_rows: tuple[int, ...],
-    coverage: float | None = None,
     fused: bool = False,
 ) -> PrefillPlan:
-    """Put the hosts' steps together. ``spans``: the blocks in position order; ``held``: their numbers by host.
-
-    ``coverage``: blocks pass on fewer rows than ``kept_rows`` in layers where fewer cover that share of the scores.
-    """
+    """Put the hosts' ``steps`` together. ``spans``: the blocks in position order; ``held``: their numbers by host."""
     hosts = len(held)
     anchor = dataclasses.replace(anchor, asks=anchor.asks and any(kept_rows))
     shared = anchor.form == "shared" and hosts > 1
-    bare = [
-        _host(rank, numbers, spans, anchor, (0, 0), shared, route, kept_rows, coverage)
-        for rank, numbers in enumerate(held)
-    ]
-    plans = []
-    work = [2 * shape.linear_params * h.tokens_run + _attention(shape, h.head_pairs(shape.q_heads)) for h in bare]
-    per_token = 2 * shape.linear_params + _attention(shape, shape.q_heads * anchor.tokens // 2)
-    shares = even_shares(work, anchor.tokens if shared else 0, per_token)
-    for rank, (start, stop) in enumerate(itertools.pairwise(itertools.accumulate(shares, initial=0))):
-        if not shared:
-            # Block 0 has no anchor; its host runs the head of it beside the block when its compressor asks, though with
-            # a copy of the question in the context these are the block's own first rows.
-            beside = anchor.skip + anchor.question if anchor.asks and kept_rows[0] else 0
-            start, stop = 0, anchor.tokens if rank else beside
-        plans.append(_host(rank, held[rank], spans, anchor, (start, stop), shared, route, kept_rows, coverage))
+
+    def host(rank: int, run: tuple[int, int]) -> HostPlan:
+        share = HostShare(rank, held[rank], spans, anchor, run, shared, route, kept_rows)
+        own = tuple(spans[number] for number in share.numbers)
+        return HostPlan(rank, own, share.beside, tuple(steps(share)), run[0])
+
+    if shared:
+        bare = [host(rank, (0, 0)) for rank in range(hosts)]
+        work = [
+            2 * shape.linear_params * h.tokens_run + attention_flops(shape, h.head_pairs(shape.q_heads)) for h in bare
+        ]
+        per_token = linear + attention_flops(shape, shape.q_heads * anchor.tokens // 2)
+        runs = list(itertools.pairwise(itertools.accumulate(even_shares(work, anchor.tokens, per_token), initial=0)))
+    else:
+        # Block 0 has no anchor; its host runs the head of it beside the block when its compressor asks, though with
+        # a copy of the question in the context these are the block's own first rows.
+        first = anchor.skip + anchor.question if anchor.asks and kept_rows[0] else 0
+        runs = [(0, anchor.tokens if rank else first) for rank in range(hosts)]
     return PrefillPlan(
         strategy=strategy,
         compressor=compressor,
@@ -133,24 +195,9 @@ def anchored_plan(
         route=route,
         kept_rows=kept_rows,
         exact=hosts == 1,
-        host_plans=tuple(plans),
+        host_plans=tuple(host(rank, run) for rank, run in enumerate(runs)),
         fused=fused,
     )
-
-
-def adaptive(
-    plan: Callable[[tuple[int, ...], float | None], PrefillPlan], rows: tuple[int, ...], coverage: float | None
-) -> PrefillPlan:
-    """Return the plan with ``rows`` a block, or with up to one less, as many as cover that share of the scores.
-
-    The row less pays for telling how many are passed on, so that never more bytes are sent than with fixed rows. Where
-    it does not, as with nothing to pass on, rows stay fixed.
-    """
-    fixed = plan(rows, None)
-    if coverage is None:
-        return fixed
-    fewer = plan(tuple(max(0, r - 1) for r in rows), coverage)
-    return fewer if any(fewer.kept_rows) and sent_bytes(fewer) <= sent_bytes(fixed) else fixed
 
 
 def even_shares(work: list[int], tokens: int, per_token: int) -> list[int]:
@@ -168,63 +215,6 @@ def even_shares(work: list[int], tokens: int, per_token: int) -> list[int]:
 
 def _room(level: int, work: int, per_token: int) -> int:
     return max(0, level - work) // per_token
-
-
-def _attention(shape: ModelShape, head_pairs: int) -> int:
-    return 4 * shape.head_dim * shape.layers * head_pairs
-
-
-def _host(
-    rank: int,
-    numbers: tuple[int, ...],
-    spans: list[tuple[int, int]],
-    anchor: Anchor,
-    run: tuple[int, int],
-    shared: bool,
-    route: Route,
-    kept_rows: tuple[int, ...],
-    coverage: float | None,
-) -> HostPlan:
-    """Return one host's part; ``run``: the anchor's tokens [start, stop) that it runs."""
-    own = tuple(spans[number] for number in numbers)
-    before, beside = run[0], run[1] - run[0]
-    choose: list[Step] = []
-    for place, number in enumerate(numbers):
-        if kept_rows[number]:
-            skip = min(anchor.tokens, own[place][1]) if number == 0 else 0
-            choose.append(Select(kept_rows[number], skip, place, coverage))
-        if route != "none" and coverage is None:
-            choose.append(Pass(route, place))
-    if route != "none" and coverage is not None:  # one message tells the rows of all blocks
-        choose += [TellRows(), *(Pass(route, place) for place in range(len(numbers)))]
-    # The anchor travels before the passing blocks and these while blocks are attended to, so waits stand late.
-    within = [_attend("block", ("block",), stop - start, 0, place) for place, (start, stop) in enumerate(own)]
-    share: list[Step] = []
-    if beside:
-        share = [_attend("anchor", ("share" if shared else "anchor",), beside)]
-    steps: list[Step] = []
-    if shared:
-        late: list[Step] = [_attend("anchor", ("before",), beside, before)] if before and beside else []
-        gathered = [WaitAnchor(), *late]
-        steps.append(GatherAnchor(question=anchor.asks))
-        if anchor.asks:  # selection needs the anchor: all blocks but the last hide it, the last one hides the passing
-            steps += [*share, *within[:-1], *gathered, *choose, within[-1]]
-        else:
-            steps += [*choose, *share, *within, *gathered]
-    else:
-        steps += [*choose, *share, *within]
-    for place, number in enumerate(numbers):
-        if route != "none":
-            steps.append(WaitPassing(place))
-        rows: dict[Region, int] = {
-            "anchor": (anchor.tokens if shared else beside) if number else 0,
-            "passing": sum(kept_rows[:number]) if route != "none" else 0,
-        }
-        seen = tuple(region for region, length in rows.items() if length)
-        if seen:
-            start, stop = own[place]
-            steps.append(_attend("block", seen, stop - start, sum(rows.values()), place))
-    return HostPlan(rank, own, beside, tuple(steps), before)
 
 
 def _attend(

@@ -6,19 +6,28 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from apb.compress.base import Compressor
-from apb.plan.plan import ModelShape, PrefillPlan, PromptLengths
+from apb.plan.plan import PrefillPlan
+from apb.plan.shapes import ModelShape, PromptLengths
 from apb.plan.split import blocks
-from apb.strategies.anchored import (
-    AnchorForm,
-    adaptive,
-    anchored_plan,
-    check_coverage,
-    make_anchor,
-    passing_length,
-)
+from apb.plan.steps import Step
+from apb.strategies import spava
+from apb.strategies.anchored import AnchorForm, HostShare, anchored_plan, make_anchor, passing_length
 from apb.strategies.base import Strategy
 from apb.strategies.budget import at_cost
 from burst.errors import choose
+
+
+def steps(host: HostShare) -> list[Step]:
+    """Return one layer of one host, which runs [anchor | block]. Source: section 3, in the paper's order; the first
+    attention to the block itself hides the passing."""
+    return [
+        *host.select(0),  # 3.3: block compression
+        *host.pass_on(0),  # 3.4: communication starts
+        *host.attend_anchor(),  # 3.5: computation, begun on what is here
+        *host.attend_block(0),
+        *host.wait_passing(0),
+        *host.attend_earlier(0),  # and finished on anchor and passing blocks
+    ]
 
 
 @dataclass(frozen=True)
@@ -29,9 +38,8 @@ class APB(Strategy):
     question); ``passing_len`` l_p, rows each host passes on (default: an eighth of a block); ``passing``: ``ring``
     forwards every hop while the block's causal attention runs, ``allgather`` is the published form; ``anchor``:
     ``recomputed`` by every host, as published, or ``shared``: computed once, spread over the hosts, gathered per layer;
-    ``cost``: choose both lengths, two to one, so that the busiest host computes this share of full attention's prefill;
-    ``passing_coverage``: pass on fewer rows in layers where they cover this share of the scores. Neither ever sends
-    more bytes than the lengths without it.
+    ``cost``: choose both lengths, two to one, so that the busiest host computes this share of full attention's prefill
+    and no more bytes are sent than by the default lengths.
 
     Source: arXiv 2502.12085, section 3; block split, uneven lengths, host 0's exclusion and the shared anchor are ours.
     """
@@ -44,7 +52,6 @@ class APB(Strategy):
     passing: Literal["ring", "allgather"] = "ring"
     anchor: AnchorForm = "recomputed"
     cost: float | None = None
-    passing_coverage: float | None = None
 
     def plan(
         self, lengths: PromptLengths, hosts: int, shape: ModelShape, compressor: Compressor | None = None
@@ -54,7 +61,6 @@ class APB(Strategy):
             return at_cost(self, lengths, hosts, shape, compressor)
         choose("passing route", self.passing, ("ring", "allgather"))
         choose("value of strategy.anchor:", self.anchor, get_args(AnchorForm))
-        check_coverage(self.passing_coverage, compressor)
         spans = blocks(lengths.context, hosts)
         smallest, first = lengths.context // hosts, spans[0][1]
         asks = compressor is not None and compressor.needs_question
@@ -68,18 +74,15 @@ class APB(Strategy):
         if hosts == 1 or not last_sends:
             kept[-1] = 0
 
-        def plan(rows: tuple[int, ...], coverage: float | None) -> PrefillPlan:
-            return anchored_plan(
-                strategy=self.name,
-                compressor=compressor.name if compressor is not None else None,
-                shape=shape,
-                lengths=lengths,
-                spans=spans,
-                held=[(rank,) for rank in range(hosts)],
-                anchor=anchor,
-                route=self.passing if passing and hosts > 1 else "none",
-                kept_rows=rows,
-                coverage=coverage,
-            )
-
-        return adaptive(plan, tuple(kept), self.passing_coverage)
+        return anchored_plan(
+            steps if self.anchor == "recomputed" else spava.steps,
+            strategy=self.name,
+            compressor=compressor.name if compressor is not None else None,
+            shape=shape,
+            lengths=lengths,
+            spans=spans,
+            held=[(rank,) for rank in range(hosts)],
+            anchor=anchor,
+            route=self.passing if passing and hosts > 1 else "none",
+            kept_rows=tuple(kept),
+        )

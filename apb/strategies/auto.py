@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from apb.compress.base import Compressor
 from apb.costs import Cost, Network, Rates, assumed, cost, load
-from apb.plan.plan import ModelShape, PrefillPlan, PromptLengths
+from apb.plan.plan import PrefillPlan
+from apb.plan.shapes import ModelShape, PromptLengths
 from apb.strategies import STRATEGIES, strategy
 from apb.strategies.base import Strategy
 from burst.errors import UserError

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from apb.compress.base import Compressor
-from apb.plan.plan import ModelShape, PrefillPlan, PromptLengths
+from apb.plan.plan import PrefillPlan
+from apb.plan.shapes import ModelShape, PromptLengths
 
 
 @dataclass(frozen=True)

@@ -7,22 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 from apb.compress.base import Compressor
-from apb.plan.plan import ModelShape, PrefillPlan, PromptLengths
+from apb.plan.bytes import sent_bytes
+from apb.plan.flops import critical_flops
+from apb.plan.plan import PrefillPlan
+from apb.plan.shapes import ModelShape, PromptLengths
 from apb.strategies.base import Strategy
 from apb.strategies.full import Full
 from burst.errors import UserError
 
 MakePlan = Callable[[int | None, int | None], PrefillPlan]  # of an anchor's and a passing block's length
-
-
-def critical_flops(plan: PrefillPlan) -> int:
-    """Return the prefill FLOPs of the busiest host: the time that a prefill cannot go below."""
-    return max(plan.prefill_flops(r) for r in range(plan.hosts))
-
-
-def sent_bytes(plan: PrefillPlan) -> int:
-    """Return the bytes that all hosts send before the question runs."""
-    return sum(sum(plan.prefill_bytes(r).values()) for r in range(plan.hosts))
 
 
 def anchor_limits(lengths: PromptLengths, first: int) -> tuple[int, int]:

@@ -7,7 +7,8 @@ from typing import Literal, get_args
 
 from apb.compress.base import Compressor
 from apb.plan.exact import Spread
-from apb.plan.plan import HostPlan, ModelShape, PrefillPlan, PromptLengths
+from apb.plan.plan import HostPlan, PrefillPlan
+from apb.plan.shapes import ModelShape, PromptLengths
 from apb.plan.split import blocks
 from apb.plan.steps import AttendAll
 from apb.strategies.base import Strategy

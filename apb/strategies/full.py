@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from apb.compress.base import Compressor
-from apb.plan.plan import HostPlan, ModelShape, PrefillPlan, PromptLengths
+from apb.plan.plan import HostPlan, PrefillPlan
+from apb.plan.shapes import ModelShape, PromptLengths
 from apb.plan.split import blocks
 from apb.plan.steps import Attend
 from apb.strategies.base import Strategy

@@ -6,14 +6,35 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from apb.compress.base import Compressor
-from apb.plan.plan import ModelShape, PrefillPlan, PromptLengths
+from apb.plan.plan import PrefillPlan
+from apb.plan.shapes import ModelShape, PromptLengths
 from apb.plan.split import blocks
-from apb.strategies.anchored import adaptive, anchored_plan, check_coverage, make_anchor, passing_length
+from apb.plan.steps import Step
+from apb.strategies.anchored import HostShare, anchored_plan, make_anchor, passing_length
 from apb.strategies.base import Strategy
 from apb.strategies.budget import at_cost
 from burst.errors import choose
 
 Lengths = Literal["apb", "published"]
+
+
+def steps(host: HostShare) -> list[Step]:
+    """Return one layer of one host: its share of the anchor, and one or two blocks. Source: section 3.
+
+    The anchor travels before the passing rows, and both while blocks are attended to. A compressor that reads the
+    question's queries waits for the anchor first: all blocks but the last then hide the anchor, the last one the rows.
+    """
+    passing = [step for place in host.places for step in (*host.select(place), *host.pass_on(place))]
+    blocks = [step for place in host.places for step in host.attend_block(place)]
+    if not host.shared:
+        order = [passing, host.attend_anchor(), blocks]
+    elif host.anchor.asks:
+        hidden = [host.attend_anchor(), blocks[:-1], host.wait_anchor()]
+        order = [host.gather_anchor(), *hidden, passing, blocks[-1:]]
+    else:
+        order = [host.gather_anchor(), passing, host.attend_anchor(), blocks, host.wait_anchor()]
+    earlier = [step for place in host.places for step in (*host.wait_passing(place), *host.attend_earlier(place))]
+    return [step for part in (*order, earlier) for step in part]
 
 
 @dataclass(frozen=True)
@@ -23,7 +44,7 @@ class Spava(Strategy):
 
     Parameters: ``anchor_len`` l_a in tokens, the question included; ``passing_len`` l_p, rows each host passes on, half
     of them from each of its blocks; ``lengths``: their defaults are ``apb``'s (n/4H and n/8H), or n/64 both, as
-    ``published``; ``cost`` and ``passing_coverage`` as in ``apb``. Rows go straight to the hosts that hold a later
+    ``published``; ``cost`` as in ``apb``. Rows go straight to the hosts that hold a later
     block: those of one block while the other is attended to. The question runs in the blocks' own pass. With fewer
     than 2H tokens, the last hosts' second blocks go first.
 
@@ -37,7 +58,6 @@ class Spava(Strategy):
     passing_len: int | None = None
     lengths: Lengths = "apb"
     cost: float | None = None
-    passing_coverage: float | None = None
 
     def plan(
         self, lengths: PromptLengths, hosts: int, shape: ModelShape, compressor: Compressor | None = None
@@ -45,7 +65,6 @@ class Spava(Strategy):
         """Return the plan; raises UserError for explicit lengths that do not fit, and for a cost below the least."""
         if self.cost is not None:
             return at_cost(self, lengths, hosts, shape, compressor)
-        check_coverage(self.passing_coverage, compressor)
         choose("value of strategy.lengths:", self.lengths, get_args(Lengths))
         n = lengths.context
         blocks(n, hosts)  # refuses what no strategy can take
@@ -64,19 +83,16 @@ class Spava(Strategy):
         kept[0] = max(0, min(half, first - anchor.tokens))
         kept[-1] = 0  # nobody comes after it
 
-        def plan(rows: tuple[int, ...], coverage: float | None) -> PrefillPlan:
-            return anchored_plan(
-                strategy=self.name,
-                compressor=compressor.name if compressor is not None else None,
-                shape=shape,
-                lengths=lengths,
-                spans=spans,
-                held=held,
-                anchor=anchor,
-                route="direct" if passing and hosts > 1 else "none",
-                kept_rows=rows,
-                coverage=coverage,
-                fused=True,
-            )
-
-        return adaptive(plan, tuple(kept), self.passing_coverage)
+        return anchored_plan(
+            steps,
+            strategy=self.name,
+            compressor=compressor.name if compressor is not None else None,
+            shape=shape,
+            lengths=lengths,
+            spans=spans,
+            held=held,
+            anchor=anchor,
+            route="direct" if passing and hosts > 1 else "none",
+            kept_rows=tuple(kept),
+            fused=True,
+        )

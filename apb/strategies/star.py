@@ -6,11 +6,22 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from apb.compress.base import Compressor
-from apb.plan.plan import ModelShape, PrefillPlan, PromptLengths
+from apb.plan.plan import PrefillPlan
+from apb.plan.shapes import ModelShape, PromptLengths
 from apb.plan.split import blocks
-from apb.strategies.anchored import Anchor, anchored_plan
+from apb.plan.steps import Step
+from apb.strategies.anchored import Anchor, HostShare, anchored_plan
 from apb.strategies.base import Strategy
 from apb.strategies.budget import anchor_limits
+
+
+def steps(host: HostShare) -> list[Step]:
+    """Return one layer of one host: it runs [block 0 | own block] and sends nothing. Source: section 2.1."""
+    return [
+        *host.attend_anchor(),
+        *host.attend_block(0),
+        *host.attend_earlier(0),
+    ]
 
 
 @dataclass(frozen=True)
@@ -26,8 +37,9 @@ class Star(Strategy):
         a copy of the question beyond that block."""
         spans = blocks(lengths.context, hosts)
         if hosts > 1 and lengths.copied:
-            anchor_limits(lengths, spans[0][1])  # refuses a copy of the question that anchors would cut
+            anchor_limits(lengths, spans[0][1])  # rejects a copy of the question that anchors would cut
         return anchored_plan(
+            steps,
             strategy=self.name,
             compressor=None,
             shape=shape,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from apb.plan.exact import Spread
-from apb.plan.plan import ModelShape
+from apb.plan.shapes import ModelShape
 from apb.strategies.exact import Exact
 
 

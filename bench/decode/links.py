@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from apb.plan.plan import ModelShape
+from apb.plan.shapes import ModelShape
 
 GBIT = 1e9 / 8
 HOSTS = 8  # among which exchanges are modelled, whatever the compute was measured on

@@ -12,6 +12,7 @@ from apb.costs.network import Network
 from apb.engine.engine import Engine
 from apb.engine.setup import Setup
 from apb.models.adapter import Adapter
+from apb.plan.flops import prefill_flops, query_flops
 from apb.plan.plan import PrefillPlan
 from apb.prompt.prompt import Prompt
 from bench.emulate.cluster import EmulatedCluster
@@ -56,7 +57,7 @@ class Measured:
         s, m = self.plan.shape, self.plan.lengths.query
         linear = sum(2 * s.linear_params * (h.tokens_run + m) for h in self.plan.host_plans) + 2 * s.head_params
         ranks = range(self.plan.hosts)
-        total = sum(self.plan.prefill_flops(r) + self.plan.query_flops(r) for r in ranks)
+        total = sum(prefill_flops(self.plan, r) + query_flops(self.plan, r) for r in ranks)
         return {"linear": linear, "attention": total - linear}
 
     def row(self) -> dict[str, Any]:
@@ -78,7 +79,7 @@ class Measured:
             "idle_s": list(timeline.idle_s),
             "slowest_host": {"rank": slowest, **works[slowest]},
             "rates": {name: self.part_flops()[name] / seconds[name] for name in seconds},
-            "flops": [self.plan.prefill_flops(r) + self.plan.query_flops(r) for r in range(self.plan.hosts)],
+            "flops": [prefill_flops(self.plan, r) + query_flops(self.plan, r) for r in range(self.plan.hosts)],
             **self.sent,
         }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from apb.plan.flops import prefill_flops, query_flops
 from bench.emulate.measure import Measured
 from bench.kernels.measure import Device
 from bench.timing import spread
@@ -69,7 +70,7 @@ def limits(found: Sequence[Measured]) -> dict[str, dict[str, float]]:
         times = []
         for rank, host in enumerate(each.plan.host_plans):
             linear = 2 * s.linear_params * (host.tokens_run + m)
-            attention = each.plan.prefill_flops(rank) + each.plan.query_flops(rank) - linear
+            attention = prefill_flops(each.plan, rank) + query_flops(each.plan, rank) - linear
             times.append(linear / linear_rate + attention / attention_rate)
         return max(times)
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from apb.engine.setup import Setup
+from apb.plan.bytes import prefill_bytes
+from apb.plan.memory import host_memory
 from apb.plan.plan import PrefillPlan
 from bench.decode.cli import ALL, cells, loops
 from bench.decode.cli import summary as of_decoders
@@ -123,7 +125,7 @@ def growth(base: Setup, hosts: Sequence[int], block: int) -> list[str]:
             (setup,) = setups(base, [setup_of], count, None)
             plan = setup.strategy.plan(lengths(count * block + QUERY, QUERY), count, setup.shape, setup.compressor)
             memory.append(size(_beside_weights(plan)))
-            sent.append(size(max(sum(plan.prefill_bytes(r).values()) for r in range(count))))
+            sent.append(size(max(sum(prefill_bytes(plan, r).values()) for r in range(count))))
         cells.append([f"`{setup_of}`", " / ".join(memory), " / ".join(sent)])
     contexts = " / ".join(f"{count * block // 1024:,}k" for count in hosts)
     shown = " / ".join(map(str, hosts))
@@ -135,7 +137,7 @@ def growth(base: Setup, hosts: Sequence[int], block: int) -> list[str]:
 
 
 def _beside_weights(plan: PrefillPlan) -> int:
-    memories = (plan.memory(rank) for rank in range(plan.hosts))
+    memories = (host_memory(plan, rank) for rank in range(plan.hosts))
     return max(each["kv"] + each["activations"] for each in memories)
 
 

@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 from apb.engine.setup import Setup
-from apb.plan.plan import PrefillPlan, PromptLengths
+from apb.plan.plan import PrefillPlan
+from apb.plan.shapes import PromptLengths
 from apb.strategies import Strategy
 from apb.strategies.budget import lengths_within
 from burst.errors import UserError

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from apb.engine.engine import Engine
 from apb.engine.handle import KVHandle
+from apb.plan.bytes import prefill_bytes
+from apb.plan.flops import prefill_flops
 from apb.prompt.prompt import Prompt, Question
 from bench.ruler.base import Ask, Sample
 from bench.ruler.prompts import question, target
@@ -41,8 +43,8 @@ def measure(
         "log_prob": score.log_probs.double().mean().item(),
         "answer_tokens": len(ids),
         "kl": None if full_FV is None else divergence(full_FV, score.first),
-        "prefill_flops": [plan.prefill_flops(r) for r in range(plan.hosts)],
-        "passing_bytes": sum(sent.get(kind, 0) for kind in plan.prefill_bytes(0)),
+        "prefill_flops": [prefill_flops(plan, r) for r in range(plan.hosts)],
+        "passing_bytes": sum(sent.get(kind, 0) for kind in prefill_bytes(plan, 0)),
         "sent_bytes": sum(sent.values()),
         "anchor_len": plan.anchor_len,
         "passing_len": max(plan.kept_rows),

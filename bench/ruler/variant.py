@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from apb.compress import Compressor
 from apb.engine.setup import Setup
-from apb.plan.plan import PromptLengths
+from apb.plan.flops import critical_flops
+from apb.plan.shapes import PromptLengths
 from apb.prompt.prompt import Prompt
 from apb.strategies import STRATEGIES, Strategy
-from apb.strategies.budget import critical_flops
 from bench.ruler.base import Sample
 from bench.ruler.budget import fit
 from bench.ruler.prompts import prompt

@@ -9,6 +9,7 @@ from typing import Any
 
 from apb.costs import Network, Rates, cost
 from apb.engine.setup import Setup
+from apb.plan.flops import prefill_flops, query_flops
 from bench.prompts import lengths, setups
 from burst.errors import UserError
 
@@ -24,7 +25,7 @@ def row(setup: Setup, tokens: int, query: int, rates: Rates, network: Network, m
     except UserError as error:
         return {**about, "refused": error.message}
     found = cost(plan, rates, network)
-    flops = max(plan.prefill_flops(r) + plan.query_flops(r) for r in range(plan.hosts))
+    flops = max(prefill_flops(plan, r) + query_flops(plan, r) for r in range(plan.hosts))
     fits = memory is None or found.memory <= memory
     return {**about, "exact": plan.exact, "flops_most": flops, "fits": fits, **found.to_dict()}
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from apb.engine.engine import Engine
 from apb.engine.setup import Setup
+from apb.plan.flops import prefill_flops, query_flops
 from apb.plan.plan import PrefillPlan
 from apb.prompt.prompt import Prompt
 from bench.kernels.measure import Device
@@ -102,7 +103,7 @@ def utilisation(row: dict[str, Any], plan: PrefillPlan, device: Device, virtual:
     seconds = max(row["host_work_s"]) if virtual else row["prefill_s"] + row["first_step_s"]
     least, most = 0.0, 0
     for rank, host in enumerate(plan.host_plans):
-        flops = plan.prefill_flops(rank) + plan.query_flops(rank)
+        flops = prefill_flops(plan, rank) + query_flops(plan, rank)
         linear = 2 * s.linear_params * (host.tokens_run + m)
         limit = linear / device.linear(host.tokens_run) + (flops - linear) / device.causal(host.block_len)
         least, most = max(least, limit), max(most, flops)

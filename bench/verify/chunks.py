@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from apb.plan.memory import host_memory
 from bench.verify.runner import Recorder
 
 CHUNK = 256  # tokens
@@ -79,7 +80,7 @@ def measure(model: str, strategy: str, hosts: int, tokens: int, chunk: int | Non
         handle = engine.prefill(prompt)
         grown, work = handle.metrics["host_rss_growth_bytes"], handle.metrics["host_work_s"]
         plan = setup.plan(prompt)
-    memories = [plan.memory(r) for r in range(hosts)]
+    memories = [host_memory(plan, r) for r in range(hosts)]
     chunked = dataclasses.replace(plan, chunk_tokens=CHUNK)  # so that whole blocks are compared by the same measure
     streams = [plan.host_plans[r].tokens_run * whole_row_bytes(chunked, r) for r in range(hosts)]
     activations = [g - m["kv"] for g, m in zip(grown, memories, strict=True)]

@@ -7,10 +7,12 @@ from typing import Any
 
 from apb.engine.engine import versions
 from apb.engine.setup import Setup, needed_bytes
+from apb.plan.bytes import bytes_by_kind
+from apb.plan.flops import critical_flops, prefill_flops
 from apb.plan.memory import Answer
 from apb.plan.plan import PrefillPlan
+from apb.plan.report import host_rows, plan_document
 from apb.prompt.prompt import SEPARATOR, Prompt, Question, encode, make_prompt
-from apb.strategies.budget import critical_flops
 from burst.errors import UserError
 from launch.config.settings import Settings, settle
 from launch.terminal.arguments import Arguments
@@ -58,7 +60,7 @@ def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> di
         "max_new_tokens": answer.new_tokens,
         "memory_available_bytes": room.available,
         "fits": room.available is not None or None,
-        "plan": plan.to_dict(answer),
+        "plan": plan_document(plan, answer),
         "burst": schedules,
         "versions": versions(),
     }
@@ -107,7 +109,7 @@ def _show(plan: PrefillPlan, answer: Answer, setup: Setup, settings: Settings, d
             size(row["memory"]["kv"]),
             size(row["memory"]["activations"]),
         ]
-        for row in plan.rows(answer)
+        for row in host_rows(plan, answer)
     ]
     scorer = f", compressor {plan.compressor}" if plan.compressor else ""
     exact = "exact" if plan.exact else "approximate"
@@ -119,16 +121,15 @@ def _show(plan: PrefillPlan, answer: Answer, setup: Setup, settings: Settings, d
 
 def _compare(plan: PrefillPlan, setup: Setup, display: Display) -> None:
     """Set the busiest host against full attention over the same lengths."""
-    total = sum(plan.bytes_by_kind(plan.lengths.query).values())
-    most = "" if plan.coverage is None else f" at most, and less where fewer rows cover {plan.coverage:g} of the scores"
-    display.note(f"All hosts send {size(total)}{most} for prefill and question.")
+    total = sum(bytes_by_kind(plan, plan.lengths.query).values())
+    display.note(f"All hosts send {size(total)} for prefill and question.")
     if plan.hosts == 1:
         return
     full = setup.using("full", hosts=1).strategy.plan(plan.lengths, 1, plan.shape)
     busiest = critical_flops(plan)
     display.note(
-        f"Full attention on one host: {flops(full.prefill_flops(0))}, "
-        f"{full.prefill_flops(0) / busiest:.1f} times what the busiest host computes here."
+        f"Full attention on one host: {flops(prefill_flops(full, 0))}, "
+        f"{prefill_flops(full, 0) / busiest:.1f} times what the busiest host computes here."
     )
 
 

@@ -12,8 +12,9 @@ import torch
 
 from apb.compress import compressor
 from apb.engine.setup import Setup
+from apb.plan.bytes import sent_bytes
+from apb.plan.flops import critical_flops
 from apb.strategies import strategy
-from apb.strategies.budget import critical_flops, sent_bytes
 from bench.ruler.budget import fit
 from bench.ruler.measure import divergence
 from bench.ruler.plots import comparable, draw

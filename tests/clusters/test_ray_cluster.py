@@ -20,6 +20,7 @@ import torch
 
 from apb.clusters.outcome import Outcome, attempt, intact, values
 from apb.engine.engine import Engine
+from apb.plan.bytes import bytes_by_kind
 from apb.plan.plan import PrefillPlan
 from burst.errors import HostFailure, UserError
 from launch.ray.actor import LOOPBACK, HostActor
@@ -77,7 +78,7 @@ def test_same_as_virtual(engine: Engine, model: str) -> None:
     assert (logits[0] - logits[1]).abs().max() < 1e-4
     assert torch.isfinite(logits[1]).all()
     count = len(tokens[1])
-    booked = plan.bytes_by_kind(len(handle.prompt.question.query_ids), decided=count, forwarded=count - 1)  # type: ignore[union-attr]
+    booked = bytes_by_kind(plan, len(handle.prompt.question.query_ids), decided=count, forwarded=count - 1)  # type: ignore[union-attr]
     assert kinds[0] == kinds[1] == booked
 
 
@@ -92,7 +93,7 @@ def test_exact_strategies_answer_as_full_does(engine: Engine, model: str, name: 
     result = exact.generate(handle, max_new_tokens=8)
     plan, count = exact.setup.plan(handle.prompt), len(tokens)
     assert result.token_ids == tokens
-    assert result.metrics["bytes_by_kind"] == plan.bytes_by_kind(len(QUESTION), decided=count, forwarded=count - 1)
+    assert result.metrics["bytes_by_kind"] == bytes_by_kind(plan, len(QUESTION), decided=count, forwarded=count - 1)
 
 
 def test_events_come_in_order_and_in_the_callers_thread(engine: Engine) -> None:

@@ -17,7 +17,6 @@ from tests.support import scorers, tiny
 from tests.support.tiny import make_prompt, tiny_engine, tiny_llama
 
 TAKING = [name for name in STRATEGIES if strategy(name).takes_compressor and name != "auto"]  # auto is one of them
-QUERIES = [(reduce, logits) for reduce in ("mean", "max") for logits in ("softmax", "raw")]
 LENGTHS = (211, 5, 6)
 WIDTH, KV_HEADS, LAYERS = 8 * 16, 2, 3  # of the tiny Llama: 4 query and 2 + 2 kv heads of 16
 
@@ -37,8 +36,7 @@ def pair(name: str, tmp_path: Path, turn: scorers.Turn) -> tuple[Compressor, Sel
     """A compressor, and its score written out (or the name by which the twin knows it)."""
     kind, _, rest = name.partition(":")
     if kind == "query" and rest:
-        reduce, logits = rest.split("-")
-        return compressor("query", reduce=reduce, logits=logits), scorers.Query(reduce, logits)
+        return compressor("query", window=int(rest)), scorers.Query(int(rest))
     if kind == "snapkv":
         return compressor("snapkv"), scorers.SnapKV()
     if kind == "expected":
@@ -58,7 +56,8 @@ def pair(name: str, tmp_path: Path, turn: scorers.Turn) -> tuple[Compressor, Sel
 
 
 NAMES = [
-    *(f"query:{reduce}-{logits}" for reduce, logits in QUERIES),
+    "query",
+    "query:1",
     "snapkv",
     "expected",
     "retaining:published",
@@ -106,8 +105,6 @@ def test_compressors_that_ask_nothing_prefill_for_every_question(name: str) -> N
     "name, options, words",
     [
         ("query", {"window": 4}, "compress.window=4"),
-        ("query", {"reduce": "sum"}, "compress.reduce"),
-        ("query", {"logits": "soft"}, "compress.logits"),
         ("snapkv", {"window": 0}, "compress.window=0"),
         ("snapkv", {"observers": 0}, "compress.observers=0"),
         ("expected", {"future": 0}, "compress.future=0"),

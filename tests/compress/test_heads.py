@@ -11,7 +11,7 @@ import torch
 
 from apb.compress.heads import Head, RetainingHeads, find, load, save, shipped
 from apb.engine.setup import Setup
-from apb.plan.plan import ModelShape
+from apb.plan.shapes import ModelShape
 from burst.errors import UserError
 from tests.support.tiny import saved_llama
 

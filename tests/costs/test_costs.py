@@ -15,8 +15,11 @@ from apb.costs import Cost, Network, Rates, assumed, cost, load
 from apb.costs.exact import attention
 from apb.costs.lockstep import Clock
 from apb.costs.rates import read
+from apb.plan.bytes import bytes_by_kind
 from apb.plan.exact import attention_shape
-from apb.plan.plan import ModelShape, PrefillPlan, PromptLengths
+from apb.plan.flops import prefill_flops, query_flops
+from apb.plan.plan import PrefillPlan
+from apb.plan.shapes import ModelShape, PromptLengths
 from apb.strategies import STRATEGIES, strategy
 from apb.strategies.auto import Auto
 from burst.errors import UserError
@@ -47,7 +50,7 @@ def test_at_one_rate_and_without_a_network_costs_are_the_busiest_hosts_flops() -
     full = costed("full", 1, FREE).seconds
     for name, limit in (("ring", 8.0), ("star", 8.6), ("apb", 12.2), ("spava", 17.0)):
         plan, found = planned(name, 8), costed(name, 8, FREE)
-        flops = max(plan.prefill_flops(r) + plan.query_flops(r) for r in range(8)) - 2 * SHAPE.head_params
+        flops = max(prefill_flops(plan, r) + query_flops(plan, r) for r in range(8)) - 2 * SHAPE.head_params
         assert found.seconds == pytest.approx(flops / 1e14, rel=0.01)
         assert full / found.seconds == pytest.approx(limit, rel=0.05)
         assert found.exposed_s < 0.01 * found.seconds <= 0.01 * found.worst_s
@@ -75,7 +78,7 @@ def test_bytes_are_the_plans() -> None:
         if name in ("full", "auto"):
             continue
         plan, found = planned(name, 8), costed(name, 8)
-        kinds = plan.bytes_by_kind(plan.lengths.query)
+        kinds = bytes_by_kind(plan, plan.lengths.query)
         assert sum(found.sent.values()) == sum(kinds.values()) - kinds["agree"], name
         assert found.sent["inter"] == 0 and found.memory >= SHAPE.total_params * 2
 
@@ -149,7 +152,7 @@ def test_what_auto_costed_is_what_runs() -> None:
     plan = engine.setup.plan(prompt)
     handle = engine.prefill(prompt)
     assert handle.metrics["strategy"] == plan.strategy != "auto"
-    assert handle.metrics["bytes_by_kind"] == plan.bytes_by_kind(prompt.lengths.query)
+    assert handle.metrics["bytes_by_kind"] == bytes_by_kind(plan, prompt.lengths.query)
     assert len(engine.generate(handle, max_new_tokens=3).token_ids) == 3
 
 

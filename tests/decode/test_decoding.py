@@ -17,6 +17,7 @@ from apb.engine.requests import prefill_request
 from apb.host.host import Host, HostSpec, PrefillRequest
 from apb.kv.cache import HostCache, Tail
 from apb.kv.layer import LayerKV
+from apb.plan.bytes import bytes_by_kind
 from bench.twin import twin
 from burst.errors import UserError
 from burst.kernels import kernel
@@ -115,7 +116,7 @@ def test_processes_answer_as_virtual_hosts_do(world: int) -> None:
     for tokens, moved, sent in answers:
         assert tokens == want and moved == want[2:]
         total.update(sent)
-    assert total == plan.bytes_by_kind(11, 6, 5)
+    assert total == bytes_by_kind(plan, 11, 6, 5)
 
 
 # -- generating -----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from apb.engine.requests import prefill_request
 from apb.host.host import Host, HostSpec, PrefillRequest
 from apb.kv.cache import HostCache, Tail
 from apb.kv.layer import LayerKV
-from apb.plan.plan import TOKEN_BYTES
+from apb.plan.bytes import TOKEN_BYTES, partial_bytes
 from burst.errors import UserError
 from burst.kernels.cpu import KERNEL
 from burst.transport import Transport, VirtualWorld
@@ -272,7 +272,7 @@ def test_processes_verify_as_virtual_hosts_do() -> None:
     virtual = e.generate(handle, max_new_tokens=20, decode=oracle).metrics
     assert virtual["drafting"]["rows"] == rows
     for rank, (_, sent, _) in enumerate(answers):
-        assert sent["partials"] == plan.partial_bytes(rows)
+        assert sent["partials"] == partial_bytes(plan, rows)
         decisions = decision_words(oracle.tree_tokens) * WORD_BYTES * (virtual["drafting"]["steps"] + 1)
         told = 3 * (TOKEN_BYTES + decisions)
         assert sent.get("token", 0) == (told if rank == 3 else 0)

@@ -17,6 +17,7 @@ from apb.draft.eagle3 import Eagle3Head
 from apb.draft.minicpm import MiniCpmHead
 from apb.draft.spec import DraftSpec
 from apb.draft.vocab import bitmap
+from apb.plan.bytes import bytes_by_kind
 from apb.prompt.prompt import Prompt
 from apb.strategies import strategy
 from burst.errors import UserError
@@ -41,9 +42,9 @@ def test_the_drafts_own_rows_are_those_of_its_window(name: str, hosts: int, wind
     wanted = [at for at in range(context - 1) if at >= first or (window is not None and at < SINKS)]
     assert list(draft.positions) == wanted + list(range(context, total - 1))
     plan = e.setup.plan(p)
-    assert handle.metrics["bytes_by_kind"].get("draft", 0) == plan.bytes_by_kind(0).get("draft", 0)
+    assert handle.metrics["bytes_by_kind"].get("draft", 0) == bytes_by_kind(plan, 0).get("draft", 0)
     rows = sum(1 for at in wanted if handle.locate(at)[0] != handle.owner)
-    assert plan.bytes_by_kind(0).get("draft", 0) == rows * 2 * 2 * 16 * 8
+    assert bytes_by_kind(plan, 0).get("draft", 0) == rows * 2 * 2 * 16 * 8
     if name in ("apb", "spava"):  # features of an approximate pass are its own
         return
     features = dense_features(p)
@@ -124,7 +125,7 @@ def test_a_vocabulary_that_adapts_has_the_prompts_ids() -> None:
     assert len(ids_V) == len(set(ids_V)) == 40 < len(set(prompt().token_ids))
     assert set(ids_V) - {0} <= set(prompt().token_ids) and 0 in ids_V  # a stop token is always kept
     peers, bits = 2, -(-VOCAB // 8)
-    assert handle.metrics["bytes_by_kind"]["draft"] == e.setup.plan(prompt()).bytes_by_kind(0)["draft"]
+    assert handle.metrics["bytes_by_kind"]["draft"] == bytes_by_kind(e.setup.plan(prompt()), 0)["draft"]
     assert handle.metrics["bytes_by_kind"]["draft"] % 8 == peers * bits % 8
     assert got.metrics["drafting"]["head_rows"] % 40 == 0
     assert handle.gather(0).metrics["bytes_by_kind"]["gather"] > 0

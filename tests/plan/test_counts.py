@@ -7,8 +7,10 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from apb.plan.bytes import bytes_by_kind
 from apb.plan.exact import Spread, attention_shape
-from apb.plan.plan import PromptLengths
+from apb.plan.memory import host_memory
+from apb.plan.shapes import PromptLengths
 from apb.strategies import STRATEGIES, strategy
 from burst.planner.predict import workspace_bytes
 from burst.schedules import Compute
@@ -50,6 +52,6 @@ def test_a_thousand_hosts_are_planned_in_closed_form() -> None:
     for name in STRATEGIES:
         plan = strategy(name).plan(lengths, 1 if name == "full" else 1024, SHAPE)
         assert sum(host.block_len for host in plan.host_plans) == lengths.context
-        assert plan.bytes_by_kind(lengths.query) is not None and plan.memory(plan.hosts - 1)["kv"] > 0
+        assert bytes_by_kind(plan, lengths.query) is not None and host_memory(plan, plan.hosts - 1)["kv"] > 0
         if name in ("ring", "burst", "allgather"):
-            assert plan.bytes_by_kind(0)["kv"] == 1023 * lengths.context * SHAPE.kv_row_bytes * SHAPE.layers
+            assert bytes_by_kind(plan, 0)["kv"] == 1023 * lengths.context * SHAPE.kv_row_bytes * SHAPE.layers

@@ -17,7 +17,7 @@ from apb.decode.tree import root_only
 from apb.draft import files
 from apb.draft.spec import DraftSpec
 from apb.engine.requests import prefill_request
-from apb.plan.memory import NOTHING, Answer
+from apb.plan.memory import NOTHING, Answer, host_memory
 from apb.plan.plan import PrefillPlan
 from apb.prompt.prompt import Prompt
 from apb.strategies import strategy
@@ -51,7 +51,7 @@ def test_on_a_cpu_buffers_stay_from_layer_to_layer(name: str, chunk: int | None)
     made = make_prompt(1500)
     plan = e.setup.plan(made)
     for rank, live in enumerate(lived(e, plan, made)):
-        room = plan.memory(rank)["kv"] + plan.memory(rank)["activations"]
+        room = host_memory(plan, rank)["kv"] + host_memory(plan, rank)["activations"]
         assert 0.7 * room < live <= room
 
 
@@ -61,7 +61,7 @@ def test_a_prefills_tensors_with_a_draft_head_take_what_the_plan_says(window: in
     made = prompt(380)
     plan = e.setup.plan(made)
     for rank, live in enumerate(lived(e, plan, made)):
-        room = plan.memory(rank)["kv"] + plan.memory(rank)["activations"]
+        room = host_memory(plan, rank)["kv"] + host_memory(plan, rank)["activations"]
         buffers = 3 * 64 * plan.shape.kv_row_bytes if rank == 1 else 0  # the tail's, which starts with 64 rows
         assert 0.7 * room < live <= room + buffers
 
@@ -71,9 +71,9 @@ def test_a_trees_rows_are_in_the_plan() -> None:
     plan, handle = e.setup.plan(prompt()), e.prefill(prompt())
     e.generate(handle, max_new_tokens=3)
     shape, tree = plan.shape, Answer(30, len(TREE))
-    one, many = (plan.memory(1, Answer(30, rows)) for rows in (1, len(TREE)))
+    one, many = (host_memory(plan, 1, Answer(30, rows)) for rows in (1, len(TREE)))
     assert many["kv"] - one["kv"] == (len(TREE) - 1) * shape.kv_row_bytes * shape.layers
-    assert plan.memory(0, tree)["kv"] == plan.memory(0)["kv"]  # they lie on the host that decides
+    assert host_memory(plan, 0, tree)["kv"] == host_memory(plan, 0)["kv"]  # they lie on the host that decides
     wide = dataclasses.replace(plan, shape=dataclasses.replace(shape, vocab=10**6))
     more = wide.memory(1, tree)["activations"] - wide.memory(1, Answer(30, len(TREE) - 1))["activations"]
     assert more > 10**6 * shape.element_size  # every row has its logits
@@ -105,11 +105,11 @@ def test_a_draft_heads_weights_and_rows_are_in_the_plan(window: int | None, adap
     drafted = adaptive * 64  # weights of the LM head's rows, copied
     weights = sum(p.numel() for p in draft.head.parameters()) + drafted
     for rank in (0, 1):
-        assert plan.memory(rank, answer)["weights"] - bare.memory(rank, answer)["weights"] == 8 * weights
-    kept = plan.memory(1, answer)["kv"] - bare.memory(1, answer)["kv"] - 8 * drafted
+        assert host_memory(plan, rank, answer)["weights"] - bare.memory(rank, answer)["weights"] == 8 * weights
+    kept = host_memory(plan, 1, answer)["kv"] - bare.memory(1, answer)["kv"] - 8 * drafted
     own = rows.k_BKTD.nbytes + rows.v_BKTD.nbytes + (draft.bits.nbytes if draft.bits is not None else 0)
     assert own <= kept <= own + 2 * plan.draft.row_bytes  # of the last two tokens there may be none yet
-    assert plan.memory(0, answer)["kv"] == bare.memory(0, answer)["kv"]
+    assert host_memory(plan, 0, answer)["kv"] == bare.memory(0, answer)["kv"]
 
 
 def test_the_shipped_heads_size_is_known_before_it_is_loaded() -> None:
@@ -131,7 +131,7 @@ def test_the_shipped_heads_size_is_known_before_it_is_loaded() -> None:
 def test_a_gathered_cache_stands_beside_what_it_was(hosts: int) -> None:
     e = engine(hosts, "full" if hosts == 1 else "apb")
     plan = e.setup.plan(prompt())
-    sharded, gathered = (plan.memory(hosts - 1, Answer(5, gathered=g))["kv"] for g in (False, True))
+    sharded, gathered = (host_memory(plan, hosts - 1, Answer(5, gathered=g))["kv"] for g in (False, True))
     row = plan.shape.kv_row_bytes * plan.shape.layers
     assert gathered - sharded == (0 if hosts == 1 else (149 + 11) * row)
-    assert plan.memory(0, NOTHING) == plan.memory(0)
+    assert host_memory(plan, 0, NOTHING) == host_memory(plan, 0)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from apb.models.adapter import Adapter
 from apb.models.shape import model_shape
+from apb.plan.memory import host_memory
 from apb.plan.plan import PrefillPlan
 from apb.prompt.prompt import Prompt, Question
 from tests.support import unreal
@@ -102,7 +103,7 @@ def test_no_more_than_planned(
     hosts = 1 if name == "full" else HOSTS
     plan, seen = measured(name, select, hosts, chunk, monkeypatch, **options)
     for rank, host in seen.items():
-        planned = plan.memory(rank)
+        planned = host_memory(plan, rank)
         most = planned["kv"] + planned["activations"]
         assert 0.7 * most <= host.peak <= most, f"host {rank}: {host.peak / most:.3f} of what is planned"
         assert name == "full" or not host.long, f"host {rank}: as long as the context: {host.long[:3]}"
@@ -113,7 +114,7 @@ def test_gathering_strategies_hold_what_they_plan(name: str, monkeypatch: pytest
     """These hold keys, or some heads, of more than their own tokens: planned as such."""
     plan, seen = measured(name, None, HOSTS, None, monkeypatch)
     for rank, host in seen.items():
-        planned = plan.memory(rank)
+        planned = host_memory(plan, rank)
         assert host.peak <= planned["kv"] + planned["activations"]
 
 

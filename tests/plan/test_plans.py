@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from apb.compress import Candidates, compressor, top_rows
 from apb.engine.engine import Engine
-from apb.plan.plan import ModelShape, PromptLengths
+from apb.plan.bytes import bytes_by_kind, partial_bytes, passing_bytes
+from apb.plan.shapes import ModelShape, PromptLengths
 from apb.plan.steps import Attend, Select
 from apb.strategies import Strategy, strategy
 from burst.errors import UserError
@@ -188,11 +189,11 @@ def test_plans_hold_together(lengths: PromptLengths, hosts: int, made: Strategy,
             rows = sum(plan.kept_rows[: rank + 1]) if rank < hosts - 1 else 0
         else:
             rows = plan.kept_rows[rank] * (hosts - 1)
-        assert plan.passing_bytes(rank) == rows * row * layers
+        assert passing_bytes(plan, rank) == rows * row * layers
     m = lengths.query
     partial = m * SHAPE.q_heads * (SHAPE.head_dim * e + 4)
-    assert plan.partial_bytes(m) == (hosts - 1) * partial * layers
-    assert plan.bytes_by_kind(m).get("passing", 0) == sum(plan.passing_bytes(r) for r in range(hosts))
+    assert partial_bytes(plan, m) == (hosts - 1) * partial * layers
+    assert bytes_by_kind(plan, m).get("passing", 0) == sum(passing_bytes(plan, r) for r in range(hosts))
     assert sum(h.block_len for h in plan.host_plans) == lengths.context
 
 

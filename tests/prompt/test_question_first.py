@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from apb.engine.requests import prefill_request
-from apb.plan.plan import PromptLengths
+from apb.plan.shapes import PromptLengths
 from apb.prompt.prompt import Prompt, Question, with_question_first
 from apb.strategies import strategy
 from bench.twin import twin
@@ -25,7 +25,6 @@ FORMS: list[tuple[str, dict[str, Any], str | None]] = [
     ("apb", {}, "query"),
     ("apb", {}, "norm"),
     ("apb", {"anchor": "shared", "passing": "allgather"}, "query"),
-    ("apb", {"passing_coverage": 0.6}, "query"),
     ("spava", {}, "query"),
     ("spava", {}, "norm"),
     ("star", {}, None),
@@ -41,8 +40,7 @@ def copied(context: int) -> Prompt:
 @pytest.mark.parametrize("name, options, scorer", FORMS, ids=str)
 def test_strategies_equal_the_twin(name: str, options: dict[str, Any], scorer: str | None, hosts: int) -> None:
     adapter, prompt = tiny_llama(torch.float64), copied(331)
-    coverage = options.get("passing_coverage")
-    want = twin(adapter, tiny.rotation(adapter), prompt, name, hosts, select=scorer, coverage=coverage)
+    want = twin(adapter, tiny.rotation(adapter), prompt, name, hosts, select=scorer)
     engine = tiny_engine(adapter, strategy(name, **options), hosts, scorer)
     engine.setup = dataclasses.replace(engine.setup, chunk_tokens=29 if hosts == 5 else None)
     handle = engine.prefill(prompt)

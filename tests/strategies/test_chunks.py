@@ -18,8 +18,9 @@ from apb.compress.base import Candidates
 from apb.engine.engine import Engine
 from apb.engine.setup import PROCESS_BYTES, Setup, fitting_chunk, needed_bytes
 from apb.models.chunked import InChunks, chunkable
-from apb.plan.memory import NOTHING
-from apb.plan.plan import PrefillPlan, PromptLengths
+from apb.plan.memory import NOTHING, host_memory
+from apb.plan.plan import PrefillPlan
+from apb.plan.shapes import PromptLengths
 from apb.strategies import STRATEGIES, Strategy, strategy
 from burst.errors import UserError
 from tests.compress.test_compressors import NAMES, pair
@@ -236,9 +237,9 @@ def plan_of(name: str, context: int, hosts: int, chunk: int | None) -> PrefillPl
 
 
 def test_memory_of_a_block_alone_does_not_depend_on_its_length() -> None:
-    short, long = (plan_of("full", n, 1, 64).memory(0)["activations"] for n in (1000, 90_000))
-    assert short == long == plan_of("full", 64, 1, None).memory(0)["activations"]
-    assert plan_of("full", 1000, 1, 5000).memory(0) == plan_of("full", 1000, 1, None).memory(0)
+    short, long = (host_memory(plan_of("full", n, 1, 64), 0)["activations"] for n in (1000, 90_000))
+    assert short == long == host_memory(plan_of("full", 64, 1, None), 0)["activations"]
+    assert host_memory(plan_of("full", 1000, 1, 5000), 0) == host_memory(plan_of("full", 1000, 1, None), 0)
 
 
 def test_memory_of_other_blocks_grows_by_what_stays() -> None:
@@ -280,7 +281,7 @@ def test_a_prefill_that_is_too_large_is_told_its_chunk() -> None:
 def test_the_heaviest_host_of_a_prefill_in_chunks_is_charged() -> None:
     setup = engine("spava", 2, "query", torch.float32, None).setup
     plan = dataclasses.replace(plan_of("spava", 4000, 2, 256), lengths=PromptLengths(4000, 5, 6, 0))
-    held = [sum(plan.memory(r).values()) for r in range(2)]
+    held = [sum(host_memory(plan, r).values()) for r in range(2)]
     assert held[0] > held[1]
     need = held[0] + PROCESS_BYTES
     assert needed_bytes(plan, NOTHING, sharing=1, copies=1) == need

@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 
 from apb.engine.engine import Engine
 from apb.models.adapter import Adapter
-from apb.plan.plan import PrefillPlan, PromptLengths
+from apb.plan.bytes import bytes_by_kind
+from apb.plan.flops import prefill_flops
+from apb.plan.plan import PrefillPlan
+from apb.plan.report import plan_document
+from apb.plan.shapes import PromptLengths
 from apb.plan.steps import AttendAll
 from apb.strategies import strategy
 from bench.twin import Twin, twin
@@ -67,12 +71,12 @@ def check(
             torch.testing.assert_close(kv.k_BKTD[0], want.keys[layer][:, rows], atol=atol, rtol=0)
             torch.testing.assert_close(kv.v_BKTD[0], want.values[layer][:, rows], atol=atol, rtol=0)
     m = prompt.lengths.query
-    assert handle.metrics["bytes_by_kind"] == plan.bytes_by_kind(m) == plan.to_dict()["bytes_by_kind"]
+    assert handle.metrics["bytes_by_kind"] == bytes_by_kind(plan, m) == plan_document(plan)["bytes_by_kind"]
     gathered = handle.gather(hosts // 2)
     tokens = full_tokens(heads, dtype, lengths)
     result = engine.generate(handle, max_new_tokens=6)
     assert result.token_ids == tokens == engine.generate(gathered, max_new_tokens=6).token_ids
-    assert result.metrics["bytes_by_kind"] == plan.bytes_by_kind(m, 6, 5)
+    assert result.metrics["bytes_by_kind"] == bytes_by_kind(plan, m, 6, 5)
     return engine, plan
 
 
@@ -114,17 +118,17 @@ def test_bytes_in_words() -> None:
     lengths = (rows, 5, 6)
     for name in ("ring", "burst", "allgather"):
         _, plan = check(name, hosts, lengths=lengths)  # every host needs every other one's rows
-        assert plan.bytes_by_kind(0)["kv"] == (hosts - 1) * rows * row * layers
+        assert bytes_by_kind(plan, 0)["kv"] == (hosts - 1) * rows * row * layers
         _, plan = check(name, hosts, lengths=lengths, layout="contiguous")  # only later hosts need a block
-        assert plan.bytes_by_kind(0)["kv"] == (3 + 2 + 1) * (rows // hosts) * row * layers
+        assert bytes_by_kind(plan, 0)["kv"] == (3 + 2 + 1) * (rows // hosts) * row * layers
     # Four hosts have one query head each, and pairs of them share a kv head, which goes to both.
     head = 16 * 4 * layers
     _, plan = check("ulysses", hosts, lengths=lengths)
-    assert plan.bytes_by_kind(0)["qkv"] == rows * (hosts - 1) * 3 * head
-    assert plan.bytes_by_kind(0)["out"] == rows * (hosts - 1) * head
+    assert bytes_by_kind(plan, 0)["qkv"] == rows * (hosts - 1) * 3 * head
+    assert bytes_by_kind(plan, 0)["out"] == rows * (hosts - 1) * head
     _, plan = check("usp", hosts, lengths=lengths)  # pairs share heads; a ring of two pairs
-    assert plan.bytes_by_kind(0)["qkv"] == rows * (2 + 2) * head
-    assert plan.bytes_by_kind(0)["kv"] == hosts * rows // 2 * 2 * head
+    assert bytes_by_kind(plan, 0)["qkv"] == rows * (2 + 2) * head
+    assert bytes_by_kind(plan, 0)["kv"] == hosts * rows // 2 * 2 * head
 
 
 def test_a_ring_between_machines_sends_less_between_them() -> None:
@@ -182,7 +186,7 @@ def test_plans_hold_together(context: int, hosts: int, name: str, layout: str) -
     computed = [step.head_pairs for h in plan.host_plans for step in h.steps if isinstance(step, AttendAll)]
     assert sum(computed) == SHAPE.q_heads * context * (context + 1) // 2
     full = strategy("full").plan(PromptLengths(context, 0, 0, 0), 1, SHAPE)
-    assert sum(plan.prefill_flops(r) for r in range(hosts)) == full.prefill_flops(0)
+    assert sum(prefill_flops(plan, r) for r in range(hosts)) == prefill_flops(full, 0)
     if layout == "z" and context % (2 * hosts) == 0 and name in ("ring", "burst", "allgather"):
         assert max(computed) == min(computed)
     assert sum(length for _, length in plan.blocks) == context

@@ -14,6 +14,7 @@ from torch import Tensor
 from apb.compress import compressor
 from apb.engine.requests import prefill_request
 from apb.host.host import Host, HostSpec, PrefillRequest
+from apb.plan.bytes import passing_bytes
 from apb.plan.plan import PrefillPlan
 from apb.prompt.prompt import Prompt
 from apb.strategies import strategy
@@ -274,7 +275,7 @@ def test_every_hop_is_done_while_the_block_is_computed(world: int) -> None:
     for rank, answer in enumerate(answers):
         assert answer["complaint"] is None
         assert answer["calls"] == LAYERS
-        assert answer["passed"] == plan.passing_bytes(rank)
+        assert answer["passed"] == passing_bytes(plan, rank)
         for layer in range(LAYERS):
             mine = [event for event, step in answer["events"] if step == f"layer {layer}: passing"]
             assert mine == ["post"] + ["arrive"] * rank + ["wait"]

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from apb.compress import compressor
 from apb.host.host import Host, HostSpec, PrefillRequest
-from apb.plan.plan import ModelShape, PrefillPlan, PromptLengths
+from apb.plan.bytes import bytes_by_kind, prefill_bytes
+from apb.plan.flops import critical_flops, prefill_flops
+from apb.plan.plan import PrefillPlan
+from apb.plan.report import host_rows
+from apb.plan.shapes import ModelShape, PromptLengths
 from apb.plan.steps import Attend, GatherAnchor, Select
 from apb.strategies import Strategy, strategy
 from apb.strategies.anchored import even_shares
-from apb.strategies.budget import critical_flops
 from apb.strategies.spava import Spava
 from bench.ruler.budget import fit
 from burst.errors import UserError
@@ -43,9 +46,9 @@ LARGE = ModelShape(32, 4096, 14336, 32, 8, 128, 128256, 6_979_321_856, 525_336_5
 def test_all_hosts_work_alike(hosts: int, context: int, shape: ModelShape, options: dict[str, Any]) -> None:
     lengths = PromptLengths(context=context, head=24, question=20, query=30)
     plan = strategy("spava", **options).plan(lengths, hosts, shape, compressor("query"))
-    work = [plan.prefill_flops(rank) for rank in range(hosts)]
+    work = [prefill_flops(plan, rank) for rank in range(hosts)]
     assert max(work) <= 1.05 * min(work)
-    assert [row["prefill_flops"] for row in plan.rows()] == work
+    assert [row["prefill_flops"] for row in host_rows(plan)] == work
     # The anchor's tokens run through the linear layers once, on all hosts together.
     assert sum(h.tokens_run for h in plan.host_plans) == context + plan.anchor_len
     default = context // 64 if options else context // hosts // 4
@@ -54,11 +57,11 @@ def test_all_hosts_work_alike(hosts: int, context: int, shape: ModelShape, optio
 
 def test_the_arithmetic_of_the_embedded_model() -> None:
     lengths = PromptLengths(context=7300, head=24, question=10, query=20)
-    full = strategy("full").plan(lengths, 1, SMALL).prefill_flops(0)
+    full = prefill_flops(strategy("full").plan(lengths, 1, SMALL), 0)
 
     def shares(name: str, **options: Any) -> tuple[float, float]:
         plan = strategy(name, **options).plan(lengths, 8, SMALL, compressor("query"))
-        work = [plan.prefill_flops(rank) / full for rank in range(8)]
+        work = [prefill_flops(plan, rank) / full for rank in range(8)]
         return sum(work), max(work)
 
     assert shares("spava") == pytest.approx((0.601, 0.0754), abs=5e-4)
@@ -102,7 +105,7 @@ def test_plans_with_a_shared_anchor_hold_together(
     row = 2 * SHAPE.kv_heads * SHAPE.head_dim * SHAPE.element_size
     asked_row = SHAPE.q_heads * SHAPE.head_dim * SHAPE.element_size
     anchor = row * plan.anchor_len + (asked_row * plan.question_len if asked else 0)
-    assert plan.bytes_by_kind(0).get("anchor", 0) == anchor * (hosts - 1) * SHAPE.layers
+    assert bytes_by_kind(plan, 0).get("anchor", 0) == anchor * (hosts - 1) * SHAPE.layers
 
 
 def check_attention(plan: PrefillPlan, spans: list[tuple[int, int]]) -> None:
@@ -186,7 +189,7 @@ def test_a_question_in_the_blocks_own_pass_gives_what_its_own_pass_gives(
         count.remove()
         tokens = [host.tokens_run for host in engine.setup.plan(prompt).host_plans]
         assert sorted(runs) == sorted([t + m for t in tokens] if fused else [*tokens, *[m] * hosts])
-        assert handle.metrics["bytes_by_kind"] == engine.setup.plan(prompt).bytes_by_kind(m)
+        assert handle.metrics["bytes_by_kind"] == bytes_by_kind(engine.setup.plan(prompt), m)
         again = engine.logits(handle.fork(query=prompt.question))
         found.append((engine.logits(handle), again, engine.generate(handle, max_new_tokens=8).token_ids))
     assert found[0][2] == found[1][2]
@@ -329,4 +332,4 @@ def test_processes_compute_what_virtual_hosts_do(name: str, options: dict[str, A
     for rank, (kv, sent) in enumerate(found):
         torch.testing.assert_close(torch.from_numpy(kv), want[rank][0], atol=1e-5, rtol=1e-5)
         assert sent.pop("agree") == 32 * (world - 1)
-        assert sent == {kind: count for kind, count in plan.prefill_bytes(rank).items() if count}
+        assert sent == {kind: count for kind, count in prefill_bytes(plan, rank).items() if count}

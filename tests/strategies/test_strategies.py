@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from apb.engine.engine import Engine
-from apb.plan.plan import ModelShape, PrefillPlan
+from apb.plan.bytes import bytes_by_kind
+from apb.plan.plan import PrefillPlan
+from apb.plan.shapes import ModelShape
 from apb.plan.steps import Attend
 from apb.strategies import strategy
 from bench.twin import Sizes, Twin, sizes, twin
@@ -88,7 +90,7 @@ def check(
     if shared:
         asked = want.sizes.question if select == "query" and any(plan.kept_rows) else 0
         sent |= {"anchor": anchor_in_words(want.sizes, hosts, asked, plan.shape)}
-    assert handle.metrics["bytes_by_kind"] == plan.bytes_by_kind(m) == sent
+    assert handle.metrics["bytes_by_kind"] == bytes_by_kind(plan, m) == sent
     assert handle.metrics["bytes_sent"] == sum(sent.values())
     return engine
 
@@ -254,7 +256,7 @@ def test_every_byte_of_prefill_query_and_decoding_is_in_the_formula(passing: str
     result = engine.generate(handle, max_new_tokens=5)
     # Five tokens are decided, four of them went through the model again.
     expected = bytes_in_words(want, 4, m, 5, 4, passing, plan.shape)
-    assert result.metrics["bytes_by_kind"] == plan.bytes_by_kind(m, 5, 4) == expected
+    assert result.metrics["bytes_by_kind"] == bytes_by_kind(plan, m, 5, 4) == expected
 
 
 @pytest.mark.parametrize("hosts, lengths", [(4, {"passing_len": 0}), (2, {"anchor_len": 100})])
@@ -275,7 +277,7 @@ def test_without_a_question_only_the_prefill_is_sent() -> None:
     engine = tiny_engine(tiny_llama(torch.float32), strategy("apb"), 3, "norm")
     handle = engine.prefill(prompt)
     want = bytes_in_words(sizes("apb", prompt, 3, select="norm"), 3, 0, 0, 0, "ring", engine.setup.shape)
-    assert handle.metrics["bytes_by_kind"] == engine.setup.plan(prompt).bytes_by_kind(0) == want
+    assert handle.metrics["bytes_by_kind"] == bytes_by_kind(engine.setup.plan(prompt), 0) == want
     assert handle.conditioned_on is None and not handle.exact
 
 
@@ -285,7 +287,7 @@ def test_bytes_follow_the_element_size(dtype: torch.dtype) -> None:
     engine = tiny_engine(adapter, strategy("apb"), 3, "query")
     handle = engine.prefill(prompt)
     want = bytes_in_words(sizes("apb", prompt, 3, select="query"), 3, 11, 0, 0, "ring", adapter.shape)
-    assert handle.metrics["bytes_by_kind"] == engine.setup.plan(prompt).bytes_by_kind(11) == want
+    assert handle.metrics["bytes_by_kind"] == bytes_by_kind(engine.setup.plan(prompt), 11) == want
     assert engine.logits(handle).dtype == torch.float32
     exact = dense(torch.float32, (200, 5, 6), "apb", 3, "query", None, None).logits
     assert torch.nn.functional.cosine_similarity(engine.logits(handle), exact, dim=0) > 0.98

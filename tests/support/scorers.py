@@ -19,10 +19,8 @@ Turn = Callable[[Tensor, int, int], Tensor]  # rotated queries or keys (heads, S
 
 @dataclass(frozen=True)
 class Query:
-    """The question's attention, by any choice of reduction."""
+    """The question's attention, its mean, and a max-pool."""
 
-    reduce: str
-    logits: str
     window: int = 5
     needs_question: bool = True
 
@@ -30,8 +28,7 @@ class Query:
         rows = []
         for j, heads in enumerate(_groups(block)):
             found = [block.question_HQD[h] @ block.k_KLD[j].T * block.scale for h in heads]
-            weights = torch.cat([x.softmax(-1) if self.logits == "softmax" else x for x in found])
-            rows.append(weights.mean(0) if self.reduce == "mean" else weights.max(0).values)
+            rows.append(torch.cat([x.softmax(-1) for x in found]).mean(0))
         return _pooled(torch.stack(rows), self.window, max)
 
 

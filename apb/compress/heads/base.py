@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apb.kv.layer import Projections
-from apb.plan.plan import ModelShape
+from apb.plan.shapes import ModelShape
 from burst.errors import UserError
 
 

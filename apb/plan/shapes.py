@@ -1,0 +1,45 @@
+"""Sizes of models and prompts: the numbers that plans are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the costs depend on. Bytes per element are those of the activations; ``linear_params`` is what one token
+    multiplies with outside embedding and head (for a mixture of experts: the experts it visits)."""
+
+    layers: int
+    hidden: int
+    intermediate: int  # widest projection per token (all visited experts together)
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    linear_params: int
+    head_params: int  # the LM head
+    total_params: int
+    element_size: int  # bytes
+    max_positions: int
+
+    @property
+    def kv_row_bytes(self) -> int:
+        """Bytes of one token's K and V in one layer."""
+        return 2 * self.kv_heads * self.head_dim * self.element_size
+
+    @property
+    def partial_row_bytes(self) -> int:
+        """Bytes of one token's partial attention output and LSE (fp32; fp64 for fp64 models) in one layer."""
+        return self.q_heads * (self.head_dim * self.element_size + max(4, self.element_size))
+
+
+@dataclass(frozen=True)
+class PromptLengths:
+    """Token counts of a prompt. ``context`` = template head + document; ``query`` = what runs in the query phase."""
+
+    context: int  # n: prefilled over the hosts
+    head: int  # s: leading context tokens before the document's own text (BOS, system prompt)
+    question: int  # l_q: the question's own text, embedded in anchors; 0 when there is none
+    query: int  # separator + question + template tail; 0 when there is no question
+    copied: int = 0  # of the context: the question's copy behind the head, separator included; anchors then embed none
