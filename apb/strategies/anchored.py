@@ -174,9 +174,8 @@ def anchored_plan(
 
     if shared:
         bare = [host(rank, (0, 0)) for rank in range(hosts)]
-        work = [
-            2 * shape.linear_params * h.tokens_run + attention_flops(shape, h.head_pairs(shape.q_heads)) for h in bare
-        ]
+        linear = 2 * shape.linear_params
+        work = [linear * h.tokens_run + attention_flops(shape, h.head_pairs(shape.q_heads)) for h in bare]
         per_token = linear + attention_flops(shape, shape.q_heads * anchor.tokens // 2)
         runs = list(itertools.pairwise(itertools.accumulate(even_shares(work, anchor.tokens, per_token), initial=0)))
     else:

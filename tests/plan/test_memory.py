@@ -75,7 +75,7 @@ def test_a_trees_rows_are_in_the_plan() -> None:
     assert many["kv"] - one["kv"] == (len(TREE) - 1) * shape.kv_row_bytes * shape.layers
     assert host_memory(plan, 0, tree)["kv"] == host_memory(plan, 0)["kv"]  # they lie on the host that decides
     wide = dataclasses.replace(plan, shape=dataclasses.replace(shape, vocab=10**6))
-    more = wide.memory(1, tree)["activations"] - wide.memory(1, Answer(30, len(TREE) - 1))["activations"]
+    more = host_memory(wide, 1, tree)["activations"] - host_memory(wide, 1, Answer(30, len(TREE) - 1))["activations"]
     assert more > 10**6 * shape.element_size  # every row has its logits
 
     def run(t: Transport) -> int:
@@ -87,7 +87,7 @@ def test_a_trees_rows_are_in_the_plan() -> None:
         return live.peak
 
     short = dataclasses.replace(plan, lengths=dataclasses.replace(plan.lengths, query=0), draft=None)
-    decoding = [dataclasses.replace(short, chunk_tokens=1).memory(rank, tree)["activations"] for rank in (0, 1)]
+    decoding = [host_memory(dataclasses.replace(short, chunk_tokens=1), rank, tree)["activations"] for rank in (0, 1)]
     for planned, live in zip(decoding, e.cluster.world.run(run), strict=True):
         assert 0.5 * planned < live < 1.1 * planned
 
@@ -105,11 +105,11 @@ def test_a_draft_heads_weights_and_rows_are_in_the_plan(window: int | None, adap
     drafted = adaptive * 64  # weights of the LM head's rows, copied
     weights = sum(p.numel() for p in draft.head.parameters()) + drafted
     for rank in (0, 1):
-        assert host_memory(plan, rank, answer)["weights"] - bare.memory(rank, answer)["weights"] == 8 * weights
-    kept = host_memory(plan, 1, answer)["kv"] - bare.memory(1, answer)["kv"] - 8 * drafted
+        assert host_memory(plan, rank, answer)["weights"] - host_memory(bare, rank, answer)["weights"] == 8 * weights
+    kept = host_memory(plan, 1, answer)["kv"] - host_memory(bare, 1, answer)["kv"] - 8 * drafted
     own = rows.k_BKTD.nbytes + rows.v_BKTD.nbytes + (draft.bits.nbytes if draft.bits is not None else 0)
     assert own <= kept <= own + 2 * plan.draft.row_bytes  # of the last two tokens there may be none yet
-    assert host_memory(plan, 0, answer)["kv"] == bare.memory(0, answer)["kv"]
+    assert host_memory(plan, 0, answer)["kv"] == host_memory(bare, 0, answer)["kv"]
 
 
 def test_the_shipped_heads_size_is_known_before_it_is_loaded() -> None:

@@ -248,7 +248,7 @@ def test_memory_of_other_blocks_grows_by_what_stays() -> None:
     for name, more in (*((name, 0) for name in ("star", *PASSING)), ("ring", 2 * q)):
         short, long = (plan_of(name, n, 2, 64) for n in (1000, 1400))
         ran = long.host_plans[1].tokens_run - short.host_plans[1].tokens_run
-        beside = [p.memory(1)["activations"] for p in (short, long)]
+        beside = [host_memory(p, 1)["activations"] for p in (short, long)]
         rows = [(p.passing_rows(1) + p.anchor_len) * kv * 2 for p in (short, long)]
         if name == "ring":
             assert short.spread is not None and long.spread is not None
