@@ -53,6 +53,7 @@ class Setup:
         threads: int = 1,
         timeout_s: float = 600.0,
         chunk_tokens: int | None = None,
+        max_positions: int | None = None,
         draft: str | DraftSpec | None = None,
         graphs: bool = True,
         cache_dir: Path | None = None,
@@ -63,7 +64,8 @@ class Setup:
         ``config``: random weights of this configuration, without a tokenizer; ``model`` is then only a name.
         ``hosts``: None is the strategy's own default, else 4. ``threads``: intra-op threads a host. ``dtype`` auto is
         the checkpoint's own on a GPU and float32 on a CPU. ``chunk_tokens``: tokens that a host runs through a layer
-        at once, less memory for a little more work; None is all of its own. ``draft``: the head that decode=eagle2
+        at once, less memory for a little more work; None is all of its own. ``max_positions``: how many the model takes
+        where its configuration says another number; None: the configuration's. ``draft``: the head that decode=eagle2
         drafts with, a name, a path or a DraftSpec; the prefill then keeps what it needs. ``graphs``: decode steps as
         CUDA graphs, on GPUs.
         Raises UserError for anything unknown or contradictory.
@@ -74,7 +76,7 @@ class Setup:
         from apb.models.placement import resolve_device, resolve_dtype, torch_dtype
         from apb.models.shape import model_shape
 
-        _check_numbers(hosts, threads, timeout_s, chunk_tokens)
+        _check_numbers(hosts, threads, timeout_s, chunk_tokens, max_positions)
         chosen = _strategy(strategy)
         scorer = _compressor(chosen, compress)
         count = hosts if hosts is not None else chosen.default_hosts or DEFAULT_HOSTS
@@ -84,6 +86,7 @@ class Setup:
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device, found)
         shape = model_shape(found, torch_dtype(dtype))
+        shape = shape if max_positions is None else dataclasses.replace(shape, max_positions=max_positions)
         if scorer is not None:
             scorer.check(shape)
         spec = DraftSpec(draft) if isinstance(draft, str) else draft
@@ -177,8 +180,8 @@ class Setup:
                 "prompt and answer are longer than the model's context",
                 given=f"{tokens} prompt tokens + {new_tokens} new tokens = {tokens + new_tokens}",
                 allowed=f"{limit} positions",
-                remedy=f"Shorten the document by {over} tokens, lower decode.max_new_tokens, or choose a model with a "
-                "longer context.",
+                remedy=f"Shorten the document by {over} tokens, lower decode.max_new_tokens, choose a model with a "
+                "longer context, or set max_positions where the model takes more than its config.json says.",
             )
 
     def check_memory(self, plan: PrefillPlan, answer: Answer, available: int, *, sharing: int, copies: int) -> None:
@@ -232,13 +235,19 @@ def fitting_chunk(plan: PrefillPlan, answer: Answer, available: int, *, sharing:
     return None
 
 
-def _check_numbers(hosts: int | None, threads: int, timeout_s: float, chunk: int | None) -> None:
+def _check_numbers(hosts: int | None, threads: int, timeout_s: float, chunk: int | None, positions: int | None) -> None:
     whole = "a whole number, 1 or more"
     for name, value, fine, allowed in (
         ("hosts", hosts, hosts is None or (isinstance(hosts, int) and hosts >= 1), whole),
         ("threads", threads, isinstance(threads, int) and threads >= 1, whole),
         ("timeout_s", timeout_s, timeout_s > 0, "above 0 seconds"),
         ("chunk_tokens", chunk, chunk is None or (isinstance(chunk, int) and chunk >= 1), f"{whole}, or None"),
+        (
+            "max_positions",
+            positions,
+            positions is None or (type(positions) is int and 1 <= positions < 2**31),
+            f"{whole}, or None",
+        ),
     ):
         if not fine:
             raise UserError(f"{name} is out of range", given=value, allowed=allowed, remedy=f"Change {name}.")

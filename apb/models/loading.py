@@ -11,6 +11,7 @@ import torch
 
 from apb.models.files import INDEX, WEIGHTS, check_weights, damaged, quiet, read_json
 from apb.models.placement import resolve_device, resolve_dtype, torch_dtype
+from apb.models.raw import check_code, check_values
 from burst.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,12 +24,12 @@ _logger = logging.getLogger(__name__)
 def load_config(path: Path) -> PretrainedConfig:
     """Return the folder's configuration; raises UserError when it is damaged or of an unknown kind."""
     file = path / "config.json"
-    read_json(file)
+    check_code(path)
     with quiet():
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.from_pretrained(path, local_files_only=True)
+            return _plain(AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False))
         # Validation raises many kinds, some private to huggingface_hub; all of them mean this one file.
         except Exception as error:
             raise UserError(
@@ -41,6 +42,7 @@ def load_config(path: Path) -> PretrainedConfig:
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Return the folder's tokenizer; raises UserError when its files are missing or damaged."""
+    check_code(path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (path / name).exists():
             read_json(path / name)
@@ -55,7 +57,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(path, local_files_only=True)
+            return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the tokenizers library raises plain Exception
             raise UserError(
                 f"the tokenizer in {path} cannot be loaded: {_first_line(error)}",
@@ -89,6 +91,7 @@ def load_model(path: Path, *, dtype: str, device: str) -> PreTrainedModel:
                 config=config,
                 dtype=torch_dtype(dtype),
                 local_files_only=True,
+                trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that they are named below
                 **placement,
@@ -104,13 +107,26 @@ def load_model(path: Path, *, dtype: str, device: str) -> PreTrainedModel:
     return loaded
 
 
+def _plain(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the configuration without what it says of code: our attention and plain experts take their places.
+
+    One that names flash attention would need its package, one that names a kernel of the hub would fetch it.
+    """
+    config._attn_implementation = "eager"
+    config._experts_implementation = None
+    if hasattr(config, "auto_map"):
+        del config.auto_map
+    return config
+
+
 def make_config(values: Mapping[str, Any]) -> PretrainedConfig:
     """Return the configuration with these values, as in a config.json; raises UserError when it is of no known kind."""
+    check_values(None, values)
     with quiet():
         from transformers import AutoConfig
 
         try:
-            return AutoConfig.for_model(**values)
+            return _plain(AutoConfig.for_model(**values))
         except Exception as error:  # as in load_config
             raise UserError(
                 f"the model configuration cannot be used: {_first_line(error)}",
@@ -131,7 +147,9 @@ def random_model(values: Mapping[str, Any], *, dtype: str, device: str) -> PreTr
 
         torch.manual_seed(0)
         with torch.device(device):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype))
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=torch_dtype(dtype), trust_remote_code=False
+            )
     model.eval()
     model.requires_grad_(False)
     return model

@@ -20,7 +20,7 @@ def model_shape(config: Any, dtype: torch.dtype) -> ModelShape:
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         return _counted(model, config, dtype)
     # Architectures read their configurations each in its own way; whatever is missing or wrong, it is in this file.
     except (AttributeError, TypeError, ValueError, KeyError, IndexError, ArithmeticError, RuntimeError) as error:
@@ -57,8 +57,34 @@ def _counted(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> ModelSh
         head_params=_weights(head),
         total_params=total,
         element_size=dtype.itemsize,
-        max_positions=config.max_position_embeddings,
+        max_positions=position_limit(config),
     )
+
+
+def position_limit(config: Any) -> int:
+    """Return how many positions a model takes by its configuration.
+
+    YaRN takes its original ones times its factor, whether max_position_embeddings was raised with them or not. Of other
+    kinds it is what the configuration says: Llama 3's is the scaled one already, and of ``linear`` both are published.
+    """
+    limit: int = config.max_position_embeddings
+    scaled: list[int] = []
+    for rope in rope_parameters(config):
+        factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
+        if rope.get("rope_type") == "yarn" and factor is not None and original is not None:
+            scaled.append(int(original * factor))
+        else:
+            scaled.append(limit)
+    return max([limit, min(scaled, default=limit)])
+
+
+def rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """Return the RoPE parameters of a configuration: one set, or one for each type of layer."""
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if not isinstance(found, dict):
+        return []
+    nested = [rope for rope in found.values() if isinstance(rope, dict)]
+    return nested or ([found] if found else [])
 
 
 def _intermediate(config: Any, visited: int) -> int:

@@ -94,6 +94,7 @@ class Settings(Basics):
     question_first: bool
     needle_depth: float
     chunk_tokens: int | Literal["auto"] | None = "auto"
+    max_positions: int | None = None
     compare: bool = False
     context_tokens: int | None = None
     query_tokens: int = 64
@@ -110,6 +111,8 @@ def settle(config: Mapping[str, Any]) -> Settings:
     settings = typed(Settings, values, "")
     chunk, decode = settings.chunk_tokens, settings.decode
     in_range("chunk_tokens", chunk, not isinstance(chunk, int) or chunk >= 1, "auto, null, or 1 and more")
+    positions = settings.max_positions
+    in_range("max_positions", positions, positions is None or 1 <= positions < 2**31, "1 or more")
     Sampling(decode.temperature, decode.top_p, decode.top_k, decode.seed)
     in_range("decode.max_new_tokens", decode.max_new_tokens, decode.max_new_tokens >= 1, "1 or more")
     in_range("decode.stop", list(decode.stop), all(decode.stop), "texts of at least one character")

@@ -42,6 +42,7 @@ def make_setup(settings: Basics, display: Display, decode: DecodeSettings | None
             dtype=settings.dtype,
             device=settings.device,
             timeout_s=settings.timeout_s,
+            max_positions=settings.max_positions if isinstance(settings, Settings) else None,
             draft=decode.draft if decode is not None else None,
             graphs=decode.graphs if decode is not None else True,
             cache_dir=Path(cache) if (cache := os.environ.get("APB_CACHE")) else None,

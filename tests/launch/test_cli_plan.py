@@ -25,6 +25,8 @@ def test_plan_of_lengths_alone(apb: Any, model: Path, document: Path) -> None:
     apb(*common, "context_tokens=400", "memory_gb=0.0001").refused("does not fit", "0.0 GB free")
     apb(*common, "compare=true").refused("unknown key 'compare'")
     apb(*common, "context_tokens=4000").refused("longer than the model's context")
+    assert apb(*common, "context_tokens=4000", "max_positions=5000").code == 0
+    apb(*common, "context_tokens=4000", "max_positions=0").refused("max_positions is out of range")
     apb(*common, "context_tokens=1").refused("context_tokens leaves no room")
     apb(*common, "context_tokens=400", "query_tokens=2").refused("query_tokens leaves no room")
     apb(*common, "context_tokens=400", "-d", str(document), "-q", "Who?").refused("one of them")

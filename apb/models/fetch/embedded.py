@@ -163,7 +163,8 @@ def _convert(gguf: Path, folder: Path, on_progress: Progress) -> None:
             from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
             from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+            alone = {"local_files_only": True, "trust_remote_code": False}
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **alone)
             # The GGUF's pre-tokenizer is "smollm": every digit stands alone before spaces are joined to what
             # follows. transformers builds plain GPT-2 splitting; spaces in front of numbers come out wrong.
             tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
@@ -175,7 +176,7 @@ def _convert(gguf: Path, folder: Path, on_progress: Progress) -> None:
                 gguf_file=gguf.name,
                 dtype=torch.float32,
                 quantization_config=GgufConfig(dequantize=True),
-                local_files_only=True,
+                **alone,
             )
             on_progress("Converting", 2, steps)
             # Where this one file lay is no part of the model.
