@@ -64,3 +64,9 @@ def choose(kind: str, name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(near)}?" if near else f"Choose one of: {', '.join(known)}."
     raise UserError(f"unknown {kind} '{name}'", given=name, allowed=", ".join(known), remedy=hint)
+
+
+def in_range(key: str, value: object, fine: bool, allowed: str) -> None:
+    """Raise a UserError that names ``key`` unless its ``value`` is ``fine``; ``allowed`` says what would be."""
+    if not fine:
+        raise UserError(f"{key} is out of range", given=f"{key}={value}", allowed=allowed, remedy=f"Change {key}.")

@@ -17,8 +17,8 @@ from bench.hardware import hardware
 from bench.rows import Rows, provenance
 from bench.ruler.variant import Variant
 from bench.timing import spread
-from burst.errors import UserError
-from launch.config.settings import Basics, basics, decode_settings, in_range, typed
+from burst.errors import UserError, in_range
+from launch.config.settings import Basics, basics, decode_settings, typed
 from launch.terminal.display import Display, seconds, size
 from launch.verbs.prepare import make_setup
 

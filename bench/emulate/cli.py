@@ -25,8 +25,8 @@ from bench.kernels.measure import Device
 from bench.prompts import base_setup, lengths, random_prompt, setups
 from bench.rows import Rows, provenance
 from bench.timing import ratio
-from burst.errors import UserError
-from launch.config.settings import chosen_compressor, in_range, typed
+from burst.errors import UserError, in_range
+from launch.config.settings import chosen_compressor, typed
 from launch.terminal.display import Display, seconds, size
 
 

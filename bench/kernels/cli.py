@@ -14,8 +14,8 @@ from bench.kernels.calls import as_rates, measured
 from bench.kernels.measure import Device
 from bench.prompts import base_setup
 from bench.rows import Rows, provenance
-from burst.errors import UserError
-from launch.config.settings import chosen_compressor, in_range, typed
+from burst.errors import UserError, in_range
+from launch.config.settings import chosen_compressor, typed
 from launch.terminal.display import Display, size
 
 

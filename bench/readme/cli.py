@@ -12,8 +12,8 @@ from bench.prompts import base_setup
 from bench.readme.figure import draw
 from bench.readme.rows import read
 from bench.readme.tables import decoders, emulated, growth, measured
-from burst.errors import UserError
-from launch.config.settings import in_range, typed
+from burst.errors import UserError, in_range
+from launch.config.settings import typed
 from launch.terminal.display import Display
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"

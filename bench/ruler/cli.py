@@ -19,8 +19,8 @@ from bench.ruler.store import Store
 from bench.ruler.summary import CHOOSE, chosen, comparisons, table
 from bench.ruler.variant import Variant, baselines
 from bench.verify.runner import conditions
-from burst.errors import UserError
-from launch.config.settings import Basics, basics, in_range, typed
+from burst.errors import UserError, in_range
+from launch.config.settings import Basics, basics, typed
 from launch.terminal.display import Display, size
 from launch.verbs.prepare import make_setup
 

@@ -16,7 +16,8 @@ from bench import report
 from bench.prompts import base_setup
 from bench.rows import Rows, provenance
 from bench.simulate.grid import EXACT, crossings, replicas, rows, series
-from launch.config.settings import chosen_compressor, in_range, typed
+from burst.errors import in_range
+from launch.config.settings import chosen_compressor, typed
 from launch.terminal.display import Display, seconds, size
 
 FINE = 64  # hosts up to which lengths and host counts between the asked ones are costed to find crossovers

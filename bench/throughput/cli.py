@@ -16,7 +16,8 @@ from bench.rows import Rows, provenance
 from bench.ruler.variant import Variant
 from bench.throughput.measure import EveryToken, Source, measure, utilisation
 from bench.timing import spread
-from launch.config.settings import Basics, basics, in_range, typed
+from burst.errors import in_range
+from launch.config.settings import Basics, basics, typed
 from launch.terminal.display import Display, seconds, size
 from launch.verbs.prepare import make_setup
 

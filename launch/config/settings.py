@@ -17,7 +17,7 @@ from apb.decode.sampling import Sampling
 from apb.draft.spec import DraftSpec, own_head
 from apb.plan.memory import Answer
 from apb.strategies import Strategy, strategy
-from burst.errors import UserError, choose
+from burst.errors import UserError, choose, in_range
 
 _WORDS = {
     bool: "true or false",
@@ -205,9 +205,3 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         allowed=allowed,
         remedy=f"Write {key}=['a','b'], with quotes." if element is str else f"Change {key}.",
     )
-
-
-def in_range(key: str, value: Any, fine: bool, allowed: str) -> None:
-    """Raise a UserError that names the key unless its value is ``fine``."""
-    if not fine:
-        raise UserError(f"{key} is out of range", given=f"{key}={value}", allowed=allowed, remedy=f"Change {key}.")

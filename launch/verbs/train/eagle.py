@@ -17,8 +17,8 @@ from apb.engine.engine import versions
 from apb.train.eagle import Job, Trained, finished, train
 from apb.train.folder import digest
 from apb.train.tutor import Recipe
-from burst.errors import UserError
-from launch.config.settings import in_range, typed
+from burst.errors import UserError, in_range
+from launch.config.settings import typed
 from launch.terminal.arguments import Arguments
 from launch.terminal.display import Display, size
 from launch.verbs.document import corpus

@@ -12,7 +12,8 @@ from apb.engine.engine import versions
 from apb.train.fit import Recipe
 from apb.train.folder import digest
 from apb.train.retaining import Job, Trained, finished, train
-from launch.config.settings import in_range, typed
+from burst.errors import in_range
+from launch.config.settings import typed
 from launch.terminal.arguments import Arguments
 from launch.terminal.display import Display, size
 from launch.verbs.document import corpus
