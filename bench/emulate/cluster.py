@@ -15,8 +15,8 @@ from apb.clusters.virtual import VirtualCluster
 from apb.host.host import HostSpec, OnEvent
 from apb.models.adapter import Adapter
 from burst.kernels import Kernel
-from burst.planner.timeline import Event
-from burst.planner.trace import Recorder
+from burst.planner.timeline import TimelineEvent
+from burst.planner.trace import TraceRecorder
 
 _here = threading.local()  # the recorder of the virtual rank that this thread is
 
@@ -24,7 +24,7 @@ _here = threading.local()  # the recorder of the virtual rank that this thread i
 class _Timed:
     """A kernel whose forward calls are counted as attention."""
 
-    def __init__(self, kernel: Kernel, recorder: Recorder) -> None:
+    def __init__(self, kernel: Kernel, recorder: TraceRecorder) -> None:
         self._kernel, self._recorder = kernel, recorder
 
     def __call__(
@@ -43,12 +43,12 @@ class EmulatedCluster(VirtualCluster):
     def __init__(self, spec: HostSpec, hosts: int, adapter: Adapter, nodes: Sequence[int]) -> None:
         super().__init__(spec, hosts, adapter, nodes)
         clock = time.thread_time if adapter.device.type == "cpu" and spec.threads == 1 else time.perf_counter
-        self._recorders = [Recorder(clock, adapter.device) for _ in range(hosts)]
+        self._recorders = [TraceRecorder(clock, adapter.device) for _ in range(hosts)]
         for host, recorder in zip(self._hosts, self._recorders, strict=True):
             host.kernel = _Timed(host.kernel, recorder)
 
     @property
-    def programs(self) -> list[list[Event]]:
+    def programs(self) -> list[list[TimelineEvent]]:
         """Each host's work and calls in the last call, for ``burst.planner.timeline``."""
         return [list(recorder.events) for recorder in self._recorders]
 
@@ -72,12 +72,12 @@ def _linear_layers() -> Iterator[None]:
     """Count what linear layers do as such, in whichever rank's thread they run."""
 
     def before(module: nn.Module, _inputs: Any) -> None:
-        recorder: Recorder | None = getattr(_here, "recorder", None)
+        recorder: TraceRecorder | None = getattr(_here, "recorder", None)
         if recorder is not None and isinstance(module, nn.Linear):
             recorder.enter("linear")
 
     def after(module: nn.Module, _inputs: Any, _output: Any) -> None:
-        recorder: Recorder | None = getattr(_here, "recorder", None)
+        recorder: TraceRecorder | None = getattr(_here, "recorder", None)
         if recorder is not None and isinstance(module, nn.Linear):
             recorder.leave()
 

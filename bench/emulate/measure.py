@@ -17,7 +17,7 @@ from apb.plan.plan import PrefillPlan
 from apb.prompt.prompt import Prompt
 from bench.emulate.cluster import EmulatedCluster
 from bench.timing import spread
-from burst.planner.timeline import Event, Interval, interval, parts
+from burst.planner.timeline import Interval, TimelineEvent, interval, parts
 
 PARTS = ("linear", "attention", "selection", "other")
 
@@ -28,7 +28,7 @@ class Measured:
 
     setup: Setup
     plan: PrefillPlan
-    programs: list[list[list[Event]]] = field(default_factory=list)
+    programs: list[list[list[TimelineEvent]]] = field(default_factory=list)
     times: list[Interval] = field(default_factory=list)
     sent: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -116,7 +116,7 @@ def run(
 
 def record(
     setup: Setup, prompt: Prompt, adapter: Adapter, network: Network
-) -> tuple[list[list[Event]], dict[str, dict[str, int]]]:
+) -> tuple[list[list[TimelineEvent]], dict[str, dict[str, int]]]:
     """Prefill once on emulated hosts; return their programs, and the bytes that all sent by kind and by link."""
     cluster = EmulatedCluster(setup.spec, setup.hosts, adapter, network.nodes(setup.hosts))
     with Engine(dataclasses.replace(setup, tokenizer=None), cluster) as engine:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from burst.execution.calls import Call, Options, make_call
+from burst.execution.calls import AttentionCall, AttentionOptions, make_call
 from burst.execution.execute import Execution
 from burst.layouts.layout import Layout
 from burst.planner.topology import Topology
@@ -88,7 +88,7 @@ def attention(
     Source: Ring Attention arXiv 2310.01889; BurstAttention arXiv 2403.09347; DeepSpeed-Ulysses arXiv
     2309.14509; USP arXiv 2405.07719.
     """
-    options = Options(
+    options = AttentionOptions(
         schedule,
         causal,
         scale,
@@ -108,20 +108,20 @@ def attention(
             run = _forward_run(q, k, v, sinks, call)
             out, _ = run.forward()
             return (out, run.own_lse()) if return_lse else out
-    out, lse = _Attention.apply(q, k, v, sinks, call, return_lse)
+    out, lse = _AttentionFunction.apply(q, k, v, sinks, call, return_lse)
     return (out, lse) if return_lse else out
 
 
-def _forward_run(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call) -> Execution:
+def _forward_run(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: AttentionCall) -> Execution:
     return Execution(call.forward, call.transport, call.blocks, call.form, {"q": q, "k": k, "v": v}, sinks=sinks)
 
 
-class _Attention(torch.autograd.Function):
+class _AttentionFunction(torch.autograd.Function):
     """The schedule's forward, and its backward by scores computed again."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call, return_lse: bool
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: AttentionCall, return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         run = _forward_run(q, k, v, sinks, call)
         out, lse = run.forward()
@@ -146,7 +146,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        call: Call = ctx.call
+        call: AttentionCall = ctx.call
         assert call.backward is not None
         q, k, v, out, lse, sinks = ctx.saved_tensors
         if call.again is not None:
@@ -159,7 +159,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _complete(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None, call: Call
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None, call: AttentionCall
 ) -> tuple[Tensor, Tensor]:
     """Compute the first tokens' out and lse again and put them to those that were kept, in the old order."""
     assert call.again is not None and call.dropped is not None and call.kept is not None

@@ -28,7 +28,7 @@ BACKWARD = {"auto": "auto", "kv": "kv", "q": "qd"}  # what the caller says -> ro
 
 
 @dataclass(frozen=True)
-class Options:
+class AttentionOptions:
     """The arguments of ``burst.attention`` that must be the same on every rank."""
 
     schedule: str | Schedule
@@ -46,7 +46,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Call:
+class AttentionCall:
     """One call on one rank. ``backward`` is None where no gradient is wanted.
 
     ``again`` is the forward of the first tokens, whose outputs are not kept; ``dropped`` and ``kept`` are the
@@ -70,8 +70,8 @@ def make_call(
     sinks: Tensor | None,
     transport: Transport,
     layout: Layout,
-    options: Options,
-) -> Call:
+    options: AttentionOptions,
+) -> AttentionCall:
     """Check the arguments, make the schedules and let the ranks agree on them; see ``burst.attention``."""
     check_inputs("attention", q, k, v, options.scale)
     form = _form(q, k, v, options.accurate)
@@ -85,14 +85,16 @@ def make_call(
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
     if options.schedule == "auto":
         options = _planned(layout, form, transport, options, wants_gradient)
-    call = Call(transport, form, blocks, _forward(layout, options.keys, form, transport, options))
+    call = AttentionCall(transport, form, blocks, _forward(layout, options.keys, form, transport, options))
     if wants_gradient:
         call = _with_backward(call, layout, options)
     _agree(call, sinks)
     return call
 
 
-def _forward(layout: Layout, keys: Layout | None, form: Form, transport: Transport, options: Options) -> Schedule:
+def _forward(
+    layout: Layout, keys: Layout | None, form: Form, transport: Transport, options: AttentionOptions
+) -> Schedule:
     given = options.schedule
     if isinstance(given, Schedule):
         fits = given.phase == "forward" and given.layout == layout and given.nodes == transport.nodes
@@ -117,7 +119,9 @@ def _forward(layout: Layout, keys: Layout | None, form: Form, transport: Transpo
     )
 
 
-def _planned(layout: Layout, form: Form, transport: Transport, options: Options, wants_gradient: bool) -> Options:
+def _planned(
+    layout: Layout, form: Form, transport: Transport, options: AttentionOptions, wants_gradient: bool
+) -> AttentionOptions:
     """Put the planner's choice in the place of ``auto``: by the arguments alone, so ranks choose alike."""
     where = options.topology or topology(
         transport.world, transport.nodes, "cuda" if transport.device.type == "cuda" else "cpu"
@@ -135,7 +139,7 @@ def _planned(layout: Layout, form: Form, transport: Transport, options: Options,
     return replace(options, schedule=best.name, ulysses=best.ulysses)
 
 
-def _with_backward(call: Call, layout: Layout, options: Options) -> Call:
+def _with_backward(call: AttentionCall, layout: Layout, options: AttentionOptions) -> AttentionCall:
     going, form = call.forward, call.form
 
     def like(where: Layout, phase: Phase, travels: str) -> Schedule:
@@ -174,7 +178,7 @@ def first_tokens(layout: Layout, stop: int) -> Layout:
     return replace(layout, n_tokens=stop, cu_seqlens=tuple(min(edge, stop) for edge in layout.cu_seqlens), spans=spans)
 
 
-def _agree(call: Call, sinks: Tensor | None) -> None:
+def _agree(call: AttentionCall, sinks: Tensor | None) -> None:
     """Let the ranks compare what they are about to do, before the first message of this kind of call."""
     schedules = [s for s in (call.forward, call.backward, call.again) if s is not None]
     text = (
@@ -193,7 +197,9 @@ def _form(q: Tensor, k: Tensor, v: Tensor, accurate: bool) -> Form:
     return Form(q.shape[0], q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype, accurate)
 
 
-def _check(q: Tensor, k: Tensor, sinks: Tensor | None, transport: Transport, layout: Layout, options: Options) -> None:
+def _check(
+    q: Tensor, k: Tensor, sinks: Tensor | None, transport: Transport, layout: Layout, options: AttentionOptions
+) -> None:
     keys, rank = options.keys or layout, transport.rank
     choose("forward", options.forward, FORWARD)
     choose("backward", options.backward, BACKWARD)

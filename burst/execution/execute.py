@@ -15,7 +15,7 @@ from burst.execution.buffers import Field, Form, pack, scratch_of, size, views
 from burst.execution.heads import HeadSplit
 from burst.kernels.base import row_sums
 from burst.kernels.merge import Accumulator
-from burst.schedules.base import Compute, Fold, Parcel, Post, Regroup, Role, Schedule, Slot, Step, Wait
+from burst.schedules.base import Compute, Fold, Parcel, Post, Regroup, Role, Schedule, ScheduleStep, Slot, Wait
 from burst.transport import Handle, Message, Transport
 
 Tensors = Mapping[str, Tensor]
@@ -92,7 +92,7 @@ class Execution:
 
     # -- steps -----------------------------------------------------------------------------------------------
 
-    def _chosen(self) -> Iterable[Step]:
+    def _chosen(self) -> Iterable[ScheduleStep]:
         """Leave out exchanges between head groups where the run starts, and ends, with working tensors."""
         skipped: set[int] = set()
         for step in self.schedule.programs[self.rank]:

@@ -19,7 +19,7 @@ from burst.kernels.merge import accumulate_dtype
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # q, k, v, causal, scale -> out, lse. Called with at least one query and one key, checked and unit-strided.
-Block = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
+BlockForward = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
 
 # q, k, v, out, lse, dout, delta, causal, scale -> dq, dk, dv. Called as above; out and lse belong to the
 # whole softmax, and one of out and delta may be missing: a backend that needs ``out`` makes it with
@@ -82,7 +82,7 @@ class Kernel(Protocol):
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedKernel:
     """A backend behind the checks and special cases that backends do not agree on; see ``Kernel``.
 
     ``device`` is the only device type the backend runs on, None for any; ``any_value_dim`` says whether E may
@@ -90,7 +90,7 @@ class Checked:
     """
 
     name: str
-    block: Block
+    block: BlockForward
     block_backward: BlockBackward
     device: str | None = None
     any_value_dim: bool = True

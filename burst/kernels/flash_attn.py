@@ -17,7 +17,7 @@ from torch.nn.attention import activate_flash_attention_impl, current_flash_atte
 
 from burst.errors import UserError
 from burst.kernels import cuda
-from burst.kernels.base import Checked, Kernel
+from burst.kernels.base import CheckedKernel, Kernel
 
 # By the device's major capability: FA3 is written for Hopper, FA4 for Blackwell (on Hopper it may not split its work).
 CHOICES = {9: "FA3", 10: "FA4"}
@@ -83,4 +83,4 @@ def _has_fa4() -> bool:
     return importlib.util.find_spec("cutlass") is not None
 
 
-KERNEL: Kernel = Checked("flash_attn", attend, backward, device="cuda")
+KERNEL: Kernel = CheckedKernel("flash_attn", attend, backward, device="cuda")

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from burst.kernels.base import Checked, Kernel, row_sums
+from burst.kernels.base import CheckedKernel, Kernel, row_sums
 from burst.kernels.merge import accumulate_dtype
 
 
@@ -91,4 +91,4 @@ def _scores(q_BKRD: Tensor, k_BKTD: Tensor, shape: torch.Size, causal: bool, sca
     return scores_BHST
 
 
-KERNEL: Kernel = Checked("reference", attend, backward)
+KERNEL: Kernel = CheckedKernel("reference", attend, backward)

@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from burst.planner.timeline import Event, Finish, Start, Work, replay
+from burst.planner.timeline import Begin, Busy, Finish, TimelineEvent, replay
 from burst.planner.topology import Topology
-from burst.schedules.base import AttentionShape, Compute, Fold, Parcel, Post, Regroup, Schedule, Step, Wait
+from burst.schedules.base import AttentionShape, Compute, Fold, Parcel, Post, Regroup, Schedule, ScheduleStep, Wait
 
 ACCUMULATE = 4  # bytes of a summed element (fp32)
 
@@ -35,7 +35,7 @@ class Prediction:
         return max(self.work_s) / mean if mean else 1.0
 
 
-def work_s(schedule: Schedule, rank: int, step: Step, shape: AttentionShape, topology: Topology) -> float:
+def work_s(schedule: Schedule, rank: int, step: ScheduleStep, shape: AttentionShape, topology: Topology) -> float:
     """Return the seconds of one step's own work.
 
     FLOPs a pair and head: 2 (d + dv) forward; 2 (3 d + 2 dv) backward, scores computed again. Merges, sums
@@ -79,7 +79,7 @@ def predict(schedule: Schedule, shape: AttentionShape, topology: Topology) -> Pr
     )
 
 
-def _events(schedule: Schedule, rank: int, shape: AttentionShape, topology: Topology) -> Iterator[Event]:
+def _events(schedule: Schedule, rank: int, shape: AttentionShape, topology: Topology) -> Iterator[TimelineEvent]:
     """Return one rank's program with sizes and seconds."""
 
     def sizes(parcels: tuple[Parcel, ...]) -> tuple[tuple[int, int], ...]:
@@ -88,11 +88,11 @@ def _events(schedule: Schedule, rank: int, shape: AttentionShape, topology: Topo
     for step in schedule.programs[rank]:
         match step:
             case Post():
-                yield Start(step.name, sizes(step.sends), sizes(step.recvs), label=step.channel)
+                yield Begin(step.name, sizes(step.sends), sizes(step.recvs), label=step.channel)
             case Wait(name):
                 yield Finish(name)
             case _:
-                yield Work(work_s(schedule, rank, step, shape, topology))
+                yield Busy(work_s(schedule, rank, step, shape, topology))
 
 
 def workspace_bytes(schedule: Schedule, rank: int, shape: AttentionShape) -> int:

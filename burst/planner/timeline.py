@@ -17,14 +17,14 @@ from burst.planner.topology import Topology
 Overlap = Literal["ordered", "none", "full"]
 
 
-class Work(NamedTuple):
+class Busy(NamedTuple):
     """Own work between two calls; ``parts`` names what some of the seconds went to."""
 
     seconds: float
     parts: tuple[tuple[str, float], ...] = ()
 
 
-class Start(NamedTuple):
+class Begin(NamedTuple):
     """Sends and receives, (peer, bytes) each, started together; messages between two ranks keep their order.
 
     ``forward_to``: every receive is sent on to this rank as soon as it has arrived, without the caller.
@@ -43,10 +43,10 @@ class Finish(NamedTuple):
     name: int
 
 
-Event = Work | Start | Finish
+TimelineEvent = Busy | Begin | Finish
 
 
-class Span(NamedTuple):
+class Activity(NamedTuple):
     """What a rank did from ``start`` to ``stop``, in seconds."""
 
     start: float
@@ -62,7 +62,7 @@ class Timeline:
     ends: tuple[float, ...]
     work_s: tuple[float, ...]
     port_s: tuple[float, ...]  # its busiest port, by link class and direction
-    spans: tuple[tuple[Span, ...], ...]
+    spans: tuple[tuple[Activity, ...], ...]
 
     @property
     def total_s(self) -> float:
@@ -89,7 +89,7 @@ class Interval:
     exposed_s: float
 
 
-def replay(programs: Sequence[Iterable[Event]], topology: Topology, overlap: Overlap = "ordered") -> Timeline:
+def replay(programs: Sequence[Iterable[TimelineEvent]], topology: Topology, overlap: Overlap = "ordered") -> Timeline:
     """Run the programs on a clock and return when everything happened.
 
     A message leaves once both ends have posted it. Each rank sends one message at a time per link class and receives
@@ -99,10 +99,10 @@ def replay(programs: Sequence[Iterable[Event]], topology: Topology, overlap: Ove
     Raises AssertionError when the programs wait for each other for ever.
     """
     assert len(programs) == topology.world, (len(programs), topology.world)
-    return _Clock(programs, topology, overlap).run()
+    return _Replay(programs, topology, overlap).run()
 
 
-def interval(programs: Sequence[Sequence[Event]], topology: Topology) -> Interval:
+def interval(programs: Sequence[Sequence[TimelineEvent]], topology: Topology) -> Interval:
     """Replay the programs as ordered, without overlap, and with messages that cost nothing."""
     ordered = replay(programs, topology)
     free = replay(programs, topology, "full")
@@ -114,11 +114,11 @@ def interval(programs: Sequence[Sequence[Event]], topology: Topology) -> Interva
     )
 
 
-def parts(program: Iterable[Event]) -> dict[str, float]:
+def parts(program: Iterable[TimelineEvent]) -> dict[str, float]:
     """Return the seconds of a program's work by what they went to; ``other`` is the rest."""
     found: defaultdict[str, float] = defaultdict(float)
     for event in program:
-        if isinstance(event, Work):
+        if isinstance(event, Busy):
             for name, seconds in event.parts:
                 found[name] += seconds
             found["other"] += event.seconds - sum(seconds for _, seconds in event.parts)
@@ -126,7 +126,7 @@ def parts(program: Iterable[Event]) -> dict[str, float]:
 
 
 @dataclass
-class _Post:
+class _UnderWay:
     """A start under way on one rank."""
 
     rank: int
@@ -140,32 +140,32 @@ class _Post:
 class _End:
     """One end of a message."""
 
-    post: _Post
+    post: _UnderWay
     size: int
     ready: float
 
 
 @dataclass
-class _Pair:
+class _Wire:
     """What two ranks have posted in one direction and not matched yet."""
 
     sends: deque[_End] = field(default_factory=deque)
     recvs: deque[_End] = field(default_factory=deque)
 
 
-class _Clock:
+class _Replay:
     """Ranks and messages in order of time. A rank runs on until it must wait; a message is booked when it is ready."""
 
-    def __init__(self, programs: Sequence[Iterable[Event]], topology: Topology, overlap: Overlap) -> None:
+    def __init__(self, programs: Sequence[Iterable[TimelineEvent]], topology: Topology, overlap: Overlap) -> None:
         self.topology, self.overlap = topology, overlap
-        self.programs: list[Iterator[Event]] = [iter(program) for program in programs]
+        self.programs: list[Iterator[TimelineEvent]] = [iter(program) for program in programs]
         self.now = [0.0] * len(programs)
         self.work = [0.0] * len(programs)
-        self.spans: list[list[Span]] = [[] for _ in programs]
-        self.posts: dict[tuple[int, int], _Post] = {}
+        self.spans: list[list[Activity]] = [[] for _ in programs]
+        self.posts: dict[tuple[int, int], _UnderWay] = {}
         self.labels: dict[tuple[int, int], str] = {}
-        self.asleep: dict[int, _Post] = {}
-        self.pairs: defaultdict[tuple[int, int], _Pair] = defaultdict(_Pair)
+        self.asleep: dict[int, _UnderWay] = {}
+        self.pairs: defaultdict[tuple[int, int], _Wire] = defaultdict(_Wire)
         self.free_at: defaultdict[tuple[int, str, str], float] = defaultdict(float)
         self.busy: defaultdict[tuple[int, str, str], float] = defaultdict(float)
         self.queue: list[tuple[float, int, int, _End, _End]] = []
@@ -188,9 +188,9 @@ class _Clock:
         """Run a rank's program until it ends or must wait for messages whose end is not known yet."""
         for event in self.programs[rank]:
             match event:
-                case Work():
+                case Busy():
                     self._spend(rank, event.seconds)
-                case Start():
+                case Begin():
                     post = self._start(rank, event)
                     if self.overlap == "none" and not self._waited(post):
                         return
@@ -202,21 +202,21 @@ class _Clock:
         start = self.now[rank]
         self.now[rank] += seconds
         self.work[rank] += seconds
-        self.spans[rank].append(Span(start, self.now[rank], "work", ""))
+        self.spans[rank].append(Activity(start, self.now[rank], "work", ""))
 
-    def _waited(self, post: _Post) -> bool:
+    def _waited(self, post: _UnderWay) -> bool:
         """Move the rank's clock to the end of a start; False where that is not known yet."""
         rank = post.rank
         if post.open:
             self.asleep[rank] = post
             return False
         if post.end > self.now[rank]:
-            self.spans[rank].append(Span(self.now[rank], post.end, "wait", self.labels[rank, post.name]))
+            self.spans[rank].append(Activity(self.now[rank], post.end, "wait", self.labels[rank, post.name]))
             self.now[rank] = post.end
         return True
 
-    def _start(self, rank: int, event: Start) -> _Post:
-        post = self.posts[rank, event.name] = _Post(rank, event.name, event.forward_to)
+    def _start(self, rank: int, event: Begin) -> _UnderWay:
+        post = self.posts[rank, event.name] = _UnderWay(rank, event.name, event.forward_to)
         self.labels[rank, event.name] = event.label
         for peer, size in event.sends:
             self._post(rank, peer, _End(post, size, self.now[rank]), sends=True)

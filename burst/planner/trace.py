@@ -14,21 +14,19 @@ from typing import Any
 
 import torch
 
-from burst.planner.timeline import Event, Finish, Start, Work
+from burst.planner.timeline import Begin, Busy, Finish, TimelineEvent
 from burst.transport.base import Handle, Message
 
-Clock = Callable[[], float]
 
-
-class Recorder:
+class TraceRecorder:
     """Records one rank. ``events`` is its program; ``during`` names parts of the work.
 
     Parts do not nest: the outer one counts. ``clock`` is in seconds, ``time.thread_time`` where work has one thread on
     a shared machine; on a GPU it is not read.
     """
 
-    def __init__(self, clock: Clock = time.perf_counter, device: torch.device | str = "cpu") -> None:
-        self.events: list[Event] = []
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, device: torch.device | str = "cpu") -> None:
+        self.events: list[TimelineEvent] = []
         self._clock, self._device = clock, torch.device(device)
         self._began: Any = None
         self._parts: list[tuple[str, Any, Any]] = []
@@ -73,7 +71,7 @@ class Recorder:
         self._end()
         name, self._starts = self._starts, self._starts + 1
         sizes = [tuple((m.peer, m.tensor.numel() * m.tensor.element_size()) for m in ms) for ms in (sends, recvs)]
-        self.events.append(Start(name, sizes[0], sizes[1], to, step))
+        self.events.append(Begin(name, sizes[0], sizes[1], to, step))
         handle = call()
         self._begin()
         return handle
@@ -102,7 +100,7 @@ class Recorder:
         parts: defaultdict[str, float] = defaultdict(float)
         for name, a, b in self._parts:
             parts[name] += self._between(a, b)
-        self.events.append(Work(self._between(self._began, stop), tuple(parts.items())))
+        self.events.append(Busy(self._between(self._began, stop), tuple(parts.items())))
         self._began, self._parts = None, []
 
     def _stamp(self) -> Any:

@@ -18,8 +18,8 @@ from burst.schedules.base import (
     Regroup,
     Role,
     Schedule,
+    ScheduleStep,
     Slot,
-    Step,
     Wait,
 )
 from burst.schedules.heads import HeadGroups, head_split
@@ -38,8 +38,8 @@ __all__ = [
     "Regroup",
     "Role",
     "Schedule",
+    "ScheduleStep",
     "Slot",
-    "Step",
     "Wait",
     "cheapest_travel",
     "head_groups",

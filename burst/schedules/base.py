@@ -125,7 +125,7 @@ class Regroup:
     slots: tuple[Slot | None, ...]
 
 
-Step = Post | Wait | Compute | Fold | Regroup
+ScheduleStep = Post | Wait | Compute | Fold | Regroup
 
 
 class Heads(NamedTuple):
@@ -204,7 +204,7 @@ class Schedule:
     nodes: tuple[int, ...]  # machine of each rank
     causal: bool
     window: int | None
-    programs: tuple[tuple[Step, ...], ...]
+    programs: tuple[tuple[ScheduleStep, ...], ...]
     heads: tuple[Heads, ...] = ()
 
     @property

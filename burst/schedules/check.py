@@ -14,8 +14,8 @@ from burst.schedules.symbolic import Content, Pair, ScheduleError, SymbolicRank
 
 __all__ = ["ScheduleError", "check"]
 
-_Post = tuple[int, int]  # (rank, name of a post)
-_Links = dict[tuple[int, int, Parcel], tuple[int, int, Parcel]]  # receive -> send, each (rank, post's name, parcel)
+_PostId = tuple[int, int]  # (rank, name of a post)
+_Matches = dict[tuple[int, int, Parcel], tuple[int, int, Parcel]]  # receive -> send, each (rank, post's name, parcel)
 
 
 def check(schedule: Schedule) -> None:
@@ -28,10 +28,10 @@ def check(schedule: Schedule) -> None:
     """
     links = _match(schedule)
     for one_channel in (False, True):
-        _Run(schedule, links, one_channel).finish()
+        _SymbolicRun(schedule, links, one_channel).finish()
 
 
-def _match(schedule: Schedule) -> _Links:
+def _match(schedule: Schedule) -> _Matches:
     """Pair every receive with its send."""
     sent: defaultdict[tuple[int, int], list[tuple[str, int, Parcel]]] = defaultdict(list)
     received: defaultdict[tuple[int, int], list[tuple[str, int, Parcel]]] = defaultdict(list)
@@ -41,7 +41,7 @@ def _match(schedule: Schedule) -> _Links:
                 sent[rank, p.peer].append((post.channel, post.name, p))
             for p in post.recvs:
                 received[p.peer, rank].append((post.channel, post.name, p))
-    links: _Links = {}
+    links: _Matches = {}
     for src, dst in {*sent, *received}:
         out, into = sent[src, dst], received[src, dst]
         if [_label(m) for m in out] != [_label(m) for m in into]:
@@ -57,25 +57,25 @@ def _label(message: tuple[str, int, Parcel]) -> tuple[str, str, int, int | None]
     return channel, parcel.slot.role, parcel.block, parcel.heads
 
 
-class _Run:
+class _SymbolicRun:
     """All ranks together; ``one_channel`` puts all posts of a rank into one queue."""
 
-    def __init__(self, schedule: Schedule, links: _Links, one_channel: bool) -> None:
+    def __init__(self, schedule: Schedule, links: _Matches, one_channel: bool) -> None:
         self.links = links
         computed: Counter[tuple[int, Pair]] = Counter()
         self.ranks = [SymbolicRank(schedule, r, computed) for r in range(schedule.world)]
-        self.peers: defaultdict[_Post, set[_Post]] = defaultdict(set)
+        self.peers: defaultdict[_PostId, set[_PostId]] = defaultdict(set)
         for (dst, b, _), (src, a, _) in links.items():
             self.peers[dst, b].add((src, a))
             self.peers[src, a].add((dst, b))
-        self.before: dict[_Post, _Post | None] = {}  # the post before it in its queue
+        self.before: dict[_PostId, _PostId | None] = {}  # the post before it in its queue
         for r, rank in enumerate(self.ranks):
-            last: dict[str, _Post] = {}
+            last: dict[str, _PostId] = {}
             for post in (s for s in rank.program if isinstance(s, Post)):
                 channel = "" if one_channel else post.channel
                 self.before[r, post.name] = last.get(channel)
                 last[channel] = (r, post.name)
-        self.done: set[_Post] = set()
+        self.done: set[_PostId] = set()
 
     def finish(self) -> None:
         """Run all programs to their ends."""
@@ -102,7 +102,7 @@ class _Run:
             out[name, p] = self.ranks[src].sent[post, parcel]
         return out
 
-    def _started(self, post: _Post) -> bool:
+    def _started(self, post: _PostId) -> bool:
         before = self.before[post]
         return post[1] in self.ranks[post[0]].posted and (before is None or before in self.done)
 

@@ -15,8 +15,8 @@ from burst.schedules.base import (
     Post,
     Regroup,
     Role,
+    ScheduleStep,
     Slot,
-    Step,
     Wait,
 )
 
@@ -52,7 +52,7 @@ class HeadGroups:
     def __init__(self, layout: Layout, heads: Sequence[Heads], travels_by_heads: Phase) -> None:
         self._layout, self._heads, self._phase = layout, tuple(heads), travels_by_heads
 
-    def wrap(self, rank: int, inner: Sequence[Step]) -> tuple[Step, ...]:
+    def wrap(self, rank: int, inner: Sequence[ScheduleStep]) -> tuple[ScheduleStep, ...]:
         """Put ``inner`` (peers are groups) between the exchange to the head groups and the one back."""
         going: Role = "qkv" if self._phase == "forward" else "dout"
         coming: Role = "out" if self._phase == "forward" else "dqkv"
@@ -75,7 +75,7 @@ class HeadGroups:
 
     def _exchange(
         self, rank: int, name: int, role: Role, parcels: Callable[[int], tuple[Parcel, Parcel]]
-    ) -> list[Step]:
+    ) -> list[ScheduleStep]:
         members = len(self._heads)
         group = rank - rank % members
         pairs = [parcels(peer) for peer in range(group, group + members) if peer != rank]
@@ -85,7 +85,7 @@ class HeadGroups:
         for recv in recvs:
             slots[recv.peer % members] = recv.slot
         slots[rank % members] = Slot(role, 0)
-        steps: list[Step] = [Regroup(role, tuple(slots))]
+        steps: list[ScheduleStep] = [Regroup(role, tuple(slots))]
         if sends or recvs:
             steps = [Post(name, f"heads-{role}", sends, recvs), Wait(name), *steps]
         return steps
@@ -95,7 +95,7 @@ class HeadGroups:
         return self._layout.counts[parcel.block] > 0 and self._heads[parcel.heads].q_count > 0
 
 
-def _renamed(step: Step, members: int, member: int) -> Step:
+def _renamed(step: ScheduleStep, members: int, member: int) -> ScheduleStep:
     """Turn a group's number into the rank of its ``member``, and leave names 0 and 1 to the exchanges."""
 
     def moved(parcels: tuple[Parcel, ...]) -> tuple[Parcel, ...]:

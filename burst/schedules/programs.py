@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from burst.schedules.base import Compute, Fold, Parcel, Phase, Post, Role, Slot, Step, Wait
+from burst.schedules.base import Compute, Fold, Parcel, Phase, Post, Role, ScheduleStep, Slot, Wait
 from burst.schedules.routes import Grid, Hop, Needs
 
 # Moments within one step, in program order.
@@ -43,7 +43,7 @@ def _ends(hops: Iterable[Hop]) -> dict[int, list[Hop]]:
     return ends
 
 
-class _Pool:
+class _SlotPool:
     """Slots of one role and rank, given out by lifetime: the lowest index that is free again."""
 
     def __init__(self, role: Role) -> None:
@@ -60,12 +60,12 @@ class _Pool:
         return Slot(self._role, len(self._free_after))
 
 
-class _Timed(NamedTuple):
+class _PostKey(NamedTuple):
     key: tuple[int, int, str, int]  # post step, moment, channel, due step: one exchange a key
     wait: Moment
 
 
-def program(rank: int, grid: Grid, needs: Needs, traffic: Traffic) -> tuple[Step, ...]:
+def program(rank: int, grid: Grid, needs: Needs, traffic: Traffic) -> tuple[ScheduleStep, ...]:
     """Write the program of one rank; see ``routes`` for what a step is."""
     return _Writer(rank, grid, needs, traffic).write()
 
@@ -81,7 +81,7 @@ class _Writer:
         """Give every block that comes here a slot, from its receive's post to its last use or send."""
         role = self.traffic.block
         held = {self.rank: Slot(role, 0)}
-        pool = _Pool(role)
+        pool = _SlotPool(role)
         last_send: defaultdict[int, Moment] = defaultdict(lambda: (-1, POST))
         for hop in self.hops:
             if hop.src == self.rank:
@@ -109,7 +109,7 @@ class _Writer:
                 arrivals[hop] = self._home()  # nothing to add to: received where it belongs
             else:
                 wishes.append(((hop.post, RETURN), (hop.due, JOIN), hop))
-        pool = _Pool(role)
+        pool = _SlotPool(role)
         for start, stop, what in sorted(wishes, key=lambda w: w[0]):
             if isinstance(what, Hop):
                 arrivals[what] = pool.take(start, stop)
@@ -122,18 +122,18 @@ class _Writer:
         assert role is not None
         return Slot("out" if role == "part" else role, 0)
 
-    def write(self) -> tuple[Step, ...]:
+    def write(self) -> tuple[ScheduleStep, ...]:
         """Put the steps in order."""
         timed = [self._timed(h, POST) for h in self.hops] + [self._timed(h, RETURN) for h in self.returns]
-        groups: defaultdict[_Timed, list[Hop]] = defaultdict(list)
+        groups: defaultdict[_PostKey, list[Hop]] = defaultdict(list)
         for key, hop in zip(timed, [*self.hops, *self.returns], strict=True):
             groups[key].append(hop)
         ordered = sorted(groups.items())
         names = {key: name for name, (key, _) in enumerate(ordered)}
-        at: defaultdict[Moment, list[Step]] = defaultdict(list)
+        at: defaultdict[Moment, list[ScheduleStep]] = defaultdict(list)
         for key, hops in ordered:
             at[key.key[0], key.key[1]].append(self._post(names[key], key, hops))
-        waits: defaultdict[Moment, list[Step]] = defaultdict(list)
+        waits: defaultdict[Moment, list[ScheduleStep]] = defaultdict(list)
         for key, hops in ordered:
             waits[key.wait].append(Wait(names[key]))
             waits[key.wait] += self._folds(key, hops)
@@ -143,11 +143,11 @@ class _Writer:
             at[step, WORK] += self._compute(self.grid.source(self.rank, step))
         return tuple(s for moment in sorted(at) for s in at[moment])
 
-    def _timed(self, hop: Hop, moment: int) -> _Timed:
+    def _timed(self, hop: Hop, moment: int) -> _PostKey:
         wait = (hop.due - 1, ARRIVE) if moment == POST else (hop.due, JOIN)
-        return _Timed((hop.post, moment, hop.channel, hop.due), wait)
+        return _PostKey((hop.post, moment, hop.channel, hop.due), wait)
 
-    def _post(self, name: int, key: _Timed, hops: Iterable[Hop]) -> Post:
+    def _post(self, name: int, key: _PostKey, hops: Iterable[Hop]) -> Post:
         carries_blocks = key.key[1] == POST
         sends, recvs = [], []
         for hop in sorted(hops):
@@ -159,10 +159,10 @@ class _Writer:
                 recvs.append(Parcel(hop.src, slot, hop.block))
         return Post(name, key.key[2], tuple(sends), tuple(recvs))
 
-    def _folds(self, key: _Timed, hops: Iterable[Hop]) -> list[Step]:
+    def _folds(self, key: _PostKey, hops: Iterable[Hop]) -> list[ScheduleStep]:
         if key.key[1] == POST:
             return []
-        folds: list[Step] = []
+        folds: list[ScheduleStep] = []
         for hop in sorted(h for h in hops if h.dst == self.rank):
             source = self.arrivals[hop]
             target = self._home() if hop.block == self.rank else self.results[hop.block]
@@ -170,7 +170,7 @@ class _Writer:
                 folds.append(Fold(source, target, hop.block))
         return folds
 
-    def _compute(self, block: int) -> list[Step]:
+    def _compute(self, block: int) -> list[ScheduleStep]:
         if not self.needs(self.rank, block):
             return []
         travels_kv = self.traffic.block == "kv"

@@ -15,7 +15,7 @@ from torch import Tensor
 from burst.errors import HostFailure
 from burst.transport.ledger import Ledger
 
-Observer = Callable[[str, str, int], None]  # (event "post" | "arrive" | "wait" | "compute", step, peer)
+TransportObserver = Callable[[str, str, int], None]  # (event "post" | "arrive" | "wait" | "compute", step, peer)
 
 
 class Message(NamedTuple):
@@ -95,7 +95,7 @@ class Transport(ABC):
         nodes: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
         timeout_s: float = 600.0,
-        observer: Observer | None = None,
+        observer: TransportObserver | None = None,
     ) -> None:
         assert 0 <= rank < world, (rank, world)
         self.rank = rank

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 
 from burst.errors import HostFailure, UserError
-from burst.transport.base import Handle, Message, Observer, Transport
+from burst.transport.base import Handle, Message, Transport, TransportObserver
 
 
-class _Works(Handle):
+class _ExchangeHandle(Handle):
     """Point-to-point operations of one exchange."""
 
     def __init__(self, transport: ProcessGroupTransport, works: list[tuple[dist.Work, Message]], step: str) -> None:
@@ -36,7 +36,7 @@ class _Works(Handle):
         self._works = []
 
 
-class _Relay(Handle):
+class _RelayHandle(Handle):
     """Receives that are forwarded as they arrive: by a thread on CPU, by a side stream on GPU."""
 
     def __init__(
@@ -110,7 +110,7 @@ class ProcessGroupTransport(Transport):
         nodes: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
         timeout_s: float = 600.0,
-        observer: Observer | None = None,
+        observer: TransportObserver | None = None,
     ) -> None:
         super().__init__(
             dist.get_rank(),
@@ -144,7 +144,7 @@ class ProcessGroupTransport(Transport):
         nodes: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
         timeout_s: float = 600.0,
-        observer: Observer | None = None,
+        observer: TransportObserver | None = None,
     ) -> ProcessGroupTransport:
         """Join the group whose rank 0 listens at ``address`` (host, port); nccl for cuda devices, gloo otherwise."""
         deadline = timedelta(seconds=timeout_s)
@@ -167,7 +167,7 @@ class ProcessGroupTransport(Transport):
         nodes: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
         timeout_s: float = 600.0,
-        observer: Observer | None = None,
+        observer: TransportObserver | None = None,
     ) -> ProcessGroupTransport:
         """Join the group that meets at ``store``; raises HostFailure when that fails."""
         backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
@@ -185,7 +185,7 @@ class ProcessGroupTransport(Transport):
     def _relay(
         self, sends: Sequence[Message], recvs: Sequence[Message], kind: str, step: str, forward_to: int | None
     ) -> Handle:
-        return _Relay(self, sends, recvs, kind, step, forward_to)
+        return _RelayHandle(self, sends, recvs, kind, step, forward_to)
 
     def agree_once(self, text: str, *, step: str, here: str = "") -> None:
         # gloo ends the whole process when a message is longer than its receiver expects, before anyone can raise.
@@ -214,13 +214,13 @@ class ProcessGroupTransport(Transport):
         ops += [dist.P2POp(dist.isend, m.tensor, m.peer, group) for m in sends]
         messages = [*recvs, *sends]
         if not ops:
-            return _Works(self, [], step)
+            return _ExchangeHandle(self, [], step)
         try:
             works = dist.batch_isend_irecv(ops)
         except RuntimeError as error:
             raise self._failure(error, messages[0].peer, step) from error
         # NCCL may answer one work for the whole batch.
-        return _Works(self, list(zip(works, messages, strict=False)), step)
+        return _ExchangeHandle(self, list(zip(works, messages, strict=False)), step)
 
     def settle(self) -> None:
         while self._stalls:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from burst.errors import HostFailure
-from burst.transport.base import Handle, Message, Observer, Transport
+from burst.transport.base import Handle, Message, Transport, TransportObserver
 
 T = TypeVar("T")
 
@@ -95,7 +95,7 @@ class VirtualWorld:
         *,
         nodes: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
-        observers: Sequence[Observer | None] | None = None,
+        observers: Sequence[TransportObserver | None] | None = None,
     ) -> None:
         self.size = size
         watch = observers if observers is not None else [None] * size

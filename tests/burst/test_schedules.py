@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from burst.errors import UserError
 from burst.layouts.layout import layout
-from burst.schedules import NAMES, AttentionShape, Compute, Fold, Post, Schedule, Slot, Step, Wait, schedule
+from burst.schedules import NAMES, AttentionShape, Compute, Fold, Post, Schedule, ScheduleStep, Slot, Wait, schedule
 from burst.schedules.check import ScheduleError, check
 from burst.schedules.heads import head_split
 from tests.support.schedule_cases import GQA, MASKS, MHA, TOPOLOGIES, UNEVEN, spread, ways
@@ -112,7 +112,7 @@ def sample(name: str, phase: str, travels: str, world: int, nodes: int) -> Sched
     return made
 
 
-def mutants(made: Schedule, change: Callable[[Step], list[Step] | None]) -> list[Schedule]:
+def mutants(made: Schedule, change: Callable[[ScheduleStep], list[ScheduleStep] | None]) -> list[Schedule]:
     """All schedules with one step of one rank changed; ``change`` gives None for steps it does not touch."""
     out = []
     for r, program in enumerate(made.programs):
@@ -124,7 +124,7 @@ def mutants(made: Schedule, change: Callable[[Step], list[Step] | None]) -> list
     return out
 
 
-def moved_recv(step: Step) -> list[Step] | None:
+def moved_recv(step: ScheduleStep) -> list[ScheduleStep] | None:
     """Receive into a slot that nobody else uses."""
     if not isinstance(step, Post) or not step.recvs:
         return None
@@ -132,7 +132,7 @@ def moved_recv(step: Step) -> list[Step] | None:
     return [replace(step, recvs=(first._replace(slot=Slot(first.slot.role, 9)), *step.recvs[1:]))]
 
 
-def swapped_buffer(step: Step) -> list[Step] | None:
+def swapped_buffer(step: ScheduleStep) -> list[ScheduleStep] | None:
     """Read keys, or queries, from the next slot."""
     if not isinstance(step, Compute):
         return None
@@ -141,11 +141,11 @@ def swapped_buffer(step: Step) -> list[Step] | None:
     return [replace(step, **{"kv" if travels_kv else "q": Slot(slot.role, slot.index + 1)})]
 
 
-def missing_send(step: Step) -> list[Step] | None:
+def missing_send(step: ScheduleStep) -> list[ScheduleStep] | None:
     return [replace(step, sends=step.sends[1:])] if isinstance(step, Post) and step.sends else None
 
 
-def wrong_block(step: Step) -> list[Step] | None:
+def wrong_block(step: ScheduleStep) -> list[ScheduleStep] | None:
     if not isinstance(step, Post) or not step.sends:
         return None
     first = step.sends[0]
@@ -163,7 +163,7 @@ def test_every_step_is_needed(which: tuple[str, str, str, int, int]) -> None:
 @pytest.mark.parametrize("change", [moved_recv, swapped_buffer, missing_send, wrong_block])
 @pytest.mark.parametrize("which", SAMPLES, ids=lambda s: "-".join(map(str, s[:3])))
 def test_wrong_buffers_and_messages_are_noticed(
-    which: tuple[str, str, str, int, int], change: Callable[[Step], list[Step] | None]
+    which: tuple[str, str, str, int, int], change: Callable[[ScheduleStep], list[ScheduleStep] | None]
 ) -> None:
     found = mutants(sample(*which), change)
     assert found
@@ -184,8 +184,8 @@ def test_receives_before_sends_are_a_deadlock() -> None:
     """A ring in which everyone first waits for its neighbour, as unbatched blocking calls would."""
     made = sample("ring", "forward", "kv", 3, 1)
 
-    def blocking(program: tuple[Step, ...]) -> tuple[Step, ...]:
-        out: list[Step] = []
+    def blocking(program: tuple[ScheduleStep, ...]) -> tuple[ScheduleStep, ...]:
+        out: list[ScheduleStep] = []
         for step in program:
             if isinstance(step, Post):
                 out += [
@@ -207,7 +207,7 @@ def test_a_buffer_filled_while_it_is_read_is_noticed() -> None:
     """With one receive buffer instead of two, the next block comes in while this one is sent on."""
     made = sample("ring", "forward", "kv", 4, 1)
 
-    def single(step: Step) -> Step:
+    def single(step: ScheduleStep) -> ScheduleStep:
         if isinstance(step, Post):
             sends = tuple(p._replace(slot=Slot("kv", min(p.slot.index, 1))) for p in step.sends)
             return replace(step, sends=sends, recvs=tuple(p._replace(slot=Slot("kv", 1)) for p in step.recvs))

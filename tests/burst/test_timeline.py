@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from apb.costs.lockstep import Await, Clock, Exchange, Relay, shift
 from apb.costs.lockstep import Work as All
-from burst.planner.timeline import Event, Finish, Start, Work, interval, parts, replay
+from burst.planner.timeline import Begin, Busy, Finish, TimelineEvent, interval, parts, replay
 from burst.planner.topology import Link, Machine, Topology
-from burst.planner.trace import Recorder
+from burst.planner.trace import TraceRecorder
 from burst.transport import Transport, VirtualWorld
 from burst.transport.base import Message
 from tests.support.pool import Rank, on_both
@@ -28,9 +28,9 @@ def flat(hosts: int, per_node: int = 1, intra: float = BANDWIDTH) -> Topology:
 
 
 def test_a_message_is_hidden_behind_the_work_between_start_and_finish() -> None:
-    def two(work: float) -> list[list[Event]]:
-        sender: list[Event] = [Work(1.0), Start(0, ((1, 20),), ()), Finish(0)]
-        receiver: list[Event] = [Start(0, (), ((0, 20),)), Work(work), Finish(0), Work(1.0)]
+    def two(work: float) -> list[list[TimelineEvent]]:
+        sender: list[TimelineEvent] = [Busy(1.0), Begin(0, ((1, 20),), ()), Finish(0)]
+        receiver: list[TimelineEvent] = [Begin(0, (), ((0, 20),)), Busy(work), Finish(0), Busy(1.0)]
         return [sender, receiver]
 
     short, long = replay(two(1.0), flat(2)), replay(two(9.0), flat(2))
@@ -45,29 +45,29 @@ def test_a_message_is_hidden_behind_the_work_between_start_and_finish() -> None:
 
 def test_ports_carry_one_message_at_a_time_and_link_classes_their_own() -> None:
     """Rank 0 sends 10 bytes each to 1 (its own machine) and to 2 and 3 (another)."""
-    sender: list[Event] = [Start(0, ((1, 10), (2, 10), (3, 10)), ()), Finish(0)]
-    others: list[list[Event]] = [[Start(0, (), ((0, 10),)), Finish(0)] for _ in range(3)]
+    sender: list[TimelineEvent] = [Begin(0, ((1, 10), (2, 10), (3, 10)), ()), Finish(0)]
+    others: list[list[TimelineEvent]] = [[Begin(0, (), ((0, 10),)), Finish(0)] for _ in range(3)]
     times = replay([sender, *others], flat(4, per_node=2, intra=5.0))
     assert times.ends == (2.0, 2.5, 1.5, 2.5)
     assert times.port_s == (2.0, 2.0, 1.0, 1.0)
 
 
 def test_a_relay_forwards_without_its_rank() -> None:
-    first: list[Event] = [Start(0, ((1, 10),), ()), Finish(0)]
-    middle: list[Event] = [Start(0, ((2, 10),), ((0, 10),), 2), Work(100.0), Finish(0)]
-    last: list[Event] = [Start(0, (), ((1, 10), (1, 10))), Finish(0)]
+    first: list[TimelineEvent] = [Begin(0, ((1, 10),), ()), Finish(0)]
+    middle: list[TimelineEvent] = [Begin(0, ((2, 10),), ((0, 10),), 2), Busy(100.0), Finish(0)]
+    last: list[TimelineEvent] = [Begin(0, (), ((1, 10), (1, 10))), Finish(0)]
     assert replay([first, middle, last], flat(3)).ends == (1.0, 100.0, 3.0)
 
 
 def test_programs_that_cannot_go_on_are_told() -> None:
     with pytest.raises(AssertionError, match=r"ranks \[1\] wait"):
-        replay([[], [Start(0, (), ((0, 8),)), Finish(0)]], flat(2))
+        replay([[], [Begin(0, (), ((0, 8),)), Finish(0)]], flat(2))
     with pytest.raises(AssertionError, match="sends 8 bytes"):
-        replay([[Start(0, ((1, 8),), ())], [Start(0, (), ((0, 9),))]], flat(2))
+        replay([[Begin(0, ((1, 8),), ())], [Begin(0, (), ((0, 9),))]], flat(2))
 
 
 def test_parts_of_a_program() -> None:
-    program: list[Event] = [Work(2.0, (("attention", 0.5), ("linear", 1.0))), Start(0, (), ()), Work(1.0)]
+    program: list[TimelineEvent] = [Busy(2.0, (("attention", 0.5), ("linear", 1.0))), Begin(0, (), ()), Busy(1.0)]
     assert parts(program) == {"attention": 0.5, "linear": 1.0, "other": 1.5}
 
 
@@ -83,7 +83,7 @@ class FakeClock:
 
 def test_a_recorder_sees_work_calls_and_parts() -> None:
     clocks = [FakeClock() for _ in range(2)]
-    recorders = [Recorder(clock) for clock in clocks]
+    recorders = [TraceRecorder(clock) for clock in clocks]
     world = VirtualWorld(2)
 
     def rank(t: Transport) -> None:
@@ -101,32 +101,32 @@ def test_a_recorder_sees_work_calls_and_parts() -> None:
 
     world.run(rank)
     assert recorders[0].events == [
-        Work(3.0, (("attention", 1.0),)),
-        Start(0, ((1, 16),), ((1, 16),), None, "there"),
-        Work(4.0),
+        Busy(3.0, (("attention", 1.0),)),
+        Begin(0, ((1, 16),), ((1, 16),), None, "there"),
+        Busy(4.0),
         Finish(0),
-        Work(0.0),
-        Start(1, ((1, 16),), (), 1, "on"),
-        Work(0.0),
+        Busy(0.0),
+        Begin(1, ((1, 16),), (), 1, "on"),
+        Busy(0.0),
     ]
-    assert recorders[1].events[-2] == Start(1, (), ((0, 16),), None, "on")
+    assert recorders[1].events[-2] == Begin(1, (), ((0, 16),), None, "on")
     assert (
         replay([r.events for r in recorders], flat(2)).total_s == 7.0
     )  # the first message is hidden, nobody waits for the second
 
 
-def programs(hosts: int, seconds: Any, sizes: Any, kind: str) -> tuple[list[list[Event]], list[Any]]:
+def programs(hosts: int, seconds: Any, sizes: Any, kind: str) -> tuple[list[list[TimelineEvent]], list[Any]]:
     """The same thing for both clocks: some work, everyone's message to later or all hosts, more work, a wait."""
-    events: list[list[Event]] = []
+    events: list[list[TimelineEvent]] = []
     for r in range(hosts):
         if kind == "relay":
             sends = ((r + 1, sizes[r]),) if r < hosts - 1 else ()
             recvs = tuple((r - 1, sizes[h]) for h in reversed(range(r)))
-            start = Start(0, sends, recvs, r + 1 if r < hosts - 1 else None)
+            start = Begin(0, sends, recvs, r + 1 if r < hosts - 1 else None)
         else:
             others = [(r + k) % hosts for k in range(1, hosts)]
-            start = Start(0, tuple((p, sizes[r]) for p in others), tuple((p, sizes[p]) for p in others))
-        events.append([Work(seconds[r]), start, Work(seconds[-1 - r]), Finish(0)])
+            start = Begin(0, tuple((p, sizes[r]) for p in others), tuple((p, sizes[p]) for p in others))
+        events.append([Busy(seconds[r]), start, Busy(seconds[-1 - r]), Finish(0)])
     work = np.array(seconds)
     exchange = tuple(shift(hosts, k, lambda source, _: np.array(sizes, dtype=float)[source]) for k in range(1, hosts))
     start = Relay("x", np.array(sizes, dtype=float)) if kind == "relay" else Exchange("x", exchange)
@@ -159,9 +159,9 @@ def test_the_vectorised_clock_agrees(hosts: int, per_node: int, kind: str, equal
     assert clock.sent.sum() == sum(size * count for size, count in zip(sizes, copies, strict=True))
 
 
-def gather_and_relay(t: Transport) -> list[Event]:
+def gather_and_relay(t: Transport) -> list[TimelineEvent]:
     """Return what a recorder saw of an all-gather and a relay."""
-    t.recorder = Recorder()
+    t.recorder = TraceRecorder()
     with t.recorder.recording():
         x = torch.full((3,), float(t.rank))
         parts_of_all = t.all_gather(x, [(3,)] * t.world, kind="k", step="all").wait()
@@ -171,10 +171,10 @@ def gather_and_relay(t: Transport) -> list[Event]:
         src, dst = None if first else t.rank - 1, None if last else t.rank + 1
         t.relay(x, buffers, src=src, dst=dst, kind="k", step="on").wait()
     found, t.recorder = t.recorder.events, None
-    return [event for event in found if not isinstance(event, Work)]
+    return [event for event in found if not isinstance(event, Busy)]
 
 
-def on_gloo(rank: Rank) -> list[Event]:
+def on_gloo(rank: Rank) -> list[TimelineEvent]:
     return gather_and_relay(rank.transport)
 
 
@@ -182,19 +182,19 @@ def test_real_ranks_are_recorded_as_virtual_ones() -> None:
     real, virtual = on_both(3, on_gloo, gather_and_relay)
     assert real == virtual
     assert virtual[1] == [
-        Start(0, ((0, 12), (2, 12)), ((0, 12), (2, 12)), None, "all"),
+        Begin(0, ((0, 12), (2, 12)), ((0, 12), (2, 12)), None, "all"),
         Finish(0),
-        Start(1, ((2, 12),), ((0, 12),), 2, "on"),
+        Begin(1, ((2, 12),), ((0, 12),), 2, "on"),
         Finish(1),
     ]
 
 
 def test_a_failure_inside_a_part_is_the_failure_that_is_seen() -> None:
     clock = FakeClock()
-    recorder = Recorder(clock)
+    recorder = TraceRecorder(clock)
     with pytest.raises(ValueError, match="mine"), recorder.recording():
         recorder.enter("linear")
         raise ValueError("mine")
     with recorder.recording(), recorder.during("attention"):
         clock.now += 1.0
-    assert recorder.events == [Work(1.0, (("attention", 1.0),))]
+    assert recorder.events == [Busy(1.0, (("attention", 1.0),))]
