@@ -59,7 +59,7 @@ def attention(
         transport   how ranks reach each other: ``burst.run_virtual``, ``burst.transport.process_group``.
         layout      which rank holds which tokens, and where documents end that are packed into the sequence.
         schedule    ring, double_ring, burst, allgather, ulysses, usp; ``auto``: the one that is predicted to
-                    be fastest; or a forward schedule made by ``burst.schedules.schedule``.
+                    be fastest; or a forward schedule made by ``burst.schedules.schedule`` for this call.
         causal      a query sees keys up to its own position, in its own document.
         scale       1/sqrt(D) when None.
         window      a query sees its last ``window`` keys, its own included (both sides when not causal).
@@ -101,6 +101,7 @@ def attention(
         accurate,
         checkpoint,
         kernel,
+        return_lse,
     )
     call = make_call(q, k, v, sinks, transport, layout, options)
     if call.backward is None:

@@ -43,6 +43,7 @@ class AttentionOptions:
     accurate: bool
     checkpoint: float | None
     kernel: str
+    return_lse: bool
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def make_call(
     call = AttentionCall(transport, form, blocks, _forward(layout, options.keys, form, transport, options))
     if wants_gradient:
         call = _with_backward(call, layout, options)
-    _agree(call, sinks)
+    _agree(call, sinks, options.return_lse)
     return call
 
 
@@ -97,14 +98,7 @@ def _forward(
 ) -> Schedule:
     given = options.schedule
     if isinstance(given, Schedule):
-        fits = given.phase == "forward" and given.layout == layout and given.nodes == transport.nodes
-        if not fits or (given.causal, given.window) != (options.causal, options.window):
-            raise UserError(
-                "the schedule was made for another call",
-                given=f"{given.name} {given.phase}, causal {given.causal}, window {given.window}",
-                allowed=f"a forward of this layout, causal {options.causal}, window {options.window}",
-                remedy="Make it with the same arguments, or pass its name.",
-            )
+        _check_made_for(given, layout, form, transport, options)
         return given
     return schedule(
         given,
@@ -117,6 +111,34 @@ def _forward(
         travels=options.forward,
         ulysses=options.ulysses,
     )
+
+
+def _check_made_for(
+    made: Schedule, layout: Layout, form: Form, transport: Transport, options: AttentionOptions
+) -> None:
+    """Raise UserError unless a schedule that the caller made was made for this call."""
+    shape, heads = made.shape, made.heads  # a schedule of head groups has the layout's keys
+    facts: list[tuple[str, object, object]] = [
+        ("phase", made.phase, "forward"),
+        ("query heads", shape.q_heads, form.q_heads),
+        ("kv heads", shape.kv_heads, form.kv_heads),
+        ("head dim", shape.head_dim, form.head_dim),
+        ("value dim", shape.value_dim, form.value_dim),
+        ("layout", made.layout, layout),
+        ("keys", made.layout if heads else made.key_blocks, options.keys or layout),
+        ("nodes", made.nodes, transport.nodes),
+        ("causal", made.causal, options.causal),
+        ("window", made.window, options.window),
+        ("traveller", made.travels, made.travels if options.forward == "auto" else options.forward),
+    ]
+    others = [fact for fact in facts if fact[1] != fact[2]]
+    if others:
+        raise UserError(
+            "the schedule was made for another call",
+            given=f"{made.name}: " + ", ".join(f"{what} {theirs}" for what, theirs, _ in others),
+            allowed=", ".join(f"{what} {ours}" for what, _, ours in others),
+            remedy="Make it with the call's arguments, or pass its name.",
+        )
 
 
 def _planned(
@@ -178,15 +200,12 @@ def first_tokens(layout: Layout, stop: int) -> Layout:
     return replace(layout, n_tokens=stop, cu_seqlens=tuple(min(edge, stop) for edge in layout.cu_seqlens), spans=spans)
 
 
-def _agree(call: AttentionCall, sinks: Tensor | None) -> None:
+def _agree(call: AttentionCall, sinks: Tensor | None, return_lse: bool) -> None:
     """Let the ranks compare what they are about to do, before the first message of this kind of call."""
     schedules = [s for s in (call.forward, call.backward, call.again) if s is not None]
-    text = (
-        f"{[s.digest for s in schedules]} {call.form} {call.blocks.scale} {sinks is None} "
-        f"{call.forward.causal} {call.forward.window} {call.forward.travels}"
-    )
-    here = f"{call.forward.name}, {call.form}, scale {call.blocks.scale:g}, sinks {sinks is not None}"
-    call.transport.agree_once(text, step="attention agree", here=here)
+    options = f"{call.form}, scale {call.blocks.scale!r}, sinks {sinks is not None}, return_lse {return_lse}"
+    text = f"{[s.digest for s in schedules]} {options}"
+    call.transport.agree_once(text, step="attention agree", here=f"{call.forward.name}, {options}")
     call.transport.open(sorted({channel for s in schedules for channel in s.channels}))
 
 

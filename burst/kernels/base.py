@@ -208,8 +208,11 @@ def stand_in(dout_BHSE: Tensor, delta_BHS: Tensor) -> Tensor:
 
     Source: measured at fp64 to fp16, gradients are as close to fp64 ones as with the true ``out``.
     """
-    # In fp64, so that the square of a small gradient does not underflow; rounded once, at the very end.
-    norm_BHS = torch.linalg.vector_norm(dout_BHSE, dim=-1, dtype=torch.float64)
-    norm_BHS.masked_fill_(norm_BHS == 0, math.inf)
-    ratio_BHS = (delta_BHS / norm_BHS / norm_BHS).to(delta_BHS.dtype)
-    return torch.mul(dout_BHSE, ratio_BHS.unsqueeze(-1), out=torch.empty_like(dout_BHSE))
+    # Neither |dout|^2 nor delta / |dout|^2 need be a number of the type where dout is small: rows are first brought
+    # to a size between 1 and 2 by a power of two, which rounds nothing.
+    size_BHS = dout_BHSE.abs().amax(-1).to(delta_BHS.dtype)
+    power_BHS = (size_BHS / size_BHS.frexp().mantissa / 2).masked_fill_(size_BHS == 0, 1.0)
+    unit_BHSE = torch.div(dout_BHSE, power_BHS.unsqueeze(-1), out=torch.empty_like(dout_BHSE))
+    norm_BHS = torch.linalg.vector_norm(unit_BHSE, dim=-1, dtype=delta_BHS.dtype)
+    ratio_BHS = (delta_BHS / power_BHS / norm_BHS / norm_BHS).masked_fill_(size_BHS == 0, 0.0)
+    return torch.mul(unit_BHSE, ratio_BHS.unsqueeze(-1), out=unit_BHSE)

@@ -41,6 +41,10 @@ class Layout:
     spans: tuple[tuple[Span, ...], ...]
     base: int = 0
 
+    def __str__(self) -> str:
+        documents = len(self.cu_seqlens) - 1
+        return f"{self.name} of {self.n_tokens} tokens over {self.world} ranks ({documents} documents)"
+
     def __hash__(self) -> int:
         return self._hash
 

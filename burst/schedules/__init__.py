@@ -92,7 +92,7 @@ def schedule(
         travels = cheapest_travel(phase, layout, shape, keys) if by_bytes and name != "allgather" else "kv"
     choose("traveller", travels, TRAVELS[phase] if name != "allgather" else ("kv",))
     heads = head_split(shape.q_heads, shape.kv_heads, members) if members > 1 else ()
-    return _build(name, layout, keys, phase, machines, causal, window, travels, heads)
+    return _build(name, layout, shape, keys, phase, machines, causal, window, travels, heads)
 
 
 def cheapest_travel(
@@ -117,6 +117,7 @@ def cheapest_travel(
 def _build(
     name: str,
     layout: Layout,
+    shape: AttentionShape,
     keys: Layout | None,
     phase: Phase,
     nodes: tuple[int, ...],
@@ -144,7 +145,7 @@ def _build(
         wrapper = HeadGroups(layout, heads, phase)
         working = [heads[r % members].q_count > 0 for r in range(layout.world)]
         programs = tuple(wrapper.wrap(r, inner[r // members] if working[r] else ()) for r in range(layout.world))
-    return Schedule(name, phase, travels, layout, blocks, key_blocks, nodes, causal, window, programs, heads)
+    return Schedule(name, phase, travels, shape, layout, blocks, key_blocks, nodes, causal, window, programs, heads)
 
 
 def _traffic(name: str, grid: Grid, needs: Needs, phase: Phase, travels: Role) -> Traffic:

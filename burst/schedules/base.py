@@ -189,15 +189,17 @@ class AttentionShape:
 class Schedule:
     """Every rank's program for one phase of one call. ``programs[rank]`` is in program order.
 
-    ``layout`` has the caller's tokens by rank; ``blocks`` and ``key_blocks`` are the layouts that Compute's
-    q_block and kv_block index (the caller's own, except in head groups). ``heads[m]`` are the heads of a
-    group's member m, empty when nothing is dealt by heads; rank r is member ``r % len(heads)`` of the group
-    ``r // len(heads)``.
+    All other fields say what the programs were made for. ``shape``'s heads and dims are binding. Its batch and
+    element sizes only weighed choices. ``layout`` has the caller's tokens by rank; ``blocks`` and ``key_blocks``
+    are the layouts that Compute's q_block and kv_block index (the caller's own, except in head groups).
+    ``heads[m]`` are the heads of a group's member m, empty when nothing is dealt by heads; rank r is member
+    ``r % len(heads)`` of the group ``r // len(heads)``.
     """
 
     name: str
     phase: Phase
     travels: str  # what goes round: kv | q | qd | qo | none
+    shape: AttentionShape
     layout: Layout
     blocks: Layout
     key_blocks: Layout
@@ -300,5 +302,5 @@ class Schedule:
 
     @cached_property
     def digest(self) -> str:
-        """Hash that all ranks compare before their first send."""
-        return hashlib.sha256(repr((self.name, self.phase, self.layout, self.programs)).encode()).hexdigest()
+        """Hash of all fields, which all ranks compare before their first send."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()

@@ -24,8 +24,9 @@ T = TypeVar("T")
 class _Op:
     """One posted send or receive."""
 
-    def __init__(self, tensor: Tensor, step: str, then: Callable[[], None] | None = None) -> None:
+    def __init__(self, tensor: Tensor, kind: str, step: str, then: Callable[[], None] | None = None) -> None:
         self.tensor = tensor
+        self.kind = kind
         self.step = step
         self.then = then  # what arrival sets off: forwarding
         self.done = False
@@ -69,7 +70,7 @@ class VirtualTransport(Transport):
 
     def _send(self, peer: int, x: Tensor, kind: str, step: str) -> _Op:
         self._record(peer, x, kind)
-        op = _Op(x, step)
+        op = _Op(x, kind, step)
         self._world.match(self.rank, peer, send=op)
         return op
 
@@ -81,7 +82,7 @@ class VirtualTransport(Transport):
             if forward_to is not None:
                 ops.append((self._send(forward_to, buffer, kind, step), forward_to))
 
-        op = _Op(buffer, step, arrived)
+        op = _Op(buffer, kind, step, arrived)
         self._world.match(peer, self.rank, recv=op)
         return op
 
@@ -194,14 +195,10 @@ class VirtualWorld:
             recvs.append(recv)
         while sends and recvs:
             out, into = sends.popleft(), recvs.popleft()
-            if out.tensor.shape != into.tensor.shape or out.tensor.dtype != into.tensor.dtype:
-                raise HostFailure(
-                    f"sent {tuple(out.tensor.shape)} {out.tensor.dtype} in '{out.step}', but the receiver expects "
-                    f"{tuple(into.tensor.shape)} {into.tensor.dtype}",
-                    rank=src,
-                    step=into.step,
-                    peer=dst,
-                )
+            sent, expected = (f"{op.kind} {tuple(op.tensor.shape)} {op.tensor.dtype}" for op in (out, into))
+            if sent != expected:
+                message = f"sent {sent} in '{out.step}', but the receiver expects {expected}"
+                raise HostFailure(message, rank=src, step=into.step, peer=dst)
             into.tensor.copy_(out.tensor)
             out.done = into.done = True
             then, into.then = into.then, None  # it knows the operations, this one too: nobody would free its buffer
