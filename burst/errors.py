@@ -10,12 +10,13 @@ class UserError(ValueError):
     """A mistake the user can mend: what was given, what is allowed, and what to change.
 
     Source: every error of this kind ends a command with exit code 2 and becomes the JSON document's ``error``.
+    ``given`` is never empty: nothing, and what holds nothing, is shown as ``(empty)``, blanks as Python writes them.
     """
 
     def __init__(self, message: str, *, given: object, allowed: object, remedy: str) -> None:
         super().__init__(message)
         self.message = message
-        self.given = given
+        self.given = shown(given)
         self.allowed = allowed
         self.remedy = remedy
 
@@ -25,6 +26,14 @@ class UserError(ValueError):
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions with keyword-only arguments do not survive pickling (Ray, forked pools) without this.
         return (_rebuild, (type(self), self.message, self.given, self.allowed, self.remedy))
+
+
+def shown(given: object) -> object:
+    """Return what an error shows of a value: itself, or a text in its place when it would print as nothing."""
+    text = str(given)
+    if text.strip():
+        return "(empty)" if given is None or text in ("[]", "()", "{}", "set()", "frozenset()", "b''") else given
+    return repr(text) if text else "(empty)"
 
 
 def _rebuild(kind: type[UserError], message: str, given: object, allowed: object, remedy: str) -> UserError:

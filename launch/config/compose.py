@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from burst.errors import UserError, choose
+from launch.config.texts import texts
 
 # Free text and paths: Hydra's grammar would stumble over spaces, commas, '=' and letters beyond ASCII.
 RAW = (
@@ -99,9 +100,7 @@ def _hydra() -> Iterator[Any]:
 
 
 def _raw(word: str) -> bool:
-    key, equals, value = word.partition("=")
-    if key == "decode.stop" and value.startswith("["):
-        return False  # several texts are a list in Hydra's grammar
+    key, equals, _ = word.partition("=")
     return bool(equals) and key in RAW
 
 
@@ -215,7 +214,7 @@ def _place(config: dict[str, Any], key: str, text: str) -> None:
     if key == "model":
         config["model"] = {"name": text}
     elif key == "decode.stop":
-        config[group][option] = [] if value is None else [value]
+        config[group][option] = texts(key, text)
     elif option:
         config[group][option] = value
     else:

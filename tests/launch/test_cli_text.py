@@ -76,6 +76,13 @@ def test_standard_input(ask: Any, seen: list[tuple[str, str]], monkeypatch: pyte
     [
         ("decode.stop=a, b = {c}é", ["a, b = {c}é"]),
         ("decode.stop=['a','b c']", ["a", "b c"]),
+        ("decode.stop=['\\n', \"it's, \\\"so\\\"\" ,User:]", ["\n", "it's, \"so\"", "User:"]),
+        ("decode.stop=[]", []),
+        ("decode.stop='User:'", ["User:"]),
+        ('decode.stop="\\n\\n"', ["\n\n"]),
+        ("decode.stop=\\n\\t\\\\n\\u00e9", ["\n\t\\né"]),
+        ("decode.stop='", ["'"]),
+        ("decode.stop='a' or 'b'", ["'a' or 'b'"]),
         ("decode.stop=\n\n", ["\n\n"]),
         ("decode.stop=null", []),
     ],
