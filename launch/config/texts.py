@@ -1,4 +1,4 @@
-"""Texts of the command line: one, or a list in brackets; in quotes or bare, with backslashes for what cannot be typed."""
+"""Texts of the command line: one, or a list in brackets; quoted or bare, with backslashes for line feeds and the like."""
 
 from __future__ import annotations
 

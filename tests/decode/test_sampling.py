@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from apb.decode.sampling import Sampling
 from apb.decode.text import TextStream
@@ -125,3 +126,68 @@ def test_any_text_comes_whole_and_ends_before_the_first_stop_string(text: str, s
             break
     assert made.text == "".join(pieces) == want
     assert made.stopped == any(s in text for s in stop)
+
+
+def cut_by_hand(ids: list[int], stop: list[str]) -> tuple[int, str]:
+    """Return how many tokens come before an answer is stopped, and its text, decoding everything anew each time."""
+    words = byte_tokenizer()
+    for count in range(1, len(ids) + 1):
+        whole = words.decode(ids[:count]).rstrip("\ufffd")
+        found = [at for s in stop if (at := whole.find(s)) >= 0]
+        if found:
+            kept = whole[: min(found)]
+            for special in ("<s>", "</s>"):  # a special token's beginning goes with it
+                kept = kept.replace(special, "")
+            return count, kept
+    return len(ids), words.decode(ids, skip_special_tokens=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    parts=st.lists(st.sampled_from(["a", "b", "é", "日", "👩", " ", "<s>", "</s>", "s>"]), max_size=12),
+    stop=st.lists(st.sampled_from(["<s>", "</s>", "a<s>", "<s>b", "b</s><s>", "é", " a", "日"]), max_size=3),
+)
+def test_special_tokens_can_stop_an_answer(parts: list[str], stop: list[str]) -> None:
+    words = byte_tokenizer()
+    special = {"<s>": [0], "</s>": [1]}
+    ids = [i for p in parts for i in special.get(p) or words(p, add_special_tokens=False)["input_ids"]]
+    made, pieces, count = TextStream(words, stop), [], 0
+    for token in ids:
+        count += 1
+        pieces.append(made.push(token))
+        if made.stopped:
+            break
+    pieces.append(made.finish())
+    assert (count, made.text) == cut_by_hand(ids, stop)
+    assert "".join(pieces) == made.text
+
+
+@pytest.mark.parametrize("most", [2, 4])
+def test_a_stop_string_before_an_unfinished_character(most: int) -> None:
+    """A space and two bytes of a quotation mark are one token of many vocabularies."""
+    words = ["<pad>", "a", "b", "ĠâĢ", "ľ"]
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    made.decoder = decoders.ByteLevel()
+    stream = TextStream(PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>"), [" "])
+    taken = []
+    for token in [1, 3, 4, 2][:most]:
+        taken.append(token)
+        stream.push(token)
+        if stream.stopped:
+            break
+    stream.finish()
+    assert (taken, stream.stopped, stream.text) == ([1, 3], True, "a")
+
+
+def test_bytes_of_a_character_that_are_tokens_of_their_own() -> None:
+    """SentencePiece's byte tokens: half a character turns the whole run of bytes into replacement signs."""
+    pieces = [("<unk>", 0.0), ("▁", -1.0), ("a", -1.0), *((f"<0x{i:02X}>", -9.0) for i in range(256))]
+    made = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    words = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    ids = words("aé日a", add_special_tokens=False)["input_ids"]
+    stream = TextStream(words, ["日"])
+    shown = [stream.push(token) for token in ids[:-2]]
+    assert "".join(shown) == "aé" and not stream.stopped
+    stream.push(ids[-2])
+    assert stream.stopped and stream.text == "aé"

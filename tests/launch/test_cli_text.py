@@ -76,7 +76,7 @@ def test_standard_input(ask: Any, seen: list[tuple[str, str]], monkeypatch: pyte
     [
         ("decode.stop=a, b = {c}é", ["a, b = {c}é"]),
         ("decode.stop=['a','b c']", ["a", "b c"]),
-        ("decode.stop=['\\n', \"it's, \\\"so\\\"\" ,User:]", ["\n", "it's, \"so\"", "User:"]),
+        ('decode.stop=[\'\\n\', "it\'s, \\"so\\"" ,User:]', ["\n", 'it\'s, "so"', "User:"]),
         ("decode.stop=[]", []),
         ("decode.stop='User:'", ["User:"]),
         ('decode.stop="\\n\\n"', ["\n\n"]),
