@@ -1,4 +1,4 @@
-"""Texts of the command line: one, or a list in brackets; quoted or bare, with backslashes for line feeds and the like."""
+"""Texts of the command line: one, or a list in brackets; quoted or bare, with backslashes for line feeds and such."""
 
 from __future__ import annotations
 
