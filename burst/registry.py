@@ -1,33 +1,161 @@
-"""One way to make an implementation from its name and options, imported only when asked for."""
+"""Implementations by name, and their options.
+
+An implementation is registered by its own module. A name is looked for among the modules of the kind's package, one
+file a name, and then among the Python entry points of that package's name, so that any installed package can add one:
+
+    [project.entry-points."apb.strategies"]
+    mine = "my_package.mine"
+
+Modules are imported when their names are asked for. Options are the fields of a dataclass, each with its help text.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Collection, Iterable
-from typing import Any
+import importlib.metadata
+import importlib.util
+import pkgutil
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from burst.errors import UserError, choose
 
+T = TypeVar("T")
+C = TypeVar("C", bound=type[Any])
 
-def build(kind: str, group: str, table: dict[str, str], name: str, options: dict[str, Any]) -> Any:
-    """Import the dataclass behind ``table[name]`` ("module:Class") and make it with ``options``.
 
-    ``kind`` is the word for people, ``group`` the configuration's. Raises UserError for unknown names and options.
+def option(default: Any, help: str, *, text: bool = False) -> Any:
+    """Declare an option of a dataclass: a field with its ``default`` and its ``help`` text.
+
+    ``text``: free text or a path, which the command line takes as it is.
     """
-    module, _, attribute = table[choose(kind, name, table)].partition(":")
-    cls = getattr(importlib.import_module(module), attribute)
-    check_options(kind, group, name, options, [f.name for f in dataclasses.fields(cls)])
-    return cls(**options)
+    about = {"help": help, "text": text}
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=default.copy, metadata=about)
+    return dataclasses.field(default=default, metadata=about)
 
 
-def check_options(kind: str, group: str, name: str, options: Iterable[str], allowed: Collection[str]) -> None:
-    """Raise UserError for the first of ``options`` that the implementation ``name`` does not know."""
-    for option in options:
-        if option not in allowed:
+@dataclass(frozen=True)
+class Option:
+    """One option as declared: its name, type, default and help text; ``text``: free text or a path."""
+
+    name: str
+    hint: Any
+    default: Any
+    help: str
+    text: bool
+
+
+def options(kind: type[Any]) -> list[Option]:
+    """Return the options of a dataclass in the order of their declaration; fields without a help text are none."""
+    hints = typing.get_type_hints(kind)
+    found = []
+    for field in dataclasses.fields(kind):
+        if "help" in field.metadata:
+            make = field.default_factory
+            default = field.default if make is dataclasses.MISSING else make()
+            about = field.metadata
+            found.append(Option(field.name, hints[field.name], default, about["help"], about["text"]))
+    return found
+
+
+class Registry(Generic[T]):
+    """The implementations of one kind.
+
+    ``kind`` is the word for people, ``key`` the configuration's group. ``package`` holds the modules that come with
+    this project and names the group of entry points.
+    """
+
+    def __init__(self, kind: str, package: str, key: str) -> None:
+        self.kind, self.package, self.key = kind, package, key
+        self._found: dict[str, T] = {}
+        self._summaries: dict[str, str] = {}
+
+    def register(self, name: str, summary: str) -> Callable[[C], C]:
+        """Return a decorator that enters a class under ``name``, which becomes its attribute ``name``."""
+
+        def enter(kind: C) -> C:
+            kind.name = name
+            self.add(name, summary, typing.cast(T, kind))
+            return kind
+
+        return enter
+
+    def add(self, name: str, summary: str, made: T) -> T:
+        """Enter ``made`` under ``name`` and return it; ``summary`` is one line for people."""
+        self._found[name], self._summaries[name] = made, summary
+        return made
+
+    def names(self) -> list[str]:
+        """Return all names, those of this project first; imports every module."""
+        for module in self._modules():
+            importlib.import_module(module)
+        for name, entry in self._entries().items():
+            if name not in self._found:
+                self._load(name, entry)
+        return sorted(self._found, key=lambda name: (name in self._entries(), name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def summary(self, name: str) -> str:
+        """Return the line about an implementation; raises UserError for an unknown name."""
+        self.get(name)
+        return self._summaries[name]
+
+    def get(self, name: str) -> T:
+        """Return the implementation ``name``; raises UserError with the nearest names, or for a plug-in that fails."""
+        if name not in self._found and name.isidentifier() and importlib.util.find_spec(f"{self.package}.{name}"):
+            importlib.import_module(f"{self.package}.{name}")
+        if name not in self._found and name in (entries := self._entries()):
+            self._load(name, entries[name])
+        if name not in self._found:
+            choose(self.kind, name, self.names())
+        return self._found[name]
+
+    def make(self, name: str, given: Mapping[str, Any]) -> Any:
+        """Make the class ``name`` with options; raises UserError for unknown ones."""
+        kind: Any = self.get(name)
+        self.check(name, given)
+        return kind(**given)
+
+    def check(self, name: str, given: Mapping[str, Any]) -> None:
+        """Raise UserError for the first of the given options that the class ``name`` does not have."""
+        kind: Any = self.get(name)
+        known = [each.name for each in options(kind)]
+        for given_name in given:
+            if given_name not in known:
+                raise UserError(
+                    f"{self.kind} '{name}' has no option '{given_name}'",
+                    given=given_name,
+                    allowed=", ".join(known) or "no options",
+                    remedy=f"Remove {self.key}.{given_name} or choose another {self.kind}.",
+                )
+
+    def _modules(self) -> list[str]:
+        path = importlib.import_module(self.package).__path__
+        return [f"{self.package}.{m.name}" for m in pkgutil.iter_modules(path) if not m.ispkg]
+
+    def _entries(self) -> dict[str, importlib.metadata.EntryPoint]:
+        return {entry.name: entry for entry in importlib.metadata.entry_points(group=self.package)}
+
+    def _load(self, name: str, entry: importlib.metadata.EntryPoint) -> None:
+        try:
+            entry.load()
+        except Exception as error:  # a package of somebody else's: whatever it raises is theirs to mend
             raise UserError(
-                f"{kind} '{name}' has no option '{option}'",
-                given=option,
-                allowed=", ".join(allowed) or "no options",
-                remedy=f"Remove {group}.{option} or choose another {kind}.",
+                f"the {self.kind} '{name}' of another package cannot be loaded: {type(error).__name__}: {error}",
+                given=f"{name} = {entry.value}",
+                allowed="a module that can be imported",
+                remedy="Mend that package, or uninstall it.",
+            ) from error
+        if name not in self._found:
+            raise UserError(
+                f"the module {entry.value} registers no {self.kind} '{name}'",
+                given=f"{name} = {entry.value}",
+                allowed=f"a module that registers '{name}' in {self.package}",
+                remedy="Name the entry point as the implementation is registered.",
             )

@@ -1,27 +1,15 @@
-"""Compressors by name; each is one file, imported when asked for."""
+"""Compressors by name: one file each, or another package's, imported when asked for."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from apb.compress.base import Candidates, Compressor, top_rows
-from burst.registry import build
-
-COMPRESSORS = {
-    "query": "apb.compress.query:Query",
-    "random": "apb.compress.random:Random",
-    "recent": "apb.compress.recent:Recent",
-    "norm": "apb.compress.norm:Norm",
-    "expected": "apb.compress.expected:Expected",
-    "snapkv": "apb.compress.snapkv:SnapKV",
-    "retaining": "apb.compress.retaining:Retaining",
-}
+from apb.compress.base import COMPRESSORS, Candidates, Compressor, top_rows
 
 
 def compressor(name: str, **options: Any) -> Compressor:
-    """Return the compressor ``name`` with its options; raises UserError naming what is allowed."""
-    made = build("compressor", "compress", COMPRESSORS, name, options)
-    assert isinstance(made, Compressor)
+    """Return the compressor ``name`` with its options; raises UserError for unknown names and options."""
+    made: Compressor = COMPRESSORS.make(name, options)
     return made
 
 

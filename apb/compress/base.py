@@ -15,6 +15,7 @@ from torch import Tensor
 
 from apb.kv.layer import Projections
 from apb.plan.shapes import ModelShape
+from burst.registry import Registry
 
 # Queries or keys (B, heads, S, D), and the positions to turn them on by: one number, or one a token.
 Rotate = Callable[[Tensor, int | Tensor], Tensor]
@@ -73,3 +74,6 @@ def top_rows(scores_BKS: Tensor, rows: int, skip: int) -> Tensor:
         scores_BKS[..., :skip] = -torch.inf
     order = scores_BKS.sort(dim=-1, descending=True, stable=True).indices
     return order[..., :rows].sort(dim=-1).values
+
+
+COMPRESSORS: Registry[type[Compressor]] = Registry("compressor", "apb.compress", "compress")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from apb.compress.base import Candidates, Compressor
+from apb.compress.base import COMPRESSORS, Candidates, Compressor
 from burst.errors import UserError
+from burst.registry import option
 
 _SAMPLED = 16  # future positions that the mean rotation is taken over; it is smooth in the position
 
 
+@COMPRESSORS.register(
+    "expected", "the tokens that any later text is expected to attend to; needs no question and serves every one alike"
+)
 @dataclass(frozen=True)
 class Expected(Compressor):
     """Scores a token by the attention that a future query is expected to pay to it, times the norm of its value.
@@ -21,13 +24,9 @@ class Expected(Compressor):
     Queries before rotation are taken as normal, with the block's own mean and covariance; rotated to where later text
     will stand, the expectation of exp(q k) has a closed form. Knows nothing of any question, so a cache made with it
     serves every later question alike. Source: Expected Attention (arXiv 2510.00636), section 3.
-
-    Parameters: ``future``: tokens behind the context, over whose positions the rotation is averaged.
     """
 
-    name: ClassVar[str] = "expected"
-
-    future: int = 64
+    future: int = option(64, "tokens behind the context over whose positions the rotation is averaged")
 
     def __post_init__(self) -> None:
         if self.future < 1:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from apb.compress.base import Candidates, Compressor
+from apb.compress.base import COMPRESSORS, Candidates, Compressor
 
 
+@COMPRESSORS.register("norm", "the keys of smallest norm; needs no question")
 @dataclass(frozen=True)
 class Norm(Compressor):
     """Keeps the keys of smallest L2 norm; knows nothing of the question. Source: arXiv 2406.11430."""
-
-    name: ClassVar[str] = "norm"
 
     def score(self, block: Candidates) -> Tensor:
         """Return scores (B, K, S), fp32."""

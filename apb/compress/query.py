@@ -8,12 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from apb.compress.base import Candidates, Compressor
+from apb.compress.base import COMPRESSORS, Candidates, Compressor
 from apb.compress.pool import check_window, max_pool
+from burst.registry import option
 
 _AT_ONCE = 2**24  # probabilities held at a time: 64 MB in fp32, however long the question is
 
 
+@COMPRESSORS.register("query", "the tokens that the question attends to most")
 @dataclass(frozen=True)
 class Query(Compressor):
     """Scores a token by the attention that the embedded question pays to it.
@@ -24,10 +26,9 @@ class Query(Compressor):
     Source: Spava (arXiv 2601.21444): mean of products and a max-pool of 5. The softmax is ours.
     """
 
-    name: ClassVar[str] = "query"
     needs_question: ClassVar[bool] = True
 
-    window: int = 5
+    window: int = option(5, "neighbouring tokens that a score spreads over, by a max-pool")
 
     def __post_init__(self) -> None:
         check_window(self.window)

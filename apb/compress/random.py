@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from apb.compress.base import Candidates, Compressor
+from apb.compress.base import COMPRESSORS, Candidates, Compressor
+from burst.registry import option
 
 
+@COMPRESSORS.register("random", "a random choice, as a floor")
 @dataclass(frozen=True)
 class Random(Compressor):
     """Scores tokens at random, alike on every cluster for the same ``seed``."""
 
-    name: ClassVar[str] = "random"
-
-    seed: int = 0
+    seed: int = option(0, "same seed, same choice")
 
     def score(self, block: Candidates) -> Tensor:
         """Return scores (B, K, S), fp32."""

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from apb.compress.base import Candidates, Compressor
+from apb.compress.base import COMPRESSORS, Candidates, Compressor
 
 
+@COMPRESSORS.register("recent", "the last tokens of every block")
 @dataclass(frozen=True)
 class Recent(Compressor):
     """Keeps the last tokens of the block."""
-
-    name: ClassVar[str] = "recent"
 
     def score(self, block: Candidates) -> Tensor:
         """Return scores (B, K, S), fp32."""

@@ -7,28 +7,33 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from apb.compress.base import Candidates, Compressor
+from apb.compress.base import COMPRESSORS, Candidates, Compressor
 from apb.compress.heads import find, head_input, load, on_device
 from apb.compress.pool import check_window, max_pool
 from apb.plan.shapes import ModelShape
+from burst.registry import option
 
 
+@COMPRESSORS.register(
+    "retaining", "the tokens that trained heads choose (apb train retaining_heads); needs no question"
+)
 @dataclass(frozen=True)
 class Retaining(Compressor):
     """Scores a token by a trained head that reads its query, key and value. Needs no question, and learns from one.
 
     Source: Locret (arXiv 2410.01805), section 3, as APB (arXiv 2502.12085) uses it.
-
-    Parameters: ``heads``: shipped heads by the name of their model, or a file (published torch state dict or
-    safetensors of ``apb train retaining_heads``) that every host can read; ``window``: tokens that a max-pool
-    afterwards spans (default: what the heads were trained for).
     """
 
-    name: ClassVar[str] = "retaining"
     needs_projections: ClassVar[bool] = True
 
-    heads: str = "smollm2-135m"
-    window: int | None = None
+    heads: str = option(
+        "smollm2-135m",
+        "shipped heads' name, or a file that every host can read: a published state dict, or of 'apb train'",
+        text=True,
+    )
+    window: int | None = option(
+        None, "neighbouring tokens that a score spreads over, by a max-pool; null: as the heads were trained"
+    )
 
     def __post_init__(self) -> None:
         if self.window is not None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from apb.compress.base import Candidates, Compressor
+from apb.compress.base import COMPRESSORS, Candidates, Compressor
 from apb.compress.pool import check_window, mean_pool
 from burst.errors import UserError
+from burst.registry import option
 
 
+@COMPRESSORS.register("snapkv", "the tokens that the block's own end attends to most; needs no question")
 @dataclass(frozen=True)
 class SnapKV(Compressor):
     """Scores a token by the attention it gets from the block's last tokens, mean-pooled over its neighbours.
@@ -20,14 +21,10 @@ class SnapKV(Compressor):
     Softmax per observer over the tokens it sees, mean over the observers that see a token and the query heads of a
     group. Source: SnapKV (arXiv 2404.14469), section 4. There the observers are kept as well; here they compete,
     because what a block passes on is not much longer than the observation window.
-
-    Parameters: ``observers``: tokens at the block's end; ``window``: tokens that the mean-pool spans.
     """
 
-    name: ClassVar[str] = "snapkv"
-
-    observers: int = 32
-    window: int = 5
+    observers: int = option(32, "tokens at the block's end that observe")
+    window: int = option(5, "neighbouring tokens that a score spreads over, by a mean-pool")
 
     def __post_init__(self) -> None:
         check_window(self.window)

@@ -1,25 +1,16 @@
-"""Ways of decoding by name; each is one file, imported when asked for."""
+"""Decoders by name: one file each, or another package's, imported when asked for."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from burst.registry import build
-
-if TYPE_CHECKING:
-    from apb.decode.base import Decoder
-
-DECODERS = {
-    "autoregressive": "apb.decode.autoregressive:Autoregressive",
-    "lookup": "apb.decode.lookup:Lookup",
-    "eagle2": "apb.decode.eagle2:Eagle2",
-}
+from apb.decode.base import DECODERS, Decoder
 
 
 def decoder(name: str, **options: Any) -> Decoder:
-    """Return the decoder ``name`` with its options; raises UserError naming what is allowed."""
-    made: Decoder = build("decoder", "decode", DECODERS, name, options)
+    """Return the decoder ``name`` with its options; raises UserError for unknown names and options."""
+    made: Decoder = DECODERS.make(name, options)
     return made
 
 
-__all__ = ["DECODERS", "decoder"]
+__all__ = ["DECODERS", "Decoder", "decoder"]

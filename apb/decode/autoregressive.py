@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from apb.decode.base import GO_ON, Decoded, Decoding, forward
+from apb.decode.base import DECODERS, GO_ON, Decoded, Decoder, Decoding, forward
 
 
+@DECODERS.register("autoregressive", "one token at a time")
 @dataclass(frozen=True)
-class Autoregressive:
+class Autoregressive(Decoder):
     """The decoder without drafts, whose tokens the others must give too."""
-
-    name = "autoregressive"
-    needs_head = False
-    needs_history = False
-    tree_tokens = 1
-    step_sizes = frozenset({1})
 
     def generate(self, decoding: Decoding) -> Decoded:
         """Decode; a stop token ends the list of ids."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,10 +15,13 @@ from apb.decode.sampling import Sampling
 from apb.decode.text import TextStream
 from apb.graphs.capture import Capture
 from apb.kv.cache import HostCache
-from apb.models.adapter import Adapter
 from burst.errors import UserError
 from burst.kernels import Kernel
+from burst.registry import Registry
 from burst.transport import Transport
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and names of decoders are asked for by help texts
+    from apb.models.adapter import Adapter
 
 GO_ON, STOP, LENGTH = 0, 1, 2  # what the owner tells of the end, with every decision
 _TOKEN_BITS = 32  # where a token is told alone, how it ends the answer stands above its own bits
@@ -155,35 +159,37 @@ class Decoding:
         return Decoded(self.ids, "stop" if ending == STOP else "length", self.times_s, drafting)
 
 
-class Decoder(Protocol):
-    """A way of decoding; every host calls ``generate`` with the same request, and gets the same tokens.
+class Decoder(ABC):
+    """A way of decoding; its fields are its options. Every host calls ``generate`` with the same request, and gets the
+    same tokens; the cache is left ready to go on.
 
-    The cache is left ready to go on. ``needs_head``: whether it drafts with the engine's draft head.
-    ``needs_history``: whether the owner wants the tokens so far.
+    ``needs_head``: whether the decoder drafts with the engine's draft head.
     """
 
-    @property
-    def name(self) -> str: ...
+    name: ClassVar[str]
+    needs_head: ClassVar[bool] = False
 
     @property
-    def needs_head(self) -> bool: ...
-
-    @property
-    def needs_history(self) -> bool: ...
+    def needs_history(self) -> bool:
+        """Whether the owner wants the tokens so far."""
+        return False
 
     @property
     def tree_tokens(self) -> int:
         """Most tokens that go through the model at once."""
-        ...
+        return 1
 
     @property
     def step_sizes(self) -> frozenset[int]:
         """Numbers of tokens of steps that are worth a graph: those that most steps have."""
-        ...
+        return frozenset({1})
 
+    @abstractmethod
     def generate(self, decoding: Decoding) -> Decoded:
         """Decode until the request ends."""
-        ...
+
+
+DECODERS: Registry[type[Decoder]] = Registry("decoder", "apb.decode", "decode")
 
 
 def forward(

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from apb.decode.base import Decoded, Decoding, refused
+from apb.decode.base import DECODERS, Decoded, Decoder, Decoding, refused
 from apb.decode.lookup import Matcher
 from apb.decode.speculate import speculate
 from apb.decode.stride import Stride
@@ -25,13 +25,15 @@ from apb.draft.steps import HeadSteps
 from apb.kv.layer import LayerKV
 from burst.errors import UserError, choose
 from burst.kernels.reference import attend
+from burst.registry import option
 
 LOOKUP_MATCH = 4  # tokens that must repeat before the tree gives rows to what followed them
 LOOKUP_SHARE = 4  # one row in so many, at most
 
 
+@DECODERS.register("eagle2", "trees of drafts from a small head, verified on all shards at once")
 @dataclass(frozen=True)
-class Eagle2:
+class Eagle2(Decoder):
     """Draft trees of ``depth`` levels, ``width`` nodes grown a level (EAGLE's top-k), ``tokens`` rows verified, root
     included.
 
@@ -40,19 +42,20 @@ class Eagle2:
     Source: EAGLE-2 (arXiv 2406.16858); FR-Spec (arXiv 2502.14856).
     """
 
-    depth: int = 5
-    width: int = 8
-    tokens: int = 32
-    tree: Literal["fixed", "auto"] = "fixed"
-    lookup: bool = False
+    depth: int = option(5, "levels of a tree")
+    width: int = option(8, "nodes grown a level; 1: a chain")
+    tokens: int = option(32, "most tokens verified at once, the last decided one among them")
+    tree: Literal["fixed", "auto"] = option(
+        "fixed", "fixed: always that many; auto: as many as the head's confidence and measured times pay for"
+    )
+    lookup: bool = option(False, "merge the tokens that followed the same words earlier into the tree")
 
-    name = "eagle2"
-    needs_head = True
+    needs_head: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for option in ("depth", "width"):
-            if not isinstance(value := getattr(self, option), int) or value < 1:
-                raise refused(option, value, "a whole number, 1 or more")
+        for name in ("depth", "width"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise refused(name, value, "a whole number, 1 or more")
         if not isinstance(self.tokens, int) or self.tokens < 2:
             raise refused("tokens", self.tokens, "a whole number, 2 or more: the last decided token and its drafts")
         choose("value of decode.tree:", self.tree, ("fixed", "auto"))

@@ -11,33 +11,36 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from apb.decode.base import Decoded, Decoding, refused
+from apb.decode.base import DECODERS, Decoded, Decoder, Decoding, refused
 from apb.decode.speculate import speculate
 from apb.decode.tree import Tree, root_only
+from burst.registry import option
 
 LONGEST_MATCH = 16  # a longer one tells no more
 PLACES = 64  # earlier places that are looked at; text that repeats itself has thousands
 
 
+@DECODERS.register("lookup", "drafts are the tokens that followed the same words earlier in prompt and answer")
 @dataclass(frozen=True)
-class Lookup:
+class Lookup(Decoder):
     """Drafts of up to ``tokens`` rows (the last decided token is one) where ``match`` tokens or more repeat.
 
     Raises UserError out of range.
     """
 
-    tokens: int = 16
-    match: int = 2
-
-    name = "lookup"
-    needs_head = False
-    needs_history = True
+    tokens: int = option(16, "tokens verified at once: the last decided one, and its drafts")
+    match: int = option(2, "tokens that must repeat")
 
     def __post_init__(self) -> None:
         if not isinstance(self.tokens, int) or self.tokens < 2:
             raise refused("tokens", self.tokens, "a whole number, 2 or more: the last decided token and its drafts")
         if not isinstance(self.match, int) or not 1 <= self.match <= LONGEST_MATCH:
             raise refused("match", self.match, f"a whole number, 1 to {LONGEST_MATCH}")
+
+    @property
+    def needs_history(self) -> bool:
+        """Drafts are copied from it."""
+        return True
 
     @property
     def tree_tokens(self) -> int:

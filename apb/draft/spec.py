@@ -18,6 +18,7 @@ from apb.draft.vocab import load as load_ranks
 from apb.plan.draft import Handoff
 from apb.plan.shapes import ModelShape
 from burst.errors import UserError
+from burst.registry import option
 
 
 def own_head(model: str) -> str:
@@ -37,17 +38,23 @@ def own_head(model: str) -> str:
 class DraftSpec:
     """A draft head by name or path, what it sees, and what it drafts from.
 
-    ``window``: tokens before the last one that it sees beside its sinks; None: the whole context; auto: the head's own.
-    ``vocab``: how many of the most frequent ids it drafts from; None: all; auto: a quarter, where ranks are known.
-    ``frequency``: a file of ranked ids; None: those shipped with the head. ``adaptive``: where only some ids are
-    drafted from, ids of the prompt take the places of the least frequent ones. Raises UserError out of range.
+    Raises UserError out of range.
     """
 
     head: str
-    vocab: int | Literal["auto"] | None = "auto"
-    frequency: str | None = None
-    adaptive: bool = True
-    window: int | Literal["auto"] | None = "auto"
+    vocab: int | Literal["auto"] | None = option(
+        "auto",
+        "ids to draft from, most frequent first; null: all; auto: a quarter of the model's, where ranks are known",
+    )
+    frequency: str | None = option(
+        None,
+        "ranked ids, a published freq_V.pt or safetensors; null: those shipped with the head",
+        text=True,
+    )
+    adaptive: bool = option(True, "ids of the prompt take the places of the least frequent ones")
+    window: int | Literal["auto"] | None = option(
+        "auto", "tokens that drafting looks back, beside the first few; null: the whole context; auto: the head's own"
+    )
 
     def __post_init__(self) -> None:
         for name, value in (("window", self.window), ("vocab", self.vocab)):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from apb.strategies.base import STRATEGIES
 from apb.strategies.exact import Exact
 
 
+@STRATEGIES.register("allgather", "exact: keys and values of all hosts are sent straight to every host")
 @dataclass(frozen=True)
 class AllGather(Exact):
     """Fewest steps, most buffers. Source: Llama 3's context parallelism, arXiv 2407.21783."""
 
-    name: ClassVar[str] = "allgather"
+    complexity: ClassVar[int] = 3

@@ -12,9 +12,10 @@ from apb.plan.split import blocks
 from apb.plan.steps import Step
 from apb.strategies import spava
 from apb.strategies.anchored import AnchorForm, HostShare, anchored_plan, make_anchor, passing_length
-from apb.strategies.base import Strategy
+from apb.strategies.base import STRATEGIES, Strategy
 from apb.strategies.budget import at_cost
 from burst.errors import choose
+from burst.registry import option
 
 
 def steps(host: HostShare) -> list[Step]:
@@ -30,28 +31,38 @@ def steps(host: HostShare) -> list[Step]:
     ]
 
 
+@STRATEGIES.register(
+    "apb",
+    "approximate: anchors that hold the question, and compressed blocks passed to every later host",
+)
 @dataclass(frozen=True)
 class APB(Strategy):
     """Accelerating distributed long-context inference by passing compressed context blocks.
 
-    Parameters: ``anchor_len`` l_a in tokens, the question included (default: a quarter of a block, at least head and
-    question); ``passing_len`` l_p, rows each host passes on (default: an eighth of a block); ``passing``: ``ring``
-    forwards every hop while the block's causal attention runs, ``allgather`` is the published form; ``anchor``:
-    ``recomputed`` by every host, as published, or ``shared``: computed once, spread over the hosts, gathered per layer;
-    ``cost``: choose both lengths, two to one, so that the busiest host computes this share of full attention's prefill
-    and no more bytes are sent than by the default lengths.
-
     Source: arXiv 2502.12085, section 3; block split, uneven lengths, host 0's exclusion and the shared anchor are ours.
     """
 
-    name: ClassVar[str] = "apb"
+    complexity: ClassVar[int] = 7
     takes_compressor: ClassVar[bool] = True
 
-    anchor_len: int | None = None
-    passing_len: int | None = None
-    passing: Literal["ring", "allgather"] = "ring"
-    anchor: AnchorForm = "recomputed"
-    cost: float | None = None
+    anchor_len: int | None = option(
+        None,
+        "tokens of the first block that every later host runs too, question included; null: a quarter of a block",
+    )
+    passing_len: int | None = option(
+        None, "keys and values that each host passes on per layer and kv head; null: an eighth of a block"
+    )
+    passing: Literal["ring", "allgather"] = option(
+        "ring", "ring: every hop is forwarded while blocks are attended to; allgather: as published"
+    )
+    anchor: AnchorForm = option(
+        "recomputed", "recomputed by every host, as published, or shared: computed once, spread over the hosts"
+    )
+    cost: float | None = option(
+        None,
+        "choose both lengths, two to one, for this share of full attention's prefill FLOPs on the busiest host, such "
+        "as 0.1; no more bytes are sent than by the default lengths",
+    )
 
     def plan(
         self, lengths: PromptLengths, hosts: int, shape: ModelShape, compressor: Compressor | None = None

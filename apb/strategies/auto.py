@@ -10,33 +10,31 @@ from apb.compress.base import Compressor
 from apb.costs import Cost, Network, Rates, assumed, cost, load
 from apb.plan.plan import PrefillPlan
 from apb.plan.shapes import ModelShape, PromptLengths
-from apb.strategies import STRATEGIES, strategy
-from apb.strategies.base import Strategy
+from apb.strategies.base import STRATEGIES, Strategy
 from burst.errors import UserError
+from burst.registry import option
 
-SIMPLEST = ("full", "ring", "burst", "allgather", "usp", "ulysses", "star", "apb", "spava")
 TIE = 1.01  # costs closer than this are one: the simpler strategy is taken
 
 
+@STRATEGIES.register(
+    "auto",
+    "the one that costs least on these hosts, as 'apb bench simulate' reckons; the plan says which",
+)
 @dataclass(frozen=True)
 class Auto(Strategy):
-    """Plans every strategy that can run on these hosts and returns the plan that costs least without overlap.
+    """Plans every strategy that can run on these hosts and returns the plan that costs least without overlap."""
 
-    Parameters: ``exact``: leave out the approximate ones; ``rates``: a file that ``apb bench kernels`` wrote, else what
-    is assumed for ``machine`` (cpu or cuda); the network as in ``apb.costs.Network``.
-    """
-
-    name: ClassVar[str] = "auto"
     takes_compressor: ClassVar[bool] = True
 
-    exact: bool = False
-    rates: str | None = None
-    machine: str = "cuda"
-    hosts_per_node: int = 8
-    intra_gb_per_s: float = 400.0
-    intra_us: float = 5.0
-    inter_gb_per_s: float = 50.0
-    inter_us: float = 15.0
+    exact: bool = option(False, "true: exact strategies only")
+    rates: str | None = option(None, "a file of 'apb bench kernels'; null: assumed for the machine", text=True)
+    machine: str = option("cuda", "speeds to assume without rates: cpu or cuda")
+    hosts_per_node: int = option(8, "hosts that share a machine's fast links")
+    intra_gb_per_s: float = option(400.0, "GB (10^9 bytes) a second, one way, inside a machine")
+    intra_us: float = option(5.0, "microseconds before the first byte")
+    inter_gb_per_s: float = option(50.0, "bandwidth between machines, for each host")
+    inter_us: float = option(15.0, "the latency between machines")
 
     def plan(
         self, lengths: PromptLengths, hosts: int, shape: ModelShape, compressor: Compressor | None = None
@@ -45,7 +43,7 @@ class Auto(Strategy):
         found = self.costs(lengths, hosts, shape, compressor)
         least = min(each.worst_s for _, each in found)
         close = [plan for plan, each in found if each.worst_s <= least * TIE]
-        return min(close, key=lambda plan: SIMPLEST.index(plan.strategy))
+        return min(close, key=lambda plan: STRATEGIES.get(plan.strategy).complexity)
 
     def costs(
         self, lengths: PromptLengths, hosts: int, shape: ModelShape, compressor: Compressor | None = None
@@ -57,7 +55,7 @@ class Auto(Strategy):
         for name in STRATEGIES:
             if name == self.name:
                 continue
-            each = strategy(name)
+            each: Strategy = STRATEGIES.make(name, {})
             asks = compressor is not None and compressor.needs_question and lengths.question == 0
             if each.takes_compressor and asks:
                 continue  # refused where such a compressor is chosen for itself

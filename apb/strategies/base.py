@@ -9,6 +9,7 @@ from typing import ClassVar
 from apb.compress.base import Compressor
 from apb.plan.plan import PrefillPlan
 from apb.plan.shapes import ModelShape, PromptLengths
+from burst.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Strategy(ABC):
 
     name: ClassVar[str]
     takes_compressor: ClassVar[bool] = False
+    complexity: ClassVar[int] = 100  # ``auto`` takes the lower one of strategies that cost the same
     default_hosts: ClassVar[int | None] = None  # hosts when none are asked for; None: the cluster's default
 
     @abstractmethod
@@ -24,3 +26,6 @@ class Strategy(ABC):
         self, lengths: PromptLengths, hosts: int, shape: ModelShape, compressor: Compressor | None = None
     ) -> PrefillPlan:
         """Return the plan as data; raises UserError for lengths or host counts the strategy cannot take."""
+
+
+STRATEGIES: Registry[type[Strategy]] = Registry("strategy", "apb.strategies", "strategy")

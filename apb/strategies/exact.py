@@ -13,6 +13,7 @@ from apb.plan.split import blocks
 from apb.plan.steps import AttendAll
 from apb.strategies.base import Strategy
 from burst.errors import choose
+from burst.registry import option
 
 Layout = Literal["contiguous", "zigzag"]  # what a host holds: one stretch, or one from each end
 
@@ -21,7 +22,7 @@ Layout = Literal["contiguous", "zigzag"]  # what a host holds: one stretch, or o
 class Exact(Strategy):
     """A strategy that is named after its schedule. ``layout`` says who holds which positions."""
 
-    layout: Layout = "zigzag"
+    layout: Layout = option("zigzag", "zigzag (even work) or contiguous")
 
     def spread(self, context: int, hosts: int, shape: ModelShape) -> Spread:
         """Return which layout and schedule attend."""

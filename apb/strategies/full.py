@@ -10,15 +10,16 @@ from apb.plan.plan import HostPlan, PrefillPlan
 from apb.plan.shapes import ModelShape, PromptLengths
 from apb.plan.split import blocks
 from apb.plan.steps import Attend
-from apb.strategies.base import Strategy
+from apb.strategies.base import STRATEGIES, Strategy
 from burst.errors import UserError
 
 
+@STRATEGIES.register("full", "exact: one host, full causal attention")
 @dataclass(frozen=True)
 class Full(Strategy):
     """One host prefills everything with causal attention."""
 
-    name: ClassVar[str] = "full"
+    complexity: ClassVar[int] = 0
     default_hosts: ClassVar[int | None] = 1
 
     def plan(

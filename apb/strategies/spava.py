@@ -11,9 +11,10 @@ from apb.plan.shapes import ModelShape, PromptLengths
 from apb.plan.split import blocks
 from apb.plan.steps import Step
 from apb.strategies.anchored import HostShare, anchored_plan, make_anchor, passing_length
-from apb.strategies.base import Strategy
+from apb.strategies.base import STRATEGIES, Strategy
 from apb.strategies.budget import at_cost
 from burst.errors import choose
+from burst.registry import option
 
 Lengths = Literal["apb", "published"]
 
@@ -37,27 +38,39 @@ def steps(host: HostShare) -> list[Step]:
     return [step for part in (*order, earlier) for step in part]
 
 
+@STRATEGIES.register(
+    "spava",
+    "approximate: as apb, with two blocks a host, first and last paired, so that all hosts "
+    "work alike, and one shared anchor",
+)
 @dataclass(frozen=True)
 class Spava(Strategy):
     """Host r of H holds blocks r and 2H-1-r of 2H; a block attends to the anchor, the best rows of all earlier blocks,
     and itself. The anchor is computed once, spread over the hosts.
 
-    Parameters: ``anchor_len`` l_a in tokens, the question included; ``passing_len`` l_p, rows each host passes on, half
-    of them from each of its blocks; ``lengths``: their defaults are ``apb``'s (n/4H and n/8H), or n/64 both, as
-    ``published``; ``cost`` as in ``apb``. Rows go straight to the hosts that hold a later
+    Rows go straight to the hosts that hold a later
     block: those of one block while the other is attended to. The question runs in the blocks' own pass. With fewer
     than 2H tokens, the last hosts' second blocks go first.
 
     Source: arXiv 2601.21444; the shared anchor, direct sends and uneven lengths are ours.
     """
 
-    name: ClassVar[str] = "spava"
+    complexity: ClassVar[int] = 8
     takes_compressor: ClassVar[bool] = True
 
-    anchor_len: int | None = None
-    passing_len: int | None = None
-    lengths: Lengths = "apb"
-    cost: float | None = None
+    anchor_len: int | None = option(
+        None, "tokens of the context's beginning that every later block sees, question included; null: by lengths"
+    )
+    passing_len: int | None = option(
+        None,
+        "keys and values that each host passes on per layer and kv head, half from each block; null: by lengths",
+    )
+    lengths: Lengths = option(
+        "apb", "apb (a quarter and an eighth of a host's tokens) or published (both a 64th of the context)"
+    )
+    cost: float | None = option(
+        None, "choose both lengths for this share of full attention's prefill FLOPs on the busiest host, such as 0.1"
+    )
 
     def plan(
         self, lengths: PromptLengths, hosts: int, shape: ModelShape, compressor: Compressor | None = None

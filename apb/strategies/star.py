@@ -11,7 +11,7 @@ from apb.plan.shapes import ModelShape, PromptLengths
 from apb.plan.split import blocks
 from apb.plan.steps import Step
 from apb.strategies.anchored import Anchor, HostShare, anchored_plan
-from apb.strategies.base import Strategy
+from apb.strategies.base import STRATEGIES, Strategy
 from apb.strategies.budget import anchor_limits
 
 
@@ -24,11 +24,12 @@ def steps(host: HostShare) -> list[Step]:
     ]
 
 
+@STRATEGIES.register("star", "approximate: every host sees the first block and its own; nothing is passed")
 @dataclass(frozen=True)
 class Star(Strategy):
     """Block h attends to [block 0 | block h]; nothing is passed. Source: arXiv 2411.17116, section 2."""
 
-    name: ClassVar[str] = "star"
+    complexity: ClassVar[int] = 6
 
     def plan(
         self, lengths: PromptLengths, hosts: int, shape: ModelShape, compressor: Compressor | None = None

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from apb.strategies.base import STRATEGIES
 from apb.strategies.exact import Exact, Layout
+from burst.registry import option
 
 
+@STRATEGIES.register("ulysses", "exact: every host gets all positions of its share of the heads")
 @dataclass(frozen=True)
 class Ulysses(Exact):
     """Hosts beyond the query heads only carry positions. Source: DeepSpeed-Ulysses, arXiv 2309.14509."""
 
-    name: ClassVar[str] = "ulysses"
-    layout: Layout = "contiguous"  # heads balance the work, whoever holds which positions
+    complexity: ClassVar[int] = 5
+    layout: Layout = option("contiguous", "contiguous or zigzag; the work is even by heads")
