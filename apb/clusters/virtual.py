@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
+from apb.clusters.base import CLUSTERS, Cluster, Launcher
 from apb.host.host import Host, HostSpec, OnEvent, load_adapter
 from apb.models.adapter import Adapter
+from burst.registry import option
 from burst.transport import VirtualWorld
 
 
@@ -38,3 +41,17 @@ class VirtualCluster:
         """Drop the hosts and their caches."""
         self._hosts = []
         torch.set_num_threads(self._threads_before)
+
+
+@CLUSTERS.register("virtual", "all hosts in this process, one after another: exact in results and bytes")
+@dataclass(frozen=True)
+class Virtual(Launcher):
+    """Starts a ``VirtualCluster``; the weights are held once."""
+
+    one_process: ClassVar[bool] = True
+
+    threads: int | None = option(None, "CPU threads; null: 1")
+
+    def start(self, spec: HostSpec, hosts: int) -> Cluster:
+        """Load the model once and make the hosts."""
+        return VirtualCluster(spec, hosts)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from apb.decode.base import forward
 from apb.kv.cache import HostCache
-from apb.models.adapter import Adapter
 from burst.kernels import Kernel
 from burst.transport import Transport
+
+if TYPE_CHECKING:
+    from apb.models.adapter import Adapter
 
 CHUNK = 64  # tokens whose logits are held at once: 64 rows of a 150k vocabulary are 40 MB
 

@@ -13,14 +13,15 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from apb.clusters import Cluster
-from apb.clusters import cluster as start_cluster
+from apb.clusters import Cluster, Launcher, launcher
+from apb.compress.base import Compressor
 from apb.decode import decoder as make_decoder
 from apb.decode.base import Decoder, DecodeRequest
 from apb.decode.placement import PLACEMENTS, Links, gathered_bytes, gathering_pays
 from apb.decode.sampling import Sampling
 from apb.decode.score import Score
 from apb.decode.text import TextStream
+from apb.draft.spec import DraftSpec
 from apb.engine.checks import (
     check_alive,
     check_gather,
@@ -32,9 +33,11 @@ from apb.engine.checks import (
 )
 from apb.engine.handle import KVHandle
 from apb.engine.metrics import added, decoded, measured, prefilled, versions
+from apb.engine.options import EngineOptions
 from apb.engine.requests import decode_requests, prefill_request
 from apb.engine.setup import Setup
 from apb.prompt.prompt import Prompt, Question, Text, make_question, with_question_first
+from apb.strategies.base import Strategy
 from burst.errors import UserError, choose
 
 __all__ = ["Engine", "Result", "versions"]
@@ -61,24 +64,56 @@ class Engine:
         self._links: Links | None = None
 
     @classmethod
-    def launch(cls, model: str | Setup = "smollm2-135m", *, cluster: str = "virtual", **options: Any) -> Engine:
+    def launch(
+        cls,
+        model: str | Setup = "smollm2-135m",
+        *,
+        cluster: str | Launcher = "virtual",
+        hosts: int | None = None,
+        strategy: str | Strategy = "apb",
+        compress: str | Compressor | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        threads: int = 1,
+        timeout_s: float = 600.0,
+        chunk_tokens: int | None = None,
+        max_positions: int | None = None,
+        draft: str | DraftSpec | None = None,
+        graphs: bool = True,
+    ) -> Engine:
         """Start the hosts and load the model on each.
 
-        ``model`` is a name, a folder, a hub id, or a Setup; ``cluster`` is virtual, ray or torchrun. Options are those
-        of Setup.make (hosts, strategy, compress, dtype, device, threads, ...) and the cluster's own (ray: address).
-        Raises UserError for anything unknown, before any host starts.
+        ``model`` is a name, a folder, a hub id, or a Setup, which has settled everything but the cluster. ``cluster``
+        is the name of one, or what ``apb.clusters.launcher(name, ...)`` makes. The other parameters are the fields of
+        EngineOptions, which says what they mean. Raises UserError for anything unknown, before any host starts.
         """
-        known = Setup.make.__annotations__.keys() - {"model", "return"}
-        settled = {name: options.pop(name) for name in list(options) if name in known}
-        if isinstance(model, Setup) and settled:
-            raise UserError(
-                "a Setup has settled these options already",
-                given=", ".join(settled),
-                allowed="the cluster's own options beside a Setup",
-                remedy="Give them to Setup.make, or give the model's name instead of a Setup.",
-            )
-        setup = model if isinstance(model, Setup) else Setup.make(model, **settled)
-        return cls(setup, start_cluster(cluster, setup.spec, setup.hosts, **options))
+        started = launcher(cluster) if isinstance(cluster, str) else cluster
+        given = EngineOptions(
+            model=model if isinstance(model, str) else EngineOptions.model,
+            hosts=hosts,
+            strategy=strategy,
+            compress=compress,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            timeout_s=timeout_s,
+            chunk_tokens=chunk_tokens,
+            max_positions=max_positions,
+            draft=draft,
+            graphs=graphs,
+        )
+        if isinstance(model, Setup):
+            settled = [f.name for f in dataclasses.fields(given) if getattr(given, f.name) != f.default]
+            if settled:
+                raise UserError(
+                    "a Setup has settled these options already",
+                    given=", ".join(settled),
+                    allowed="a Setup and a cluster",
+                    remedy="Give them to Setup.make, or give the model's name instead of a Setup.",
+                )
+            return cls(model, started.start(model.spec, model.hosts))
+        setup = Setup.make(given if hosts is not None else dataclasses.replace(given, hosts=started.hosts))
+        return cls(setup, started.start(setup.spec, setup.hosts))
 
     @property
     def model_path(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from apb.compress import Compressor, compressor
 from apb.draft.spec import DraftSpec
+from apb.engine.options import EngineOptions
 from apb.host.host import HostSpec
 from apb.plan.draft import Handoff
 from apb.plan.memory import Answer, host_memory
@@ -42,32 +43,15 @@ class Setup:
     @classmethod
     def make(
         cls,
-        model: str = "smollm2-135m",
+        options: EngineOptions,
         *,
         config: Mapping[str, Any] | None = None,
-        hosts: int | None = None,
-        strategy: str | Strategy = "apb",
-        compress: str | Compressor | None = None,
-        dtype: str = "auto",
-        device: str = "auto",
-        threads: int = 1,
-        timeout_s: float = 600.0,
-        chunk_tokens: int | None = None,
-        max_positions: int | None = None,
-        draft: str | DraftSpec | None = None,
-        graphs: bool = True,
         cache_dir: Path | None = None,
         on_progress: Callable[[str, int, int], None] | None = None,
     ) -> Setup:
         """Resolve names; may fetch the model's files (``on_progress(phase, done, total)``).
 
-        ``config``: random weights of this configuration, without a tokenizer; ``model`` is then only a name.
-        ``hosts``: None is the strategy's own default, else 4. ``threads``: intra-op threads a host. ``dtype`` auto is
-        the checkpoint's own on a GPU and float32 on a CPU. ``chunk_tokens``: tokens that a host runs through a layer
-        at once, less memory for a little more work; None is all of its own. ``max_positions``: how many the model takes
-        where its configuration says another number; None: the configuration's. ``draft``: the head that decode=eagle2
-        drafts with, a name, a path or a DraftSpec; the prefill then keeps what it needs. ``graphs``: decode steps as
-        CUDA graphs, on GPUs.
+        ``config``: random weights of this configuration, without a tokenizer; the model's name is then only a name.
         Raises UserError for anything unknown or contradictory.
         """
         from apb.models.checks import check_config
@@ -76,20 +60,20 @@ class Setup:
         from apb.models.placement import resolve_device, resolve_dtype, torch_dtype
         from apb.models.shape import model_shape
 
-        _check_numbers(hosts, threads, timeout_s, chunk_tokens, max_positions)
-        chosen = _strategy(strategy)
-        scorer = _compressor(chosen, compress)
-        count = hosts if hosts is not None else chosen.default_hosts or DEFAULT_HOSTS
-        path = None if config is not None else resolve(model, on_progress=on_progress, cache_dir=cache_dir)
+        chosen = _strategy(options.strategy)
+        scorer = _compressor(chosen, options.compress)
+        count = options.hosts or chosen.default_hosts or DEFAULT_HOSTS
+        path = None if config is not None else resolve(options.model, on_progress=on_progress, cache_dir=cache_dir)
         found = make_config(config or {}) if path is None else load_config(path)
         check_config(found)
-        device = resolve_device(device)
-        dtype = resolve_dtype(dtype, device, found)
+        device = resolve_device(options.device)
+        dtype = resolve_dtype(options.dtype, device, found)
         shape = model_shape(found, torch_dtype(dtype))
-        shape = shape if max_positions is None else dataclasses.replace(shape, max_positions=max_positions)
+        if options.max_positions is not None:
+            shape = dataclasses.replace(shape, max_positions=options.max_positions)
         if scorer is not None:
             scorer.check(shape)
-        spec = DraftSpec(draft) if isinstance(draft, str) else draft
+        spec = DraftSpec(options.draft) if isinstance(options.draft, str) else options.draft
         if spec is not None and path is None:
             raise UserError(
                 "random weights have no draft head",
@@ -99,14 +83,14 @@ class Setup:
             )
         return cls(
             spec=HostSpec(
-                str(path or model),
+                str(path or options.model),
                 dtype,
                 device,
-                threads=threads,
-                timeout_s=timeout_s,
+                threads=options.threads,
+                timeout_s=options.timeout_s,
                 draft=spec,
                 config=config,
-                graphs=graphs,
+                graphs=options.graphs,
             ),
             handoff=None if spec is None or path is None else spec.handoff(shape, generation_stop_ids(path)),
             shape=shape,
@@ -114,7 +98,7 @@ class Setup:
             strategy=chosen,
             compressor=scorer,
             hosts=count,
-            chunk_tokens=chunk_tokens,
+            chunk_tokens=options.chunk_tokens,
         )
 
     def using(self, strategy: str | Strategy, hosts: int | None = None) -> Setup:
@@ -233,24 +217,6 @@ def fitting_chunk(plan: PrefillPlan, answer: Answer, available: int, *, sharing:
         if needed_bytes(smaller, answer, sharing=sharing, copies=copies) <= available:
             return chunk
     return None
-
-
-def _check_numbers(hosts: int | None, threads: int, timeout_s: float, chunk: int | None, positions: int | None) -> None:
-    whole = "a whole number, 1 or more"
-    for name, value, fine, allowed in (
-        ("hosts", hosts, hosts is None or (isinstance(hosts, int) and hosts >= 1), whole),
-        ("threads", threads, isinstance(threads, int) and threads >= 1, whole),
-        ("timeout_s", timeout_s, timeout_s > 0, "above 0 seconds"),
-        ("chunk_tokens", chunk, chunk is None or (isinstance(chunk, int) and chunk >= 1), f"{whole}, or None"),
-        (
-            "max_positions",
-            positions,
-            positions is None or (type(positions) is int and 1 <= positions < 2**31),
-            f"{whole}, or None",
-        ),
-    ):
-        if not fine:
-            raise UserError(f"{name} is out of range", given=value, allowed=allowed, remedy=f"Change {name}.")
 
 
 def _strategy(given: str | Strategy) -> Strategy:

@@ -72,7 +72,7 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
     shared = about | provenance(config, hardware(setup))
     if todo:
         with display.waiting(f"Starting {setup.hosts} {common.cluster.name} host(s)"):
-            engine = Engine.launch(setup, cluster=common.cluster.name)
+            engine = Engine.launch(setup, cluster=common.cluster)
         with engine, display.progress() as on_progress:
             measure(engine, todo[0][1], decode, list(made.items()), 2 * WARM)  # the first runs are slower
             for done, (item, prompt) in enumerate(todo):

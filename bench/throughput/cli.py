@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apb.clusters import cluster as start_cluster
 from apb.engine.setup import Setup
 from bench import report
 from bench.hardware import hardware
@@ -68,7 +67,7 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
         device = Device(setup.shape, setup.spec.dtype, setup.spec.device)
         shared = about | provenance(config, hardware(setup))
         for number, row in _measured(setup, source, asked, common, todo, display):
-            row |= utilisation(row, plan, device, common.cluster.name == "virtual")
+            row |= utilisation(row, plan, device, common.cluster.one_process)
             kept.add(f"{key}/{number}", {**shared, **row})
     rows = [row for row in kept if row["key"].startswith(f"{key}/")]
     found = about | summary(rows)
@@ -84,9 +83,8 @@ def _measured(
     setup: Setup, source: Source, asked: ThroughputSettings, common: Basics, todo: list[int], display: Display
 ) -> Any:
     """Yield the number and the row of every repetition, as soon as it is measured."""
-    options = {"address": common.cluster.address} if common.cluster.address else {}
     with display.waiting(f"Starting {setup.hosts} {common.cluster.name} host(s) for {setup.strategy.name}"):
-        cluster = start_cluster(common.cluster.name, setup.spec, setup.hosts, **options)
+        cluster = common.cluster.start(setup.spec, setup.hosts)
     with EveryToken(setup, cluster) as engine, display.progress() as on_progress:
         what = f"Prefills, {setup.strategy.name}, {source.tokens:,} tokens"
         turns = asked.warmup + len(todo)

@@ -65,12 +65,15 @@ def _run(model: str, strategy: str, hosts: int, tokens: int, chunk: int | None) 
 def measure(model: str, strategy: str, hosts: int, tokens: int, chunk: int | None) -> dict[str, Any]:
     """Rank 0's part, inside torchrun: the busiest host's growth over what it keeps."""
     from apb.engine.engine import Engine
+    from apb.engine.options import EngineOptions
     from apb.engine.setup import Setup
     from apb.plan.memory import whole_row_bytes
     from bench.verify.full import document_text
 
     setup = Setup.make(
-        model, hosts=hosts, strategy=strategy, device="cpu", dtype="float32", threads=1, chunk_tokens=chunk
+        EngineOptions(
+            model, hosts=hosts, strategy=strategy, device="cpu", dtype="float32", threads=1, chunk_tokens=chunk
+        )
     )
     ids = setup.tokenizer(document_text(), add_special_tokens=False)["input_ids"]
     question = "Which statement binds names?"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from apb.engine.engine import Engine
+from apb.engine.options import EngineOptions
 from apb.engine.setup import Setup
 from bench.verify.runner import Recorder
 
@@ -21,7 +22,7 @@ def check(recorder: Recorder, model: str, prompts: int = 50) -> dict[str, Any]:
     """Compare token for token over prompts of 20 to 4,000 tokens, and the prefill's logits."""
     from apb.models.loading import load_model
 
-    setup = Setup.make(model, strategy="full", device="cpu", dtype="float32")
+    setup = Setup.make(EngineOptions(model, strategy="full", device="cpu", dtype="float32"))
     oracle = load_model(Path(setup.spec.model_path), dtype="float32", device="cpu")
     source = setup.tokenizer(document_text(), add_special_tokens=False)["input_ids"]
     with Engine.launch(setup) as engine:

@@ -33,10 +33,11 @@ def _run(model: str) -> dict[str, Any]:
 def measure(model: str) -> dict[str, Any]:
     """Rank 0's part, inside torchrun."""
     from apb.engine.engine import Engine
+    from apb.engine.options import EngineOptions
     from apb.engine.setup import Setup
     from bench.verify.full import document_text
 
-    setup = Setup.make(model, hosts=HOSTS, strategy="apb", device="cpu", dtype="float32", threads=1)
+    setup = Setup.make(EngineOptions(model, hosts=HOSTS, strategy="apb", device="cpu", dtype="float32", threads=1))
     ids = setup.tokenizer(document_text(), add_special_tokens=False)["input_ids"]
     question = "Which statement binds names?"
     head = setup.prompt(ids[:1], question).lengths.head

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from apb.engine.engine import Engine
+from apb.engine.options import EngineOptions
 from apb.engine.setup import Setup
 from bench.haystack import haystack
 from bench.verify.runner import Recorder
@@ -19,7 +20,7 @@ def check(recorder: Recorder, model: str, strategy: str = "apb") -> dict[str, An
     """Ask for a 7-digit number at 20 random depths in each cell; decoding goes on on one gathered host."""
     cells = {}
     for hosts in HOSTS:
-        setup = Setup.make(model, hosts=hosts, strategy=strategy, device="cpu", dtype="float32")
+        setup = Setup.make(EngineOptions(model, hosts=hosts, strategy=strategy, device="cpu", dtype="float32"))
         with Engine.launch(setup) as engine:
             for tokens in LENGTHS:
                 for i in range(DEPTHS):

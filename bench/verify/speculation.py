@@ -15,6 +15,7 @@ from apb.decode.lookup import Lookup
 from apb.decode.sampling import Sampling
 from apb.engine.engine import Engine
 from apb.engine.handle import KVHandle
+from apb.engine.options import EngineOptions
 from apb.engine.setup import Setup
 from apb.train.questions import KINDS
 from bench.decode.questions import Asked, questions
@@ -37,7 +38,9 @@ def check(recorder: Recorder, model: str, data: tuple[str, ...] = ()) -> dict[st
     items += questions(KINDS, 8, (0,), None) + questions(KINDS, 1, (1_500,), None)
     for run, (hosts, dtype) in RUNS.items():
         setup = Setup.make(
-            model, hosts=hosts, strategy="full" if hosts == 1 else "apb", device="cpu", dtype=dtype, draft=model
+            EngineOptions(
+                model, hosts=hosts, strategy="full" if hosts == 1 else "apb", device="cpu", dtype=dtype, draft=model
+            )
         )
         asked = [(item, how, ways) for item in items for how, ways in _asked(item, first=run == "1 host")]
         if all(f"speculation/{run}/{item.key}/{how}" in recorder.done for item, how, _ in asked):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from apb.engine.engine import Engine
+from apb.engine.options import EngineOptions
 from apb.engine.setup import Setup
 from apb.host.host import load_adapter
 from bench.twin import twin
@@ -29,7 +30,7 @@ Found = dict[str, tuple[Tensor, bool]]  # by "strategy/length": the logits, and 
 
 def check(recorder: Recorder, model: str) -> dict[str, Any]:
     """Compare the next token's logits for every strategy, length, number of hosts and cluster."""
-    oracle = Setup.make(model, device="cpu", dtype="float32")
+    oracle = Setup.make(EngineOptions(model, device="cpu", dtype="float32"))
     adapter = load_adapter(oracle.spec)
 
     def rotate(x_HSD: Tensor, delta: int, layer: int) -> Tensor:
@@ -61,7 +62,9 @@ def check(recorder: Recorder, model: str) -> dict[str, Any]:
 
 def _settings(model: str, hosts: int) -> Iterator[tuple[str, int, Setup]]:
     for strategy in STRATEGIES:
-        setup = Setup.make(model, hosts=hosts, strategy=strategy, device="cpu", dtype="float32", threads=1)
+        setup = Setup.make(
+            EngineOptions(model, hosts=hosts, strategy=strategy, device="cpu", dtype="float32", threads=1)
+        )
         for tokens in LENGTHS:
             yield strategy, tokens, setup
 

@@ -6,6 +6,7 @@ import statistics
 from typing import Any
 
 from apb.engine.engine import Engine
+from apb.engine.options import EngineOptions
 from apb.engine.setup import Setup
 from bench.verify.full import document_text
 from bench.verify.runner import Recorder
@@ -21,8 +22,8 @@ def check(recorder: Recorder, model: str, repeats: int = 3) -> dict[str, Any]:
 
 def compare(recorder: Recorder, model: str, strategy: str, prefix: str, repeats: int) -> dict[str, Any]:
     """Interleave full attention and ``strategy`` ``repeats`` times after a warm-up; medians decide."""
-    full = Setup.make(model, strategy="full", device="cpu", dtype="float32", threads=1)
-    other = Setup.make(model, strategy=strategy, hosts=HOSTS, device="cpu", dtype="float32", threads=1)
+    full = Setup.make(EngineOptions(model, strategy="full", device="cpu", dtype="float32", threads=1))
+    other = Setup.make(EngineOptions(model, strategy=strategy, hosts=HOSTS, device="cpu", dtype="float32", threads=1))
     ids = full.tokenizer(document_text(), add_special_tokens=False)["input_ids"]
     question = "Which statement binds names?"
     head = full.prompt(ids[:1], question).lengths.head

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from apb.clusters import Launcher, launcher
 from apb.compress import Compressor, compressor
 from apb.decode import decoder
 from apb.decode.base import Decoder
@@ -27,16 +28,6 @@ _WORDS = {
     tuple: "a list of texts",
 }
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class ClusterSettings:
-    """conf/cluster; a cluster without some of these leaves them out."""
-
-    name: str
-    hosts: int | None
-    threads: int | None
-    address: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +61,7 @@ class BurstSettings:
     machine: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Basics:
     """What every verb that prefills has."""
 
@@ -78,14 +69,15 @@ class Basics:
     config: Mapping[str, Any] | None  # of a model with random weights
     strategy: Strategy
     compress: Compressor | None
-    cluster: ClusterSettings
+    cluster: Launcher
     dtype: str
     device: str
     out: str | None
     timeout_s: float
+    max_positions: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings(Basics):
     """conf/prompt.yaml; and what only some verbs take, with the defaults that the others leave it at."""
 
@@ -94,7 +86,6 @@ class Settings(Basics):
     question_first: bool
     needle_depth: float
     chunk_tokens: int | Literal["auto"] | None = "auto"
-    max_positions: int | None = None
     compare: bool = False
     context_tokens: int | None = None
     query_tokens: int = 64
@@ -138,9 +129,6 @@ def decode_settings(values: Mapping[str, Any], model: str) -> DecodeSettings:
 
 def basics(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the configuration with the values of Basics made and checked; raises UserError."""
-    cluster = typed(ClusterSettings, config["cluster"], "cluster.")
-    for key, count in (("hosts", cluster.hosts), ("threads", cluster.threads)):
-        in_range(f"cluster.{key}", count, count is None or count >= 1, "1 or more")
     timeout = _convert(config["timeout_s"], float, "timeout_s")
     in_range("timeout_s", timeout, math.isfinite(timeout) and timeout > 0, "more than 0 seconds")
     return dict(config) | {
@@ -148,7 +136,7 @@ def basics(config: Mapping[str, Any]) -> dict[str, Any]:
         "config": config["model"].get("config"),
         "strategy": _built(strategy, config["strategy"], "strategy"),
         "compress": chosen_compressor(config),
-        "cluster": cluster,
+        "cluster": _built(launcher, config["cluster"], "cluster"),
     }
 
 

@@ -49,10 +49,9 @@ def _checked(setup: Setup, settings: Settings, document: str, question: str, dis
 
 def _answer(setup: Setup, settings: Settings, document: str, question: str, display: Display) -> Result:
     decode, name = settings.decode, settings.cluster.name
-    options = {"address": settings.cluster.address} if settings.cluster.address else {}
     hosts = f"{setup.hosts} {name} host{'s' if setup.hosts > 1 else ''}"
     with display.waiting(f"Starting {hosts} for strategy {setup.strategy.name}"):
-        engine = Engine.launch(setup, cluster=name, **options)
+        engine = Engine.launch(setup, cluster=settings.cluster)
     with engine:
         what = "Prefill, layers of host 0" if setup.hosts > 1 else "Prefill, layers"
         with display.progress() as on_progress:
@@ -124,7 +123,7 @@ def _caution(all_metrics: Sequence[Mapping[str, Any]], settings: Settings, devic
     hosts, threads, n = shown["hosts"], shown["threads"], cores()
     here, each = _count(n, "core"), _count(threads, "thread")
     local = sharing(settings, device, hosts)
-    virtual = settings.cluster.name == "virtual"
+    virtual = settings.cluster.one_process
     who = f"{'' if local == hosts else f'{local} of '}{shown['strategy']}'s {hosts} hosts"
     how = f"took turns in one process of {each}" if virtual else f"shared this machine's {here}, {each} each"
     said = f"Wall-clock times above are not those of {hosts} machines: {who} {how}."

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from apb.engine.options import EngineOptions
 from apb.engine.setup import Setup, fitting_chunk, needed_bytes
 from apb.host.process import available_bytes
 from apb.models.fetch.resolve import resolve
@@ -33,18 +34,22 @@ class Room:
 def make_setup(settings: Basics, display: Display, decode: DecodeSettings | None = None) -> Setup:
     """Resolve the settings' names and fetch the model if need be; raises UserError. ``decode``: where it decodes."""
     with display.progress(_amount) as on_progress:
-        setup = Setup.make(
-            settings.model,
-            config=_random_weights(settings),
-            hosts=settings.cluster.hosts or _started_by_torchrun(settings),
+        cluster, own = settings.cluster, settings.strategy.default_hosts
+        options = EngineOptions(
+            model=settings.model,
+            hosts=cluster.hosts or (cluster.started if own is None else None),
             strategy=settings.strategy,
             compress=settings.compress,
             dtype=settings.dtype,
             device=settings.device,
             timeout_s=settings.timeout_s,
-            max_positions=settings.max_positions if isinstance(settings, Settings) else None,
+            max_positions=settings.max_positions,
             draft=decode.draft if decode is not None else None,
             graphs=decode.graphs if decode is not None else True,
+        )
+        setup = Setup.make(
+            options,
+            config=_random_weights(settings),
             cache_dir=Path(cache) if (cache := os.environ.get("APB_CACHE")) else None,
             on_progress=on_progress,
         )
@@ -88,21 +93,15 @@ def threads(settings: Basics, hosts: int) -> int:
     """
     if settings.cluster.threads is not None:
         return settings.cluster.threads
-    if settings.cluster.name == "virtual" or elsewhere(settings):
-        return 1
-    return max(1, cores() // _local_hosts(hosts))
-
-
-def elsewhere(settings: Basics) -> bool:
-    """Whether hosts may stand on other machines, of which nothing is known here."""
-    return settings.cluster.name == "ray" and bool(settings.cluster.address or os.environ.get("RAY_ADDRESS"))
+    local = settings.cluster.local_hosts(hosts)
+    return 1 if settings.cluster.one_process or local is None else max(1, cores() // local)
 
 
 def sharing(settings: Settings, device: str, hosts: int) -> int:
     """Return how many hosts compute with the same processor: this machine's cores, or one GPU; 1 if not known."""
-    if settings.cluster.name == "virtual":
+    if settings.cluster.one_process:
         return hosts
-    return 1 if elsewhere(settings) or device.startswith("cuda") else _local_hosts(hosts)
+    return 1 if device.startswith("cuda") else settings.cluster.local_hosts(hosts) or 1
 
 
 def _random_weights(settings: Basics) -> Mapping[str, Any] | None:
@@ -117,24 +116,13 @@ def _random_weights(settings: Basics) -> Mapping[str, Any] | None:
 def _room(setup: Setup, settings: Settings) -> Room:
     if settings.memory_gb is not None:
         return Room(int(settings.memory_gb * 1e9), 1, 1, "each host's machine")
-    if elsewhere(settings):
+    if settings.cluster.local_hosts(setup.hosts) is None:
         return Room(None, 1, 1, "other machines")
     together = sharing(settings, setup.spec.device, setup.hosts)
     free = available_bytes(torch.device(setup.spec.device))
     if setup.spec.device.startswith("cuda"):
         return Room(free, together, 1, "the GPU")
-    return Room(free, together, 1 if settings.cluster.name == "virtual" else together, "this machine")
-
-
-def _local_hosts(hosts: int) -> int:
-    """Hosts on this machine: all of them, unless torchrun says otherwise."""
-    return max(1, min(hosts, int(os.environ.get("LOCAL_WORLD_SIZE", hosts))))
-
-
-def _started_by_torchrun(settings: Basics) -> int | None:
-    if settings.cluster.name != "torchrun" or settings.strategy.default_hosts is not None:
-        return None
-    return int(os.environ.get("WORLD_SIZE", "0")) or None
+    return Room(free, together, 1 if settings.cluster.one_process else together, "this machine")
 
 
 def _amount(count: int) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from apb.compress.heads import Head, RetainingHeads, find, load, save, shipped
+from apb.engine.options import EngineOptions
 from apb.engine.setup import Setup
 from apb.plan.shapes import ModelShape
 from burst.errors import UserError
@@ -120,7 +121,7 @@ def test_heads_of_another_model_are_refused_before_weights_are_loaded(tmp_path: 
     scorer = compressor("retaining", heads=str(tmp_path / "two-layers.pt"))
     (tmp_path / "model" / "model.safetensors").unlink()
     with pytest.raises(UserError, match="belong to another model"):
-        Setup.make(model, hosts=2, strategy="apb", compress=scorer)
+        Setup.make(EngineOptions(model, hosts=2, strategy="apb", compress=scorer))
 
 
 def test_the_shipped_heads_fit_their_model() -> None:

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
+from apb.clusters import launcher
 from apb.compress import COMPRESSORS, compressor
 from apb.decode import DECODERS, decoder
 from apb.draft.spec import DraftSpec
 from apb.strategies import STRATEGIES, strategy
 from launch.cli import main
-from launch.config.settings import ClusterSettings, DecodeSettings
+from launch.config.settings import DecodeSettings
 from launch.verbs.verbs import VERBS
 
 pytest_plugins = ("tests.support.command",)
@@ -69,7 +70,7 @@ def test_configuration_files_name_exactly_the_options() -> None:
     for name in COMPRESSORS:
         assert keys(f"compress/{name}.yaml") == {"name", *options(compressor(name))}
     for name in ("ray", "virtual", "torchrun"):
-        assert keys(f"cluster/{name}.yaml") <= options(ClusterSettings)
+        assert keys(f"cluster/{name}.yaml") == {"name", *options(launcher(name))}
     shared = options(DecodeSettings) - {"decoder", "draft"}
     assert keys("decode/autoregressive.yaml") == shared
     for name in set(DECODERS) - {"autoregressive"}:

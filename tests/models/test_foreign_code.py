@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from apb.engine.options import EngineOptions
 from apb.engine.setup import Setup
 from apb.models import load_config, load_model, load_tokenizer
 from apb.models.loading import make_config
@@ -87,7 +88,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "generation": ("generation_config.json", {"auto_map": {"AutoModelForCausalLM": "modeling_lamp.Lamp"}}),
 }
 LOADERS: dict[str, Callable[[Path], object]] = {
-    "setup": lambda path: Setup.make(str(path), hosts=1, strategy="full"),
+    "setup": lambda path: Setup.make(EngineOptions(str(path), hosts=1, strategy="full")),
     "config": load_config,
     "tokenizer": load_tokenizer,
     "weights": lambda path: load_model(path, dtype="float32", device="cpu"),
@@ -115,7 +116,7 @@ def test_code_beside_a_kind_of_transformers_own_is_left_alone(folder: Path) -> N
         auto_map={"AutoTokenizer": ["tokenization_lamp.Lamp", "tokenization_lamp.Lamp"]},
     )
     assert type(load_model(folder, dtype="float32", device="cpu")).__module__.startswith("transformers.")
-    setup = Setup.make(str(folder), hosts=1, strategy="full")
+    setup = Setup.make(EngineOptions(str(folder), hosts=1, strategy="full"))
     assert type(setup.tokenizer).__module__.startswith("transformers.") and not hasattr(load_config(folder), "auto_map")
 
 
@@ -130,7 +131,7 @@ def test_values_that_need_code_are_refused() -> None:
 def test_the_attention_that_a_configuration_names_is_not_loaded(name: str, folder: Path) -> None:
     for key in ("_attn_implementation", "attn_implementation", "_experts_implementation"):
         change(folder / "config.json", **{key: name})
-    Setup.make(str(folder), hosts=1, strategy="full")
+    Setup.make(EngineOptions(str(folder), hosts=1, strategy="full"))
     load_model(folder, dtype="float32", device="cpu")
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig
 
 from apb.engine.engine import Engine
+from apb.engine.options import EngineOptions
 from apb.engine.setup import Setup
 from apb.models import load_model
 from apb.models.shape import position_limit
@@ -55,7 +56,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_setting_raises_the_limit(folder: Path) -> None:
     ids = list(range(3, 103))
-    setup = Setup.make(str(folder), hosts=2, strategy="ring")
+    setup = Setup.make(EngineOptions(str(folder), hosts=2, strategy="ring"))
     with pytest.raises(UserError, match="max_positions"):
         setup.plan(setup.prompt(ids[:90], ids[90:], chat=False))
     with Engine.launch(str(folder), hosts=2, strategy="ring", max_positions=200) as engine:
@@ -69,4 +70,4 @@ def test_a_setting_raises_the_limit(folder: Path) -> None:
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "many", 2**31])
 def test_limits_that_are_none_are_refused(value: Any, folder: Path) -> None:
     with pytest.raises(UserError, match="max_positions"):
-        Setup.make(str(folder), hosts=1, strategy="full", max_positions=value)
+        Setup.make(EngineOptions(str(folder), hosts=1, strategy="full", max_positions=value))

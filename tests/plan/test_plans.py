@@ -84,7 +84,7 @@ def test_numbers_out_of_range_are_refused_before_the_model_is_looked_for(options
     ((name, value),) = options.items()
     with pytest.raises(UserError, match=f"{name} is out of range") as caught:
         Engine.launch("no-such-model", **options)
-    assert caught.value.given == value
+    assert caught.value.given == f"{name}={value}"
 
 
 def test_a_setup_takes_no_options_that_it_has_settled() -> None:

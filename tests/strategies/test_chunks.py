@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from apb.compress import Compressor, compressor
 from apb.compress.base import Candidates
 from apb.engine.engine import Engine
+from apb.engine.options import EngineOptions
 from apb.engine.setup import PROCESS_BYTES, Setup, fitting_chunk, needed_bytes
 from apb.models.chunked import InChunks, chunkable
 from apb.plan.memory import NOTHING, host_memory
@@ -293,4 +294,4 @@ def test_the_heaviest_host_of_a_prefill_in_chunks_is_charged() -> None:
 @pytest.mark.parametrize("chunk", [0, -1, 2.5, "auto"])
 def test_chunks_out_of_range_are_refused(chunk: Any) -> None:
     with pytest.raises(UserError, match="chunk_tokens is out of range"):
-        Setup.make("nowhere", chunk_tokens=chunk)
+        Setup.make(EngineOptions("nowhere", chunk_tokens=chunk))
