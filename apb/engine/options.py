@@ -43,8 +43,11 @@ class EngineOptions:
         whole = "a whole number, 1 or more"
         for name in ("hosts", "chunk_tokens", "max_positions"):
             value = getattr(self, name)
-            fine = value is None or (isinstance(value, int) and value >= 1)
-            in_range(name, value, fine, f"{whole}, or None")
-        in_range("threads", self.threads, isinstance(self.threads, int) and self.threads >= 1, whole)
+            in_range(name, value, value is None or _whole(value), f"{whole}, or None")
+        in_range("threads", self.threads, _whole(self.threads), whole)
         timeout = self.timeout_s
         in_range("timeout_s", timeout, math.isfinite(timeout) and timeout > 0, "more than 0 seconds")
+
+
+def _whole(value: object) -> bool:
+    return type(value) is int and 1 <= value < 2**31
