@@ -15,7 +15,7 @@ from apb.models.adapter import Adapter
 from apb.prompt.prompt import Prompt
 from bench.emulate.measure import record
 from bench.emulate.real import PinnedCluster
-from bench.timing import ratio, spread
+from bench.tools.timing import ratio, spread
 from burst.planner.timeline import interval
 from launch.terminal.display import Display, seconds
 

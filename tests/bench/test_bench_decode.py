@@ -20,8 +20,8 @@ from bench.decode.cli import loops, summary
 from bench.decode.links import LINKS, winners
 from bench.decode.measure import decoders, shape
 from bench.decode.questions import questions
-from bench.readme.rows import read
-from bench.readme.tables import decoders as decoder_tables
+from bench.report.rows import read
+from bench.report.tables import decoders as decoder_tables
 from burst.errors import UserError
 from tests.support.tiny import byte_tokenizer, llama_config
 

@@ -16,16 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing
 
-from bench.verify.burst import summary
-from bench.verify.cases import SCHEDULES, Case, compute, dense, inputs
-from bench.verify.faults import one as fault
-from bench.verify.runner import Recorder
 from burst.errors import HostFailure, UserError
 from burst.execution.attend import attention
 from burst.layouts.layout import layout
 from burst.transport import Transport, VirtualWorld, run_virtual
 from burst.transport.process_group import ProcessGroupTransport
 from burst.transport.virtual import VirtualTransport
+from tests.support.attention_cases import SCHEDULES, Case, compute, dense, inputs
+from tests.support.attention_faults import one as fault
 
 OTHERS: list[dict[str, Any]] = [
     {"n": 34},
@@ -175,21 +173,6 @@ def test_training_goes_on_after_inference_on_the_same_transport(way: str) -> Non
 def test_processes_that_die_or_disagree_are_noticed_by_all_others(seed: int) -> None:
     row = fault(seed)
     assert row["ok"], row
-
-
-def test_the_certificate_says_what_was_measured_where(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path / "rows.jsonl")
-    errors = {"out_error": 2e-15, "grad_error": 3e-14}
-    recorder.sample("burst/exact/a", lambda: {"ok": False, "cases": 2, **errors, "failed": ["P3/ring"]})
-    recorder.sample("burst/fault/7", lambda: fault(3))
-    recorder.sample("burst/precision/a", lambda: {"ok": True, "times_one_device": {2: [1.0]}})
-    cost = {"times_bare": 1.01, "spread": [1.0, 1.02], "share_of_dense": 0.9, "dense_cpu_s": 0.1}
-    recorder.sample("burst/overhead/a", lambda: {"ok": True, **cost})
-    found = summary(Recorder(tmp_path / "rows.jsonl"))  # as a later run reads it
-    assert not found["ok"] and found["exact"]["failed"] == ["P3/ring"] and found["exact"]["cases"] == 2
-    assert (found["faults"]["runs"], found["faults"]["raised"], found["faults"]["hung"]) == (1, 1, 0)
-    assert found["overhead"]["burst/overhead/a"] == cost and found["exact"]["max_grad_error"] == 3e-14
-    assert all(sum(found[part]["commits"].values()) == 1 for part in ("exact", "precision", "overhead", "faults"))
 
 
 # -- processes -----------------------------------------------------------------------------------------------

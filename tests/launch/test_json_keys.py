@@ -71,7 +71,7 @@ def made(folder: Path) -> dict[str, str]:
 
 
 def keys(value: Any, path: str = "") -> Iterator[str]:
-    """Return the dotted keys of a document; a list counts by its first element. Repeated options are not looked into."""
+    """Return a document's dotted keys: lists by their first element, the options that it repeats not at all."""
     if isinstance(value, dict):
         for name, each in value.items():
             yield f"{path}{name}"

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import report
-from bench.prompts import base_setup
-from bench.readme.figure import draw
-from bench.readme.rows import read
-from bench.readme.tables import decoders, emulated, growth, measured
+from bench.report.figure import draw
+from bench.report.rows import read
+from bench.report.tables import decoders, emulated, growth, measured
+from bench.tools import output
+from bench.tools.setup import base_setup
 from burst.errors import UserError, in_range
 from launch.config.settings import typed
 from launch.terminal.display import Display
@@ -36,7 +36,7 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
     fine = bool(asked.growth_hosts) and min(asked.growth_hosts) >= 1
     in_range("bench.growth_hosts", list(asked.growth_hosts), fine, "a list of numbers, 1 or more")
     in_range("bench.growth_block", asked.growth_block, asked.growth_block >= 64, "64 or more")
-    folder = Path(asked.results) if asked.results else report.dated("").parent
+    folder = Path(asked.results) if asked.results else output.RESULTS
     rows = read(folder)
     lines = [*emulated(rows["emulate"]), *measured(rows["throughput"]), *decoders(rows["decode"])]
     lines += growth(base_setup(config, display), asked.growth_hosts, asked.growth_block)

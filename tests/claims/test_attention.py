@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.verify.cases import GRAD_ATOL, OUT_ATOL, Case, compute, dense, inputs, matrix, run
-from bench.verify.faults import TIMEOUT_S
-from bench.verify.faults import one as fault
-from bench.verify.runner import Recorder
 from burst.execution.attend import attention
 from burst.kernels import kernel
 from burst.layouts.layout import layout
 from burst.transport import Transport, VirtualWorld
+from tests.claims.conftest import Claims, most
+from tests.support.attention_cases import GRAD_ATOL, OUT_ATOL, Case, compute, dense, inputs, matrix, run
+from tests.support.attention_faults import TIMEOUT_S
+from tests.support.attention_faults import one as fault
 
 RANKS = (2, 4, 8, 16, 32, 64)
 STOCK, ACCURATE = 1.45, 1.2  # times the RMS error of one device's bf16 kernel
@@ -30,72 +30,12 @@ OF_DENSE = 0.80  # one dense call's processor time over that of all ranks togeth
 FAULTS = 200
 
 
-def check(recorder: Recorder, model: str) -> dict[str, Any]:
-    """Run the four parts; a stopped run goes on from its file, at whatever commit. ``model`` plays no part."""
-    for where, cases in groupby(matrix(), lambda c: (c.edges, c.heads, c.causal, c.window, c.sinks, c.world)):
-        edges, heads, causal, window, sinks, world = where
-        mask = f"causal={causal}/window={window}/sinks={sinks}"
-        key = f"burst/exact/{'+'.join(map(str, edges))}/{heads}/{mask}/P{world}"
-        batch = list(cases)
-        recorder.sample(key, partial(_exact, batch))
-    for heads in ((4, 4), (8, 2)):
-        for accurate in (False, True):
-            key = f"burst/precision/{heads}/{'accurate' if accurate else 'stock'}"
-            recorder.sample(key, partial(_precision, heads, accurate))
-    for dtype in (torch.float32, torch.bfloat16):
-        for heads, backward in (((8, 2), "kv"), ((4, 4), "q")):
-            for gradients in (False, True):
-                key = f"burst/overhead/{dtype}/{heads}/{backward}/{'both' if gradients else 'forward'}"
-                recorder.sample(key, partial(_overhead, dtype, heads, backward, gradients))
-    for seed in range(FAULTS):
-        recorder.sample(f"burst/fault/{seed}", partial(fault, seed))
-    return summary(recorder)
-
-
-def summary(recorder: Recorder) -> dict[str, Any]:
-    """Return what the samples say together, part by part, each with the commits that were measured."""
-    exact, precision, overhead, faults = (
-        {row["key"]: row for row in recorder.rows(f"burst/{part}/")}
-        for part in ("exact", "precision", "overhead", "fault")
-    )
-    shown = ("times_bare", "spread", "share_of_dense", "dense_cpu_s")
-    return {
-        "ok": all(row["ok"] for row in recorder.rows("burst/")),
-        "exact": {
-            "samples": len(exact),
-            "cases": sum(row["cases"] for row in exact.values()),
-            "failed": [key for row in exact.values() for key in row["failed"]],
-            "max_out_error": max(row["out_error"] for row in exact.values()),
-            "max_grad_error": max(row["grad_error"] for row in exact.values()),
-            "limits": [OUT_ATOL, GRAD_ATOL],
-            "commits": _commits(exact),
-        },
-        "precision": {key: row["times_one_device"] for key, row in precision.items()}
-        | {"columns": ["out", "dq", "dk", "dv"], "commits": _commits(precision)},
-        "overhead": {key: {name: row[name] for name in shown} for key, row in overhead.items()}
-        | {"limits": [OVERHEAD, OF_DENSE], "commits": _commits(overhead)},
-        "faults": {
-            "runs": len(faults),
-            "raised": sum(_raised(row) for row in faults.values()),
-            "hung": sum(bool(row["hung"]) for row in faults.values()),
-            "failed": [key for key, row in faults.items() if not row["ok"]],
-            "slowest_s": max(row["slowest_s"] for row in faults.values()),
-            "deadline_s": TIMEOUT_S,
-            "commits": _commits(faults),
-        },
-    }
-
-
-def _commits(rows: dict[str, dict[str, Any]]) -> dict[str, int]:
-    return dict(Counter(row.get("commit", "unknown") for row in rows.values()))
-
-
 def _raised(row: dict[str, Any]) -> bool:
     """Whether the fault struck: in the other runs the rank went wrong after its last message."""
     return any(each and each["raised"] != "nothing" for each in row["found"].values())
 
 
-def _exact(cases: list[Case]) -> dict[str, Any]:
+def exact(cases: list[Case]) -> dict[str, Any]:
     rows = {case.key: run(case) for case in cases}
     return {
         "ok": all(row["ok"] for row in rows.values()),
@@ -106,7 +46,7 @@ def _exact(cases: list[Case]) -> dict[str, Any]:
     }
 
 
-def _precision(heads: tuple[int, int], accurate: bool, tokens: int = 2048) -> dict[str, Any]:
+def precision(heads: tuple[int, int], accurate: bool, tokens: int = 2048) -> dict[str, Any]:
     """RMS errors of out, dq, dk, dv against fp64, as multiples of one device's bf16 flash attention."""
     base = Case(1, heads=heads, edges=(0, tokens), dim=64, value_dim=64, dtype=torch.bfloat16, accurate=accurate)
     want, drawn = dense(base)[:4], [x.bfloat16() for x in inputs(heads, tokens, 64, 64, 1)[:4]]
@@ -132,7 +72,7 @@ def _rms(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want).square().mean() / want.square().mean()).sqrt().item()
 
 
-def _overhead(
+def overhead(
     dtype: torch.dtype,
     heads: tuple[int, int],
     backward: str,
@@ -188,3 +128,40 @@ def _cpu_s(work: Callable[[], object]) -> float:
     start = time.process_time()  # the machine is shared: wall time says little
     work()
     return time.process_time() - start
+
+
+def test_attention_is_exact(claims: Claims) -> None:
+    for where, cases in groupby(matrix(), lambda c: (c.edges, c.heads, c.causal, c.window, c.sinks, c.world)):
+        edges, heads, causal, window, sinks, world = where
+        mask = f"causal={causal}/window={window}/sinks={sinks}"
+        key = f"burst/exact/{'+'.join(map(str, edges))}/{heads}/{mask}/P{world}"
+        claims.sample(key, partial(exact, list(cases)))
+    rows = claims.under("burst/exact/")
+    errors = {"max_out_error": most(rows, "out_error"), "max_grad_error": most(rows, "grad_error")}
+    claims.conclude("burst/exact", cases=sum(row["cases"] for row in rows), **errors, limits=[OUT_ATOL, GRAD_ATOL])
+
+
+def test_precision_is_that_of_one_device(claims: Claims) -> None:
+    for heads, accurate in itertools.product(((4, 4), (8, 2)), (False, True)):
+        key = f"burst/precision/{heads}/{'accurate' if accurate else 'stock'}"
+        claims.sample(key, partial(precision, heads, accurate))
+    rows = claims.under("burst/precision/")
+    claims.conclude("burst/precision", times_one_device={row["key"]: row["times_one_device"] for row in rows})
+
+
+def test_processor_time_is_that_of_the_kernels(claims: Claims) -> None:
+    for dtype, (heads, backward), gradients in itertools.product(
+        (torch.float32, torch.bfloat16), (((8, 2), "kv"), ((4, 4), "q")), (False, True)
+    ):
+        key = f"burst/overhead/{dtype}/{heads}/{backward}/{'both' if gradients else 'forward'}"
+        claims.sample(key, partial(overhead, dtype, heads, backward, gradients))
+    rows = claims.under("burst/overhead/")
+    claims.conclude("burst/overhead", times_bare=most(rows, "times_bare"), limits=[OVERHEAD, OF_DENSE])
+
+
+def test_faults_end_all_ranks_in_time(claims: Claims) -> None:
+    for seed in range(FAULTS):
+        claims.sample(f"burst/fault/{seed}", partial(fault, seed))
+    rows = claims.under("burst/fault/")
+    raised, hung = sum(map(_raised, rows)), sum(bool(row["hung"]) for row in rows)
+    claims.conclude("burst/fault", raised=raised, hung=hung, slowest_s=most(rows, "slowest_s"), deadline_s=TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""The only place in bench that prints."""
+"""Output of benchmarks: lines for people, documents, dated files. The only place in bench that prints."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def say(line: str) -> None:
@@ -20,12 +22,6 @@ def columns(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> list[st
     cells = [[str(x) for x in row] for row in (headers, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-
-
-def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Show rows in columns."""
-    for line in columns(headers, rows):
-        say(line)
 
 
 def document(result: dict[str, Any]) -> None:
@@ -43,4 +39,4 @@ def save(name: str, result: dict[str, Any]) -> Path:
 
 def dated(name: str) -> Path:
     """Return the path of ``bench/results/DATE-name``."""
-    return Path(__file__).parent / "results" / f"{time.strftime('%Y-%m-%d')}-{name}"
+    return RESULTS / f"{time.strftime('%Y-%m-%d')}-{name}"

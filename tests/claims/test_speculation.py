@@ -15,11 +15,10 @@ from apb.decode.lookup import Lookup
 from apb.decode.sampling import Sampling
 from apb.engine.engine import Engine
 from apb.engine.handle import KVHandle
-from apb.engine.options import EngineOptions
-from apb.engine.setup import Setup
 from apb.train.questions import KINDS
 from bench.decode.questions import Asked, questions
-from bench.verify.runner import Recorder
+from tests.claims.conftest import Claims
+from tests.claims.ranks import on_cpu
 
 NEW_TOKENS = 24
 TIE = 1e-4  # of the top two logits, or of the random number to the edge of its token's interval
@@ -27,39 +26,6 @@ TIES = 1 / 200  # prompts that a tie may befall
 WAYS: dict[str, Decoder] = {"tree": Eagle2(), "chain": Eagle2(width=1, depth=5, tokens=6), "lookup": Lookup()}
 RUNS = {"1 host": (1, "float32"), "3 hosts": (3, "float32"), "1 host, bfloat16": (1, "bfloat16")}
 SAMPLING = {"greedy": Sampling(), "sampled": Sampling(temperature=0.7, top_p=0.95, seed=5)}
-
-
-def check(recorder: Recorder, model: str, data: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Answer generated questions, some behind long documents, and those of JSONL files.
-
-    A samples file that was begun before is gone on with: all of its rows are counted.
-    """
-    items = [item for file in data for item in questions((), 200, (0,), file)]
-    items += questions(KINDS, 8, (0,), None) + questions(KINDS, 1, (1_500,), None)
-    for run, (hosts, dtype) in RUNS.items():
-        setup = Setup.make(
-            EngineOptions(
-                model, hosts=hosts, strategy="full" if hosts == 1 else "apb", device="cpu", dtype=dtype, draft=model
-            )
-        )
-        asked = [(item, how, ways) for item in items for how, ways in _asked(item, first=run == "1 host")]
-        if all(f"speculation/{run}/{item.key}/{how}" in recorder.done for item, how, _ in asked):
-            continue
-        with Engine.launch(setup) as engine:
-            for item, how, ways in asked:
-                recorder.sample(f"speculation/{run}/{item.key}/{how}", partial(_one, engine, item, how, dtype, ways))
-    rows = list(recorder.rows("speculation/"))
-    exact = [row for row in rows if row["dtype"] == "float32"]
-    rounded = [row for row in rows if row["dtype"] != "float32"]
-    ties = [row for row in exact if row["divergences"]]
-    return {
-        "ok": all(row["ok"] for row in exact) and len(ties) <= TIES * len(exact),
-        "answers": sum(len(row["accepted_length"]) for row in exact),
-        "ties": [{"key": row["key"], **row["divergences"]} for row in ties],
-        # Nothing is claimed of bfloat16: how many first divergences there are, and how near the decisions were.
-        "bfloat16_answers": sum(len(row["accepted_length"]) for row in rounded),
-        "bfloat16_margins": sorted(m for row in rounded for m in row["divergences"].values()),
-    }
 
 
 def _asked(item: Asked, *, first: bool) -> Iterator[tuple[str, Mapping[str, Decoder]]]:
@@ -108,3 +74,30 @@ def _margin(handle: KVHandle, want: tuple[int, ...], got: tuple[int, ...], sampl
     edges = torch.cat([probs_V.new_zeros(1), probs_V.cumsum(0)])
     u = sampling.uniform(handle.next_position + at) * float(edges[-1])
     return float((edges - u).abs().min())
+
+
+def test_drafts_change_no_token(claims: Claims, data: list[str]) -> None:
+    """Generated questions, some behind long documents, and those of JSONL files."""
+    items = [item for file in data for item in questions((), 200, (0,), file)]
+    items += questions(KINDS, 8, (0,), None) + questions(KINDS, 1, (1_500,), None)
+    for run, (hosts, dtype) in RUNS.items():
+        strategy = "full" if hosts == 1 else "apb"
+        setup = on_cpu(claims.model, hosts=hosts, strategy=strategy, dtype=dtype, draft=claims.model)
+        asked = [(item, how, ways) for item in items for how, ways in _asked(item, first=run == "1 host")]
+        if all(f"speculation/{run}/{item.key}/{how}" in claims for item, how, _ in asked):
+            continue
+        with Engine.launch(setup) as engine:
+            for item, how, ways in asked:
+                claims.sample(f"speculation/{run}/{item.key}/{how}", partial(_one, engine, item, how, dtype, ways))
+    exact = [row for row in claims.under("speculation/") if row["dtype"] == "float32"]
+    rounded = [row for row in claims.under("speculation/") if row["dtype"] != "float32"]
+    ties = [row for row in exact if row["divergences"]]
+    claims.conclude(
+        "speculation",
+        answers=sum(len(row["accepted_length"]) for row in exact),
+        ties=[{"key": row["key"], **row["divergences"]} for row in ties],
+        # Nothing is claimed of bfloat16: how many first divergences there are, and how near the decisions were.
+        bfloat16_answers=sum(len(row["accepted_length"]) for row in rounded),
+        bfloat16_margins=sorted(m for row in rounded for m in row["divergences"].values()),
+    )
+    assert len(ties) <= TIES * len(exact)

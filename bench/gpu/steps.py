@@ -22,7 +22,7 @@ from apb.draft.eagle import EagleHead
 from apb.host.host import Host, HostSpec, load_adapter
 from apb.kv.cache import HostCache, Tail
 from apb.kv.layer import LayerKV
-from bench.timing import spread
+from bench.tools.timing import spread
 from burst.transport import VirtualWorld
 
 STEPS = 24  # timed in a run

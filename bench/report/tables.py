@@ -11,9 +11,9 @@ from apb.plan.memory import host_memory
 from apb.plan.plan import PrefillPlan
 from bench.decode.cli import ALL, cells, loops
 from bench.decode.cli import summary as of_decoders
-from bench.prompts import lengths, setups
-from bench.readme.rows import DECODING, Row, groups
+from bench.report.rows import DECODING, Row, groups
 from bench.throughput.cli import summary
+from bench.tools.prompts import lengths, setups
 from launch.terminal.display import seconds, size
 
 QUERY = 64  # tokens of the question and its template in the growth table

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from apb.decode.eagle2 import Eagle2
-from bench.verify import gpu
-from bench.verify.__main__ import main
-from bench.verify.gpu import gain, judge, step_key
-from bench.verify.steps import STEPS, Stand
+from bench.gpu.__main__ import main
+from bench.gpu.check import _part, gain, judge, step_key
+from bench.gpu.steps import STEPS, Stand
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 300,
@@ -73,21 +72,28 @@ def test_gains_compare_equal_things() -> None:
     assert gain(rows, 1024) == {"vocabulary": 1.2, "graphs": 1.6}
 
 
-def test_commands_are_those_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         asked.append(command)
-        return subprocess.CompletedProcess(command, 0, stdout='a table\n{"bench": "emulate"}\n', stderr="")
+        return subprocess.CompletedProcess(command, 0, stdout='a table\n{"tokens": 1}\n', stderr="")
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert gpu._bench("emulate", "bench.tokens=1") == {"bench": "emulate"}
-    assert asked[0][1:5] == ["-m", "launch.cli", "bench", "emulate"] and asked[0][-1] == "bench.tokens=1"
+    assert _part("emulate") == {"tokens": 1}
+    assert asked[0][1:] == ["-m", "bench.gpu", "--part", "emulate"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_device_it_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench.verify", "gpu"])
+    monkeypatch.setattr(sys, "argv", ["bench.gpu"])
     with pytest.raises(SystemExit, match="2"):
         main()
     assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_it_needs_neither_ray_nor_hydra() -> None:
+    code = "import sys, bench.gpu.__main__, bench.gpu.parts as p; p.Network(**p.conf('network', 'nvlink'));"
+    code += "print(*sorted({'ray', 'hydra', 'omegaconf', 'rich', 'launch'} & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert ran.stdout.split() == []

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -14,9 +13,6 @@ from apb.plan.shapes import PromptLengths
 from apb.prompt.prompt import Prompt, Question
 from apb.strategies import STRATEGIES
 from burst.errors import UserError, choose
-from launch.config.settings import Basics, basics, typed
-from launch.terminal.display import Display
-from launch.verbs.prepare import make_setup
 
 HEAD, BEFORE, AFTER = 24, 1, 7  # tokens of a chat template before the document, before and after the question
 
@@ -43,14 +39,6 @@ def random_prompt(of: PromptLengths, vocab: int) -> Prompt:
     context, question = tuple(ids[: of.context]), tuple(ids[of.context :])
     asked = Question(question[:BEFORE], question[BEFORE:-AFTER], question[-AFTER:], None)
     return Prompt(context, of.head, asked)
-
-
-def base_setup(config: Mapping[str, Any], display: Display, threads: int = 1) -> Setup:
-    """Return the model on one host, with full attention; ``bench`` has dtype and device."""
-    own = config["bench"]
-    stated = {"strategy": {"name": "full"}, "cluster": {"name": "virtual", "hosts": 1, "threads": threads}}
-    named = {**config, **stated, "dtype": own["dtype"], "device": own["device"], "timeout_s": 600.0, "compress": None}
-    return make_setup(typed(Basics, basics(named), ""), display)
 
 
 def setups(base: Setup, names: Sequence[str], hosts: int, compress: Compressor | None) -> list[Setup]:

@@ -10,10 +10,10 @@ from typing import Any
 from apb.strategies import STRATEGIES
 from bench.decode.cli import summary
 from bench.decode.pictures import accepted
-from bench.drawing import new_figure
 from bench.emulate.measure import PARTS
-from bench.readme.rows import DECODING, Row, groups
+from bench.report.rows import DECODING, Row, groups
 from bench.ruler.plots import comparable, frontier
+from bench.tools.drawing import new_figure
 
 WIDE = 4  # panels side by side at most
 COLOURS = {"linear": "tab:blue", "attention": "tab:orange", "selection": "tab:green", "other": "tab:gray"}
