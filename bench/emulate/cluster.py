@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from apb.clusters.virtual import VirtualCluster
-from apb.host.host import HostSpec, OnEvent
+from apb.host.messages import HostSpec, OnEvent
 from apb.models.adapter import Adapter
 from burst.kernels import Kernel
 from burst.planner.timeline import TimelineEvent

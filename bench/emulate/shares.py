@@ -7,7 +7,7 @@ from typing import Any
 
 from apb.costs.network import Network
 from apb.engine.setup import Setup
-from apb.host.host import load_adapter
+from apb.host.load import load_adapter
 from apb.plan.flops import prefill_flops, query_flops
 from apb.prompt.prompt import Prompt
 from bench.emulate.measure import Measured, run

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from apb.costs import Network, Rates, cost
 from apb.engine.engine import Engine
 from apb.engine.setup import Setup
-from apb.host.host import load_adapter
+from apb.host.load import load_adapter
 from apb.models.adapter import Adapter
 from apb.prompt.prompt import Prompt
 from bench.emulate.measure import record

@@ -19,7 +19,9 @@ from apb.decode.eagle2 import Eagle2
 from apb.draft.cache import DraftCache
 from apb.draft.draft import Draft
 from apb.draft.eagle import EagleHead
-from apb.host.host import Host, HostSpec, load_adapter
+from apb.host.host import Host
+from apb.host.load import load_adapter
+from apb.host.messages import HostSpec
 from apb.kv.cache import HostCache, Tail
 from apb.kv.layer import LayerKV
 from bench.tools.timing import spread

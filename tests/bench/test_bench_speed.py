@@ -176,7 +176,7 @@ def test_predictions_beside_real_processes(apb: Any, tmp_path: Path) -> None:
 
 
 def test_hosts_without_a_core_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from apb.host.host import HostSpec
+    from apb.host.messages import HostSpec
 
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
     with pytest.raises(UserError, match="a core of its own"):

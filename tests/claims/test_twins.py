@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from apb.host.host import load_adapter
+from apb.host.load import load_adapter
 from apb.models.adapter import Adapter
 from tests.claims.conftest import Claims, most
 from tests.claims.ranks import QUESTION, TWIN_LENGTHS, TWINS, document, on_cpu, torchrun, twins

@@ -14,7 +14,8 @@ from apb.decode.autoregressive import Autoregressive
 from apb.decode.base import DecodeRequest
 from apb.decode.sampling import Sampling
 from apb.engine.requests import prefill_request
-from apb.host.host import Host, HostSpec, PrefillRequest
+from apb.host.host import Host
+from apb.host.messages import HostSpec, PrefillRequest
 from apb.kv.cache import HostCache, Tail
 from apb.kv.layer import LayerKV
 from apb.plan.bytes import bytes_by_kind

@@ -13,7 +13,8 @@ import torch
 from apb.draft.base import LayerShape
 from apb.draft.eagle import EagleHead
 from apb.draft.files import save
-from apb.host.host import HostSpec, load_adapter
+from apb.host.load import load_adapter
+from apb.host.messages import HostSpec
 from launch.cli import main
 from tests.support.tiny import llama_config, saved_llama
 

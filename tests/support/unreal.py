@@ -13,7 +13,8 @@ from apb.compress import compressor
 from apb.draft.spec import DraftSpec
 from apb.engine.requests import prefill_request
 from apb.engine.setup import Setup
-from apb.host.host import Host, HostSpec
+from apb.host.host import Host
+from apb.host.messages import HostSpec
 from apb.models.adapter import Adapter
 from apb.plan.draft import Handoff
 from apb.plan.plan import PrefillPlan
