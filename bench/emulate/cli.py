@@ -12,11 +12,6 @@ from typing import Any
 
 from apb.compress import compressor
 from apb.costs import Network, load
-<<<<<<< HEAD
-=======
-from apb.host.load import load_adapter
-from bench import report
->>>>>>> 8688a49 (Names that stand for one thing each; a host's messages and loading in files of their own)
 from bench.emulate.gantt import draw
 from bench.emulate.measure import PARTS, Measured
 from bench.emulate.shares import emulate
