@@ -214,10 +214,19 @@ def test_processes_over_gloo(world: int, tmp_path: Path) -> None:
             assert torch.equal(whole, x), case.key  # the transport does not show in the bits
 
 
-def test_the_example_matches_one_rank() -> None:
-    path = Path(__file__).parents[2] / "docs" / "examples" / "train_tiny.py"
-    spec = importlib.util.spec_from_file_location("train_tiny", path)
+def example(name: str) -> Any:
+    path = Path(__file__).parents[2] / "docs" / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    assert example.main(processes=False)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_training_example_matches_one_rank() -> None:
+    assert example("train_tiny").main(processes=False)
+
+
+@pytest.mark.parametrize("world, n_tokens", [(1, 5), (4, 50), (5, 7), (6, 3)])
+def test_the_plain_ring_gives_the_same_bits(world: int, n_tokens: int) -> None:
+    assert example("ring_loop").main(world, n_tokens)
