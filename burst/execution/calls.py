@@ -15,7 +15,7 @@ from burst.errors import UserError, choose
 from burst.execution.blocks import Blocks
 from burst.execution.buffers import Form
 from burst.kernels import kernel
-from burst.kernels.base import check_inputs, refuse
+from burst.kernels.base import check_inputs, reject
 from burst.layouts.layout import Layout
 from burst.layouts.masks import Span
 from burst.planner.planner import plan
@@ -212,7 +212,7 @@ def _agree(call: AttentionCall, sinks: Tensor | None, return_lse: bool) -> None:
 def _form(q: Tensor, k: Tensor, v: Tensor, accurate: bool) -> Form:
     if q.shape[1] == 0 or v.shape[3] == 0:
         given = f"{q.shape[1]} query heads, value dim {v.shape[3]}"
-        _refuse("there is nothing to attend with", given, "1 or more", "Check the projections.")
+        _reject("there is nothing to attend with", given, "1 or more", "Check the projections.")
     return Form(q.shape[0], q.shape[1], k.shape[1], q.shape[3], v.shape[3], q.dtype, accurate)
 
 
@@ -224,29 +224,29 @@ def _check(
     choose("backward", options.backward, BACKWARD)
     if layout.world != transport.world:
         remedy = "Make the layout for the transport's world."
-        _refuse("layout and transport differ in their ranks", layout.world, transport.world, remedy)
+        _reject("layout and transport differ in their ranks", layout.world, transport.world, remedy)
     for name, x, counts in (("q", q, layout.counts), ("k and v", k, keys.counts)):
         if x.shape[2] != counts[rank]:
             remedy = "Shard with layout.shard(x, rank, dim=2), or project sharded rows."
-            _refuse(
+            _reject(
                 f"{name} must hold rank {rank}'s rows",
                 f"{x.shape[2]} tokens",
                 f"{counts[rank]} tokens",
                 remedy,
             )
     if q.device.type != transport.device.type:
-        _refuse("tensors and transport differ in their device", q.device, transport.device, "Move the tensors.")
+        _reject("tensors and transport differ in their device", q.device, transport.device, "Move the tensors.")
     if options.ulysses is not None and options.schedule != "usp":
-        _refuse("only usp has head groups", f"ulysses {options.ulysses}", "None", "Set schedule='usp', or no ulysses.")
+        _reject("only usp has head groups", f"ulysses {options.ulysses}", "None", "Set schedule='usp', or no ulysses.")
     if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
-        _refuse("sinks must hold one logit a head", tuple(sinks.shape), (q.shape[1],), "Pass (H,).")
+        _reject("sinks must hold one logit a head", tuple(sinks.shape), (q.shape[1],), "Pass (H,).")
     if options.checkpoint is not None:
         if not 0 <= options.checkpoint <= 1:
-            _refuse("checkpoint is a fraction", options.checkpoint, "0 to 1", "Give the share to keep.")
+            _reject("checkpoint is a fraction", options.checkpoint, "0 to 1", "Give the share to keep.")
         if not options.causal or options.keys is not None:
             remedy = "Leave checkpoint None."
-            _refuse("checkpoint needs a causal call without history", "another", "causal, no keys", remedy)
+            _reject("checkpoint needs a causal call without history", "another", "causal, no keys", remedy)
 
 
-def _refuse(message: str, given: object, allowed: object, remedy: str) -> NoReturn:
-    refuse("attention", message, given, allowed, remedy)
+def _reject(message: str, given: object, allowed: object, remedy: str) -> NoReturn:
+    reject("attention", message, given, allowed, remedy)
