@@ -15,12 +15,12 @@ from burst.execution.buffers import Field, Form, pack, scratch_of, size, views
 from burst.execution.heads import HeadSplit
 from burst.kernels.base import row_sums
 from burst.kernels.merge import Accumulator
-from burst.schedules.base import Compute, Fold, Parcel, Post, Regroup, Role, Schedule, ScheduleStep, Slot, Wait
+from burst.schedules.base import Schedule
+from burst.schedules.payload import Role
+from burst.schedules.steps import BORDER, Compute, Fold, Parcel, Post, Regroup, ScheduleStep, Slot, Wait
 from burst.transport import Handle, Message, Transport
 
 Tensors = Mapping[str, Tensor]
-
-BORDER: tuple[Role, ...] = ("qkv", "dout", "out", "dqkv")  # roles of the exchanges between head groups
 
 
 class Execution:
@@ -235,7 +235,7 @@ class Execution:
         """Return a slot's tensors for the block that it holds now; an input's slot 0 is the caller's."""
         if slot.index == 0 and slot.role in ("kv", "q"):
             return {name: self.working[name] for name in (("q",) if slot.role == "q" else ("k", "v"))}
-        if slot.index == 0 and slot.role in ("qd", "qo"):
+        if slot == Slot("qd", 0):
             self.delta()
             return {name: self.working[name] for name in ("q", "dout", "lse", "delta", "out")}
         rows = self.schedule.rows(slot.role, block)
