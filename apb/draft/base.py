@@ -20,7 +20,7 @@ from apb.plan.shapes import ModelShape
 
 # q (B, H, S, D), k and v (B, K, S, D) of new rows -> attention output (B, H, S, D)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-RotateTo = Callable[[Tensor, Tensor], Tensor]
+Rotate = Callable[[Tensor, Tensor], Tensor]
 
 WINDOW, SINKS = 512, 4  # tokens: what heads see whose file does not say; published ones were trained on 2,048
 
@@ -39,9 +39,11 @@ class Target:
     embedding_WE: Tensor
     head_WE: Tensor
     embedding_scale: float  # what embedded tokens are multiplied with
-    logit_scale: float  # what the LM head's products are multiplied with
-    rotate: RotateTo
-    rotation: Callable[[Mapping[str, Any]], RotateTo]
+    logit_scale: float  # what the LM head's products, the bias added, are multiplied with
+    rotate: Rotate
+    rotation: Callable[[Mapping[str, Any]], Rotate]
+    head_bias_W: Tensor | None = None
+    soft_cap: float | None = None  # logits are then soft_cap * tanh(logits / soft_cap)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -125,6 +127,12 @@ class DraftHead(nn.Module, ABC):
         return embedded_BSE if self.target.embedding_scale == 1.0 else embedded_BSE * self.target.embedding_scale
 
 
+def finished(products: Tensor, scale: float, soft_cap: float | None) -> Tensor:
+    """Return the logits of an LM head's products: scaled, then capped."""
+    logits = products if scale == 1.0 else products * scale
+    return logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
+
+
 H = TypeVar("H", bound=DraftHead)
 
 
@@ -134,16 +142,16 @@ class SharedVocab(DraftHead):
     def __init__(self, shape: LayerShape, target: Target, window: int | None, sinks: int) -> None:
         super().__init__(shape, target, window, sinks)
         self.ids_V = torch.arange(target.shape.vocab, device=target.device)
-        self._rows_VE = target.head_WE
+        self._rows_VE, self._bias_V = target.head_WE, target.head_bias_W
 
     def logits(self, out_BSE: Tensor) -> Tensor:
-        logits_BSV = F.linear(out_BSE, self._rows_VE)
-        return logits_BSV if self.target.logit_scale == 1.0 else logits_BSV * self.target.logit_scale
+        return finished(F.linear(out_BSE, self._rows_VE, self._bias_V), self.target.logit_scale, self.target.soft_cap)
 
     def with_vocab(self, ids_V: Tensor) -> DraftHead:
         twin = share(self)
         twin.ids_V = ids_V.to(self.target.device)
         twin._rows_VE = self.target.head_WE[twin.ids_V]
+        twin._bias_V = None if self.target.head_bias_W is None else self.target.head_bias_W[twin.ids_V]
         return twin
 
 
@@ -152,7 +160,7 @@ def share(head: H) -> H:
     return copy.copy(head)
 
 
-class HeadNorm(nn.Module):
+class Norm(nn.Module):
     """RMSNorm as Llama's: computed in fp32, the weight multiplied in the input's type."""
 
     def __init__(self, width: int, eps: float) -> None:
@@ -167,10 +175,10 @@ class HeadNorm(nn.Module):
         return normed_BSE
 
 
-class HeadAttention(nn.Module):
+class Attention(nn.Module):
     """Projections round an attention that somebody else computes; ``inputs`` is the width that they read."""
 
-    def __init__(self, shape: LayerShape, inputs: int, rotate: RotateTo) -> None:
+    def __init__(self, shape: LayerShape, inputs: int, rotate: Rotate) -> None:
         super().__init__()
         s = shape
         self._head_dim, self._rotate = s.head_dim, rotate

@@ -8,9 +8,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
-import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,20 +17,27 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from apb.attention.base import Attention
-from apb.draft.base import RotateTo, Target
+from apb.draft.base import Rotate, Target
 from apb.draft.draft import Draft
-from apb.kv.layer import Projections
-from apb.models.checks import PlainCall, check_config, check_keywords, check_model
+from apb.models.checks import PlainCall, check_config, check_keywords
 from apb.models.chunked import Finished, InChunks, chunkable
+from apb.models.hooks import (
+    Features,
+    active_features,
+    capturing,
+    has_projections,
+    hook_features,
+    hook_projections,
+    projecting,
+    take_projections,
+)
+from apb.models.probe import probe
 from apb.plan.shapes import ModelShape
 from burst.errors import UserError
 
 IMPLEMENTATION = "apb"
 
-# Projections of the layer under way, and features; virtual ranks are threads, so each has its own.
-_captured = threading.local()
 _LASTING = ("rope_theta", "partial_rotary_factor")  # the model's own where a draft head names no other
-FINAL = -1  # the final norm's output among the features
 
 
 def _attend(
@@ -57,48 +63,11 @@ def _attend(
     layer = module.layer_idx
     assert isinstance(layer, int)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out_BSHD = apb_attention(layer, query, key, value, scale, _take_projections())
+    out_BSHD = apb_attention(layer, query, key, value, scale, take_projections())
     return out_BSHD.contiguous(), None  # most models would copy it themselves in their next line, some insist on it
 
 
 AttentionInterface.register(IMPLEMENTATION, _attend)
-
-
-def _take_projections() -> Projections | None:
-    slot: dict[str, Tensor] | None = getattr(_captured, "slot", None)
-    if slot is None:
-        return None
-    out = Projections(slot.pop("q"), slot.pop("k"), slot.pop("v"))
-    assert not slot, sorted(slot)
-    return out
-
-
-@dataclass
-class Features:
-    """What a draft head reads of tokens that run through the model.
-
-    ``taps``: the layers whose input it reads; empty: the final norm's output. ``rows``: of these tokens only."""
-
-    taps: tuple[int, ...]
-    rows: Tensor | None = None
-    parts: dict[int, Tensor] = field(default_factory=dict)
-
-    @property
-    def value_SF(self) -> Tensor:
-        """The features (S, F), taps side by side."""
-        return torch.cat([self.parts[tap] for tap in self.taps or (FINAL,)], dim=-1)
-
-    def keep(self, tap: int, hidden_BSE: Tensor) -> None:
-        """Copy what passes a tap: layers may go on to write over it."""
-        if tap in (self.taps or (FINAL,)):
-            rows_SE = hidden_BSE[0]
-            self.parts[tap] = rows_SE.clone() if self.rows is None else rows_SE.index_select(0, self.rows)
-
-
-def active_features() -> Features | None:
-    """Return what this thread is keeping features in."""
-    features: Features | None = getattr(_captured, "features", None)
-    return features
 
 
 class Adapter:
@@ -116,12 +85,11 @@ class Adapter:
         model.set_attn_implementation(IMPLEMENTATION)
         self._attentions = self._attention_modules()
         for module in self._attentions:
-            self._hook_projections(module)
-        for number, layer in enumerate(self._layer_modules()):
+            hook_projections(module, [n * shape.head_dim for n in (shape.q_heads, shape.kv_heads, shape.kv_heads)])
+        for layer in self._layer_modules():
             chunkable(layer)
-            layer.register_forward_pre_hook(_feature_hook(number), with_kwargs=True)
-        self._base.register_forward_hook(_keep_final)
-        check_model(self)
+        hook_features(self._base, self._layer_modules())
+        self.ends = probe(self, model)
 
     @property
     def name(self) -> str:
@@ -160,15 +128,9 @@ class Adapter:
         with contextlib.suppress(Finished):
             self._forward(self._base, ids_S, positions_S, chunks)
 
-    @contextlib.contextmanager
-    def capturing(self, taps: tuple[int, ...] | None, rows: Tensor | None = None) -> Iterator[Features]:
+    def capturing(self, taps: tuple[int, ...] | None, rows: Tensor | None = None) -> AbstractContextManager[Features]:
         """Keep the features of the tokens that are run meanwhile, once; ``taps`` None keeps nothing."""
-        features, before = Features(taps or (), rows), active_features()
-        _captured.features = features if taps is not None else None
-        try:
-            yield features
-        finally:
-            _captured.features = before
+        return capturing(taps, rows)
 
     def logits(self, ids_S: Tensor, positions_S: Tensor, attention: Attention) -> Tensor:
         """Run tokens and return the last one's next-token logits (V,), fp32 (fp64 for fp64 models)."""
@@ -185,41 +147,58 @@ class Adapter:
         return hidden_SE
 
     def head(self, hidden_SE: Tensor) -> Tensor:
-        """Return the logits (S, V) of what ``hidden`` returned, in the model's type."""
-        logits_SV: Tensor = self._model.get_output_embeddings()(hidden_SE)
-        return logits_SV if self.logit_scale == 1.0 else logits_SV * self.logit_scale
+        """Return the logits (S, V) of what ``hidden`` returned, in the model's type.
+
+        Raises UserError when the model does more with its LM head's products than scale and cap them.
+        """
+        if self.ends.logit_scale is None:
+            raise self._own_end("after its LM head")
+        return self.ends.finish(self._model.get_output_embeddings()(hidden_SE))
 
     def draft_target(self) -> Target:
-        """Return what draft heads share with this model."""
+        """Return what draft heads share with this model.
 
-        def turning(rotary: nn.Module) -> RotateTo:
+        Raises UserError when it does more round its decoder than scale embeddings and scale and cap logits.
+        """
+
+        def turning(rotary: nn.Module) -> Rotate:
             def rotate(x_BHSD: Tensor, positions: Tensor) -> Tensor:
                 cos, sin = rotary(x_BHSD, positions if positions.dim() == 2 else positions[None])
                 return self._rotated(x_BHSD, cos, sin, 0)
 
             return rotate
 
-        def rotation(parameters: Mapping[str, Any]) -> RotateTo:
+        def rotation(parameters: Mapping[str, Any]) -> Rotate:
             config = copy.deepcopy(self._model.config)
             kept = {key: config.rope_parameters[key] for key in _LASTING if key in config.rope_parameters}
             config.rope_parameters = {**kept, **parameters}
             return turning(type(self._base.rotary_emb)(config=config).to(self.device))
 
+        ends, head = self.ends, self._model.get_output_embeddings()
+        if ends.embedding_scale is None:
+            raise self._own_end("before its first layer")
+        if ends.logit_scale is None:
+            raise self._own_end("after its LM head")
         return Target(
             name=self.name,
             shape=self.shape,
             embedding_WE=self._model.get_input_embeddings().weight.detach(),
-            head_WE=self._model.get_output_embeddings().weight.detach(),
-            embedding_scale=float(getattr(self._model.config, "embedding_multiplier", 1.0)),
-            logit_scale=self.logit_scale,
+            head_WE=head.weight.detach(),
+            head_bias_W=None if head.bias is None else head.bias.detach(),
+            embedding_scale=ends.embedding_scale,
+            logit_scale=ends.logit_scale,
+            soft_cap=ends.soft_cap,
             rotate=turning(self._base.rotary_emb),
             rotation=rotation,
         )
 
-    @property
-    def logit_scale(self) -> float:
-        """What the LM head's products are multiplied with: MiniCPM and Granite divide them."""
-        return 1.0 / float(getattr(self._model.config, "logits_scaling", 1.0))
+    def _own_end(self, where: str) -> UserError:
+        return UserError(
+            f"neither training nor draft heads can be had for {self.name}: it does something of its own {where}",
+            given=self.name,
+            allowed="models that scale embeddings, and scale and cap logits",
+            remedy="Choose another model, or decode=lookup, which needs no head.",
+        )
 
     def _logits(self, ids_S: Tensor, positions_S: Tensor, attention: Attention, keep: int) -> Tensor:
         out = self._forward(self._model, ids_S, positions_S, attention, logits_to_keep=keep)
@@ -227,7 +206,7 @@ class Adapter:
         return logits_SV if logits_SV.dtype == torch.float64 else logits_SV.float()
 
     def rotate(self, x_BHSD: Tensor, delta: int | Tensor, layer: int) -> Tensor:
-        """RotateTo a layer's already rotated queries or keys on by ``delta`` positions (RoPE rotations add up).
+        """Rotate a layer's already rotated queries or keys on by ``delta`` positions (RoPE rotations add up).
 
         ``delta`` is one number for all tokens or (S,) whole numbers; negative ones rotate back.
         """
@@ -252,9 +231,7 @@ class Adapter:
     def _forward(
         self, module: nn.Module, ids_S: Tensor, positions_S: Tensor, attention: Attention, **options: Any
     ) -> Any:
-        if attention.needs_projections:
-            _captured.slot = {}
-        try:
+        with projecting(attention.needs_projections):
             return module(
                 input_ids=ids_S[None],
                 position_ids=positions_S[None],
@@ -262,11 +239,9 @@ class Adapter:
                 apb_attention=attention,
                 **options,
             )
-        finally:
-            _captured.slot = None
 
     def _attention_modules(self) -> list[nn.Module]:
-        found = [m for m in self._base.modules() if hasattr(m, "layer_idx") and _has_projections(m)]
+        found = [m for m in self._base.modules() if hasattr(m, "layer_idx") and has_projections(m)]
         if len(found) != self.shape.layers:
             raise UserError(
                 "the model's attention layers could not be found",
@@ -280,47 +255,3 @@ class Adapter:
         """The decoder layers: the modules that hold one attention module each."""
         found = {id(m) for m in self._attentions}
         return [m for m in self._base.modules() if any(id(child) in found for child in m.children())]
-
-    def _hook_projections(self, module: nn.Module) -> None:
-        """Let a layer's raw projections be seen; a hook costs nothing while nobody asks."""
-
-        def keep(name: str) -> Any:
-            def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-                slot = getattr(_captured, "slot", None)
-                if slot is not None:
-                    slot.update(_split(name, output))
-
-            return hook
-
-        s = self.shape
-        widths = [s.q_heads * s.head_dim, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim]
-
-        def _split(name: str, output: Tensor) -> dict[str, Tensor]:
-            if name != "qkv":
-                return {name: output}
-            return dict(zip("qkv", output.split(widths, dim=-1), strict=True))
-
-        for name in ("q", "k", "v", "qkv"):
-            projection = getattr(module, f"{name}_proj", None)
-            if projection is not None:
-                projection.register_forward_hook(keep(name))
-
-
-def _feature_hook(layer: int) -> Any:
-    def hook(_module: nn.Module, inputs: tuple[Any, ...], given: dict[str, Any]) -> None:
-        features = active_features()
-        if features is not None:
-            features.keep(layer, inputs[0] if inputs else given["hidden_states"])
-
-    return hook
-
-
-def _keep_final(_module: nn.Module, _inputs: Any, output: Any) -> None:
-    features = active_features()
-    if features is not None:
-        features.keep(FINAL, output.last_hidden_state)
-
-
-def _has_projections(module: nn.Module) -> bool:
-    """Whether q, k and v are plain projections; DeepSeek's compressed keys, for one, are not."""
-    return hasattr(module, "qkv_proj") or all(hasattr(module, f"{name}_proj") for name in "qkv")

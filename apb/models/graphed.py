@@ -13,7 +13,8 @@ from torch import Tensor
 
 from apb.attention.base import Attention
 from apb.graphs.capture import Capture, Cut, Pieces
-from apb.models.adapter import Adapter, active_features
+from apb.models.adapter import Adapter
+from apb.models.hooks import active_features
 
 _Found = tuple[Tensor | None, dict[int, Tensor]]  # logits, and the features by tap
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from apb.draft.base import Target
 from apb.draft.eagle import EagleHead
-from apb.train.features import FeatureSample
+from apb.train.features import Sample
 from apb.train.unroll import Divergence, unroll
 from burst.errors import UserError
 
@@ -27,7 +27,7 @@ _POOL = 16  # batches whose samples are sorted by length among themselves, so th
 
 
 @dataclass(frozen=True)
-class TutorRecipe:
+class Recipe:
     """How a head is trained: SmoothL1 on features and KL on the ``vocab`` most frequent ids with ``negatives`` drawn
     from the others; Muon (AdamW for the norm) with linear warm-up and cosine decay; the last part of the steps is
     unrolled on the head's own features.
@@ -73,9 +73,9 @@ class Tutor:
 
     def __init__(
         self,
-        recipe: TutorRecipe,
+        recipe: Recipe,
         target: Target,
-        samples: Sequence[FeatureSample],
+        samples: Sequence[Sample],
         ranked_V: Tensor,
         window: int,
         sinks: int,
@@ -93,7 +93,8 @@ class Tutor:
         self._head = head
         self._batches = [b for epoch in range(recipe.epochs) for b in self._epoch(epoch)]
         self._scale = float(torch.cat([s.features_SE[s.prompt :] for s in samples[:64]]).float().std())
-        self._rows_VE = target.head_WE.to(torch.bfloat16)
+        self._rows_VE, bias = target.head_WE.to(torch.bfloat16), target.head_bias_W
+        self._bias_V = None if bias is None else bias.to(torch.bfloat16)
         # What an EAGLE head attends with is never normed: at full speed its softmax saturates within fifty steps.
         slow = [p for name, p in head.named_parameters() if p.dim() > 1 and ("q_proj" in name or "k_proj" in name)]
         matrices = [p for p in head.parameters() if p.dim() > 1 and all(p is not q for q in slow)]
@@ -165,7 +166,7 @@ class Tutor:
             optimizer.step()
         return loss.item()
 
-    def _loss(self, samples: Sequence[FeatureSample], depth: int, rng: torch.Generator) -> Tensor:
+    def _loss(self, samples: Sequence[Sample], depth: int, rng: torch.Generator) -> Tensor:
         recipe, device = self._recipe, self._target.device
         longest = max(len(s.ids_S) for s in samples)
         shape = (len(samples), longest)
@@ -177,7 +178,8 @@ class Tutor:
             features_BSE[row, : len(s.ids_S)] = s.features_SE
             answer_BS[row, s.prompt - 1 : len(s.ids_S) - 1] = True
         noise_BSE = (torch.rand(features_BSE.shape, generator=rng) - 0.5) * (recipe.noise * self._scale)
-        rows_VE = self._rows_VE[self._subset(rng)]
+        subset_V = self._subset(rng)
+        rows_VE, bias_V = self._rows_VE[subset_V], None if self._bias_V is None else self._bias_V[subset_V]
         kept_S, positions_S = self._seen(longest - 1, min(s.prompt for s in samples), rng)
         hidden_BSE = (features_BSE + noise_BSE)[:, kept_S].to(device)
         true_BSE, ids_BS = features_BSE[:, kept_S + 1].to(device), ids_BS[:, kept_S].to(device)
@@ -193,12 +195,15 @@ class Tutor:
                 out_NE, true_NE = out_BSE[chain_BS].float(), true_BSE[chain_BS]
                 weight = recipe.decay**step
                 near = F.smooth_l1_loss(out_NE, true_NE)
-                total = total + weight * (recipe.feature_weight * near + self._divergence(out_NE, true_NE, rows_VE))
+                total = total + weight * (
+                    recipe.feature_weight * near + self._divergence(out_NE, true_NE, rows_VE, bias_V)
+                )
                 weights += weight
         return total / weights
 
-    def _divergence(self, out_NE: Tensor, true_NE: Tensor, rows_VE: Tensor) -> Tensor:
-        loss_N: Tensor = Divergence.apply(out_NE, true_NE, rows_VE, self._target.logit_scale)
+    def _divergence(self, out_NE: Tensor, true_NE: Tensor, rows_VE: Tensor, bias_V: Tensor | None) -> Tensor:
+        t = self._target
+        loss_N: Tensor = Divergence.apply(out_NE, true_NE, rows_VE, bias_V, t.logit_scale, t.soft_cap)
         return loss_N.mean()
 
     def _subset(self, rng: torch.Generator) -> Tensor:

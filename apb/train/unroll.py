@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apb.draft.base import DraftHead
+from apb.draft.base import DraftHead, finished
 
 
 def visible(positions_S: Tensor, window: int | None, sinks: int) -> Tensor:
@@ -60,18 +60,34 @@ class Divergence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, out_NE: Tensor, feature_NE: Tensor, rows_VE: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        out_NE: Tensor,
+        feature_NE: Tensor,
+        rows_VE: Tensor,
+        bias_V: Tensor | None,
+        scale: float,
+        soft_cap: float | None,
+    ) -> Tensor:
         """Return the divergence of each token (N,), fp32."""
         out_NE, feature_NE = out_NE.to(rows_VE.dtype), feature_NE.to(rows_VE.dtype)
         losses, grads = [], []
         for mine_NE, true_NE in zip(out_NE.split(_ROWS), feature_NE.split(_ROWS), strict=True):
-            mine_logits_NV, true_logits_NV = F.linear(mine_NE, rows_VE), F.linear(true_NE, rows_VE)
-            mine_NV, mine_N = _softmax(mine_logits_NV, scale)
-            true_NV, true_N = _softmax(true_logits_NV, scale)
+            mine_logits_NV, true_logits_NV = (F.linear(x, rows_VE, bias_V) for x in (mine_NE, true_NE))
+            if soft_cap is not None:  # bent logits need no further scale
+                mine_logits_NV, true_logits_NV = (
+                    finished(x, scale, soft_cap) for x in (mine_logits_NV, true_logits_NV)
+                )
+            rest = scale if soft_cap is None else 1.0
+            mine_NV, mine_N = _softmax(mine_logits_NV, rest)
+            true_NV, true_N = _softmax(true_logits_NV, rest)
             losses.append(
-                torch.linalg.vecdot(true_NV, (true_logits_NV - mine_logits_NV).float()) * scale - true_N + mine_N
+                torch.linalg.vecdot(true_NV, (true_logits_NV - mine_logits_NV).float()) * rest - true_N + mine_N
             )
-            grads.append(mine_NV.sub_(true_NV).to(rows_VE.dtype) @ rows_VE)
+            toward_NV = mine_NV.sub_(true_NV)
+            if soft_cap is not None:  # the slope of the tangent
+                toward_NV.mul_(1 - (mine_logits_NV.float() / soft_cap).square())
+            grads.append(toward_NV.to(rows_VE.dtype) @ rows_VE)
         ctx.save_for_backward(torch.cat(grads).float().mul_(scale))
         return torch.cat(losses)
 
@@ -79,7 +95,7 @@ class Divergence(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of the head's outputs."""
         (grad_NE,) = ctx.saved_tensors
-        return grad_NE * grads[0][:, None], None, None, None
+        return grad_NE * grads[0][:, None], None, None, None, None, None
 
 
 def _softmax(logits_NV: Tensor, scale: float) -> tuple[Tensor, Tensor]:

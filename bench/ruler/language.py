@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 from bench.ruler.base import Ask, Encode, Room
-from bench.tools.prose import prose
+from bench.ruler.text import prose
 
 _CHARACTERS_PER_TOKEN = 8  # more than any tokenizer needs for English on average
 

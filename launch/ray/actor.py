@@ -14,8 +14,7 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from apb.clusters.outcome import Outcome, attempt
-from apb.host.host import Host
-from apb.host.messages import HostSpec
+from apb.host.host import Host, HostSpec
 from burst.transport.process_group import ProcessGroupTransport
 
 LOOPBACK = "127.0.0.1"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from apb.clusters.outcome import Outcome, intact, values
-from apb.host.messages import HostSpec, OnEvent
+from apb.host.host import HostSpec, OnEvent
 from burst.errors import HostFailure
 from launch.ray.actor import HostActor
 from launch.ray.session import Placement, close_session, load_ray, open_session, place

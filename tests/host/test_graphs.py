@@ -16,8 +16,9 @@ from apb.decode.lookup import Lookup
 from apb.draft.draft import Draft
 from apb.draft.spec import DraftSpec
 from apb.graphs.capture import WARM_UPS, Capture, CudaCapture, Pieces
-from apb.models.adapter import FINAL, Adapter
+from apb.models.adapter import Adapter
 from apb.models.graphed import GraphedAdapter
+from apb.models.hooks import FINAL
 from apb.strategies import strategy
 from burst.errors import UserError
 from tests.support.asking import SAMPLED, VOCAB

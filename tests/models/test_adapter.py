@@ -18,10 +18,10 @@ from apb.models.adapter import Adapter
 from apb.models.checks import check_config
 from apb.models.shape import model_shape
 from apb.strategies import strategy
+from bench.twin import twin
 from burst.errors import UserError
 from tests.support import tiny
 from tests.support.tiny import adapt, build, make_prompt, tiny_engine
-from tests.support.twin import twin
 
 COMMON: dict[str, Any] = {
     "hidden_size": 48,
@@ -225,7 +225,7 @@ UNFIT: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "layers without positions": (
         "Cohere2ForCausalLM.*positions are not RoPE alone",
-        lambda: transformers.Cohere2Config(**COMMON, layer_types=["full_attention"] * 2, sliding_window=None),
+        lambda: transformers.Cohere2Config(**COMMON, layer_types=["full_attention"] * 2, sliding_window=64),
     ),
     "attention twice a layer": (
         r"DiffLlamaForCausalLM.*layers \[0, 0, 1, 1\]",

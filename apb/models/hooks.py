@@ -1,0 +1,129 @@
+"""Forward hooks that let a layer's raw projections and what passes between layers be seen; idle ones cost nothing.
+
+Shapes: B batch, S tokens, E hidden size, F feature width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apb.kv.layer import Projections
+
+FINAL = -1  # the final norm's output among the features
+# Projections of the layer under way, and features; virtual ranks are threads, so each has its own.
+_captured = threading.local()
+
+
+@dataclass
+class Features:
+    """What a draft head reads of tokens that run through the model.
+
+    ``taps``: the layers whose input it reads; empty: the final norm's output. ``rows``: of these tokens only."""
+
+    taps: tuple[int, ...]
+    rows: Tensor | None = None
+    parts: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def value_SF(self) -> Tensor:
+        """The features (S, F), taps side by side."""
+        return torch.cat([self.parts[tap] for tap in self.taps or (FINAL,)], dim=-1)
+
+    def keep(self, tap: int, hidden_BSE: Tensor) -> None:
+        """Copy what passes a tap: layers may go on to write over it."""
+        if tap in (self.taps or (FINAL,)):
+            rows_SE = hidden_BSE[0]
+            self.parts[tap] = rows_SE.clone() if self.rows is None else rows_SE.index_select(0, self.rows)
+
+
+def active_features() -> Features | None:
+    """Return what this thread is keeping features in."""
+    features: Features | None = getattr(_captured, "features", None)
+    return features
+
+
+@contextlib.contextmanager
+def capturing(taps: tuple[int, ...] | None, rows: Tensor | None = None) -> Iterator[Features]:
+    """Keep the features of the tokens that are run meanwhile, once; ``taps`` None keeps nothing."""
+    features, before = Features(taps or (), rows), active_features()
+    _captured.features = features if taps is not None else None
+    try:
+        yield features
+    finally:
+        _captured.features = before
+
+
+@contextlib.contextmanager
+def projecting(wanted: bool) -> Iterator[None]:
+    """Keep the projections of each layer that runs meanwhile for ``take_projections``, where they are wanted."""
+    if wanted:
+        _captured.slot = {}
+    try:
+        yield
+    finally:
+        _captured.slot = None
+
+
+def take_projections() -> Projections | None:
+    """Return the projections of the layer under way; None where they are not kept."""
+    slot: dict[str, Tensor] | None = getattr(_captured, "slot", None)
+    if slot is None:
+        return None
+    out = Projections(slot.pop("q"), slot.pop("k"), slot.pop("v"))
+    assert not slot, sorted(slot)
+    return out
+
+
+def hook_projections(module: nn.Module, widths: Sequence[int]) -> None:
+    """Let an attention module's projections be kept; ``widths``: of q, k and v in one that has them in one."""
+
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            slot = getattr(_captured, "slot", None)
+            if slot is not None:
+                slot.update(_split(name, output))
+
+        return hook
+
+    def _split(name: str, output: Tensor) -> dict[str, Tensor]:
+        if name != "qkv":
+            return {name: output}
+        return dict(zip("qkv", output.split(list(widths), dim=-1), strict=True))
+
+    for name in ("q", "k", "v", "qkv"):
+        projection = getattr(module, f"{name}_proj", None)
+        if projection is not None:
+            projection.register_forward_hook(keep(name))
+
+
+def has_projections(module: nn.Module) -> bool:
+    """Whether q, k and v are plain projections; DeepSeek's compressed keys, for one, are not."""
+    return hasattr(module, "qkv_proj") or all(hasattr(module, f"{name}_proj") for name in "qkv")
+
+
+def hook_features(base: nn.Module, layers: Sequence[nn.Module]) -> None:
+    """Let the input of each layer, and the decoder's output, be kept as features."""
+
+    def tap(layer: int) -> Any:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], given: dict[str, Any]) -> None:
+            features = active_features()
+            if features is not None:
+                features.keep(layer, inputs[0] if inputs else given["hidden_states"])
+
+        return hook
+
+    def final(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        features = active_features()
+        if features is not None:
+            features.keep(FINAL, output.last_hidden_state)
+
+    for number, layer in enumerate(layers):
+        layer.register_forward_pre_hook(tap(number), with_kwargs=True)
+    base.register_forward_hook(final)

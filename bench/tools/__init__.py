@@ -1,1 +1,0 @@
-"""Tools that benchmarks share: rows on disk, conditions, times, prompts, prose, output."""
