@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
+import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,11 @@ from burst.errors import UserError, choose
 __all__ = ["Engine", "Result", "versions"]
 
 
+# The numbers of caches, and those that nobody refers to any more (cache, epoch): several engines may share a cluster.
+_NUMBERS: weakref.WeakKeyDictionary[Cluster, itertools.count[int]] = weakref.WeakKeyDictionary()
+_DROPPED: weakref.WeakKeyDictionary[Cluster, deque[tuple[str, int]]] = weakref.WeakKeyDictionary()
+
+
 @dataclass(frozen=True)
 class Result:
     """An answer: its text (stop token and stop string left out), its token ids, and what everything cost."""
@@ -60,7 +67,8 @@ class Engine:
         self.setup = setup
         self.cluster = cluster
         self._closed = False
-        self._ids = (f"cache-{i}" for i in itertools.count())
+        self._numbers = _NUMBERS.setdefault(cluster, itertools.count())
+        self._dropped = _DROPPED.setdefault(cluster, deque())
         self._links: Links | None = None
 
     @classmethod
@@ -147,7 +155,7 @@ class Engine:
         if question_first:
             prompt = with_question_first(self.setup.tokenizer, prompt)
         plan = self.setup.plan(prompt)
-        handle_id = next(self._ids)
+        handle_id = f"cache-{next(self._numbers)}"
         requests = [(prefill_request(handle_id, prompt, plan, self.setup.compressor, r),) for r in range(plan.hosts)]
         reports = self._call("prefill", requests, _layers(on_layer))
         asked = prompt.question if plan.question_len or prompt.copied else None
@@ -240,7 +248,7 @@ class Engine:
             prompt, generated, ids = dataclasses.replace(prompt, question=question), [], question.query_ids
             self.setup.check_ids(ids)
             self.setup.check_room(len(prompt.token_ids), 0)
-        new_id = next(self._ids)
+        new_id = f"cache-{next(self._numbers)}"
         reports = self._call("fork", [(handle.id, new_id, ids)] * self.cluster.hosts)
         metrics = handle.metrics | {"query_tokens": prompt.lengths.query, "forked": True}
         if query is not None:
@@ -292,6 +300,10 @@ class Engine:
             self._call("release", [(handle.id,)] * self.cluster.hosts)
         handle.released = True
 
+    def dropped(self, handle_id: str, epoch: int) -> None:
+        """Note a cache that nobody refers to any more; the next call frees it on all hosts."""
+        self._dropped.append((handle_id, epoch))
+
     def close(self) -> None:
         """End the hosts; may be called twice."""
         self._closed = True
@@ -320,6 +332,10 @@ class Engine:
 
     def _call(self, method: str, per_host: Sequence[tuple[Any, ...]], on_event: Any = None) -> list[Any]:
         check_open(self._closed, method)
+        noted = [self._dropped.popleft() for _ in range(len(self._dropped))]
+        unused = tuple(handle_id for handle_id, epoch in noted if epoch == self.cluster.epoch)
+        if unused:
+            self.cluster.call("release", [unused] * self.cluster.hosts)
         return self.cluster.call(method, per_host, on_event)
 
     def _place(self, handle: KVHandle, wanted: str, request: DecodeRequest) -> None:
@@ -338,9 +354,10 @@ class Engine:
         there = self._gather(handle, handle.owner)
         self._call("release", [(handle.id,)] * self.cluster.hosts)
         handle.id, handle.blocks, handle.metrics = there.id, there.blocks, there.metrics
+        there.released = True  # its cache is the handle's now
 
     def _gather(self, handle: KVHandle, rank: int) -> KVHandle:
-        new_id = next(self._ids)
+        new_id = f"cache-{next(self._numbers)}"
         reports = self._call("gather", [(handle.id, new_id, rank)] * self.cluster.hosts)
         blocks = ((rank, len(handle.prompt.context_ids)),)
         metrics = added(handle.metrics, reports) | {"gathered_on": rank}

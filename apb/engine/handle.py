@@ -27,10 +27,14 @@ class Caches(Protocol):
 
     def release(self, handle: KVHandle) -> None: ...
 
+    def dropped(self, handle_id: str, epoch: int) -> None: ...
+
 
 @dataclass
 class KVHandle:
     """A KV cache on the engine's hosts. Its tokens' KV lies where ``locate`` says; ``metrics`` tell what it cost.
+
+    A handle that nobody refers to any more is released with the engine's next call.
 
     ``exact``: whether the context's KV equals full attention's. ``conditioned_on``: the question whose tokens stood in
     anchors, drove the selection or stand before the document; None when the cache serves every question alike.
@@ -48,6 +52,11 @@ class KVHandle:
     generated: list[int] = field(default_factory=list, repr=False)
     released: bool = False
     interrupted: bool = False  # an answer broke off half-way: hosts may disagree about where it stopped
+
+    def __del__(self) -> None:
+        # Runs at any time, in any thread, even within a call: so it only notes what there is to release.
+        if not self.__dict__.get("released", True):
+            self.engine.dropped(self.id, self.epoch)
 
     @property
     def token_ids(self) -> tuple[int, ...]:

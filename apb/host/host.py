@@ -204,9 +204,10 @@ class Host:
             cache = self._caches[handle].fork()
             return score(self.adapter, self.kernel, self.transport, cache, token_ids, first)
 
-    def release(self, handle: str) -> None:
-        """Forget a cache."""
-        self._caches.pop(handle, None)
+    def release(self, *handles: str) -> None:
+        """Forget caches."""
+        for handle in handles:
+            self._caches.pop(handle, None)
 
     # -- how ------------------------------------------------------------------------------------------------------
 

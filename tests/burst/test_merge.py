@@ -143,7 +143,9 @@ def test_a_part_for_some_rows_only() -> None:
     total.add(a[0].clone(), a[1].clone())
     total.add(b[0][:, :, 2:], b[1][:, :, 2:], rows=slice(2, None))
     out, lse = total.finish()
-    assert_same((out[:, :, 2:], lse[:, :, 2:]), (want_out[:, :, 2:], want_lse[:, :, 2:]))
+    # Where rows start in memory decides which instructions take them: equal to rounding, not to the bit.
+    for got, want in ((out, want_out), (lse, want_lse)):
+        torch.testing.assert_close(got[:, :, 2:], want[:, :, 2:], atol=5e-6, rtol=0)
     assert_same((out[:, :, :2], lse[:, :, :2]), (a[0][:, :, :2], a[1][:, :, :2]))
 
 
