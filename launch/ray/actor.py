@@ -1,23 +1,25 @@
-"""One host inside a Ray actor. Runs in Ray's worker processes; knows nothing of Ray itself."""
+"""One host inside a Ray actor. Runs in Ray's worker processes; knows nothing of Ray itself.
+
+What is heavy is imported by the calls that need it, so that the process beats from its first second on.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import queue
-import socket
 import time
-from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from launch.hosts.progress import Progress
 
-from apb.clusters.outcome import Outcome, attempt
-from apb.host.host import Host, HostSpec
-from burst.transport.process_group import ProcessGroupTransport
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-LOOPBACK = "127.0.0.1"
+    from apb.clusters.outcome import Outcome
+    from apb.host.host import Host
+    from apb.host.messages import HostSpec
+
 # Events within this time travel together: a person sees no delay, and fifty trips a second are cheap.
 LINGER_S = 0.02
 # An events() call without any event returns after this time, so that none is left behind for ever.
@@ -27,43 +29,67 @@ Event = dict[str, Any]
 
 
 class HostActor:
-    """Holds an apb.host.host.Host between calls; ``events`` is called beside ``run`` and streams what it says."""
+    """Holds an apb.host.host.Host between calls.
+
+    Beside ``run``, ``events`` streams what it says and ``beat`` tells whether it goes on, each in a thread of its own.
+    """
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._host: Host | None = None
         self._store: TCPStore | None = None
         self._events: dict[int, queue.SimpleQueue[Event | None]] = {}
+        self._progress = Progress()
 
     def pid(self) -> int:
         """Return this process's id."""
         return os.getpid()
 
-    def listen(self, address: str, world: int, timeout_s: float) -> int:
-        """Open the group's meeting point; return its port, which the system chooses: it is never busy."""
-        self._store = TCPStore(
-            address, 0, world, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
-        )
-        port: int = self._store.port
-        return port
+    def beat(self, after_s: float) -> float:
+        """Wait a moment; return for how many seconds the work under way has stood still."""
+        time.sleep(after_s)
+        return self._progress.idle_s()
+
+    def listen(self, address: str, world: int, timeout_s: float) -> Outcome:
+        """Open the group's meeting point; return its port."""
+        from apb.clusters.outcome import attempt
+        from launch.hosts.meeting import open_store
+
+        def opened() -> int:
+            self._store = open_store(address, world, timeout_s)
+            port: int = self._store.port
+            return port
+
+        with self._progress.working():
+            return attempt(opened)
 
     def start(self, spec: HostSpec, nodes: tuple[int, ...], address: str, port: int) -> Outcome:
         """Join the group and load the model."""
-        return attempt(lambda: self._start(spec, nodes, address, port))
+        from apb.clusters.outcome import attempt
+
+        with self._progress.working():
+            return attempt(lambda: self._start(spec, nodes, address, port))
 
     def run(self, number: int | None, method: str, args: tuple[Any, ...]) -> Outcome:
         """Run one method of the host; with a number, ``events(number)`` streams what it says meanwhile."""
-        host = self._host
+        from apb.clusters.outcome import attempt
+
+        host, progress = self._host, self._progress
         assert host is not None
-        if number is None:
-            host.on_event = lambda event: None
-            return attempt(lambda: getattr(host, method)(*args))
-        said = self._queue(number)
-        host.on_event = said.put
+        said = self._queue(number) if number is not None else None
+
+        def on_event(event: Event) -> None:
+            progress.step()
+            if said is not None:
+                said.put(event)
+
+        host.on_event = on_event
         try:
-            return attempt(lambda: getattr(host, method)(*args))
+            with progress.working():
+                return attempt(lambda: getattr(host, method)(*args))
         finally:
-            said.put(None)
+            if said is not None:
+                said.put(None)
 
     def events(self, number: int) -> tuple[list[Event], bool]:
         """Wait for events of call ``number``; return them, and whether they were the last ones."""
@@ -86,16 +112,25 @@ class HostActor:
         return self._events.setdefault(number, queue.SimpleQueue())  # whichever of run and events comes first
 
     def _start(self, spec: HostSpec, nodes: tuple[int, ...], address: str, port: int) -> None:
+        import torch
+
+        from apb.host.host import Host
+        from burst.transport.process_group import ProcessGroupTransport
+        from launch.hosts.meeting import LOOPBACK, join_store, stay_on_loopback
+
         if spec.device.startswith("cuda"):
             spec = dataclasses.replace(spec, device="cuda:0")  # Ray shows an actor its own GPU only
             torch.cuda.set_device(0)
-        names = {name for _, name in socket.if_nameindex()}
-        if address == LOOPBACK and "lo" in names:
-            # Otherwise gloo asks for the machine's name, which laptops often cannot resolve.
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        timeout = timedelta(seconds=spec.timeout_s)
-        store = self._store or TCPStore(address, port, len(nodes), timeout=timeout)
+        if address == LOOPBACK:
+            stay_on_loopback()
+        store = self._store or join_store(address, port, len(nodes), spec.timeout_s)
         transport = ProcessGroupTransport.join(
-            self._rank, len(nodes), store, nodes=nodes, device=spec.device, timeout_s=spec.timeout_s
+            self._rank,
+            len(nodes),
+            store,
+            nodes=nodes,
+            device=spec.device,
+            timeout_s=spec.timeout_s,
+            observer=self._progress.step,
         )
         self._host = Host(spec, transport)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
-import math
+import os
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from apb.clusters.outcome import Outcome, intact, values
-from apb.host.host import HostSpec, OnEvent
+from apb.clusters.outcome import intact, values
+from apb.host.messages import HostSpec, OnEvent
 from burst.errors import HostFailure
 from launch.ray.actor import HostActor
-from launch.ray.session import Placement, close_session, load_ray, open_session, place
-
-TICK_S = 0.5  # how often a call that nothing comes from looks up
-# A dead process is known after at most two seconds, its neighbours fail at once, and theirs after them.
-GRACE_S = 5.0
+from launch.ray.call import Call
+from launch.ray.places import Placement, place
+from launch.ray.session import close_session, load_ray, open_session
 
 
 class RayCluster:
@@ -59,7 +59,7 @@ class RayCluster:
             actor.run.remote(number if on_event and rank == 0 else None, method, per_host[rank])
             for rank, actor in enumerate(self._actors)
         ]
-        return self._settle(method, refs, number, on_event)
+        return self._settle(method, dict(enumerate(refs)), number, on_event)
 
     def close(self) -> None:
         """End all hosts, and Ray if it was started or joined for them; may be called twice."""
@@ -98,19 +98,19 @@ class RayCluster:
             self._actors = [self._actor(rank) for rank in range(self.hosts)]
             asked = [actor.pid.remote() for actor in self._actors]
             self.pids = tuple(self._answer(rank, ref, deadline) for rank, ref in enumerate(asked))
-            listening = self._actors[0].listen.remote(at.address, self.hosts, self._spec.timeout_s)
-            port = self._answer(0, listening, deadline)
         except BaseException:
             self._end_hosts()
             raise
+        listening = self._actors[0].listen.remote(at.address, self.hosts, self._spec.timeout_s)
+        (port,) = self._settle("start", {0: listening})
         refs = [actor.start.remote(self._spec, at.nodes, at.address, port) for actor in self._actors]
-        self._settle("start", refs)
+        self._settle("start", dict(enumerate(refs)))
 
     def _actor(self, rank: int) -> Any:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         assert self._placement is not None
-        remote = self._ray.remote(concurrency_groups={"control": 1})(HostActor)
+        remote = self._ray.remote(concurrency_groups={"control": 1, "pulse": 1})(HostActor)
         return remote.options(
             num_cpus=1,
             num_gpus=1 if self._on_gpu else 0,
@@ -136,20 +136,31 @@ class RayCluster:
         """Kill every host's process; one that waits for a peer would answer nothing else."""
         for actor in self._actors:
             self._ray.kill(actor)
+        for rank, pid in enumerate(self.pids):  # Ray asks a process to end, which one that is stopped never does
+            if self._placement is not None and self._placement.is_here(rank):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self._actors, self.pids = [], ()
 
     # -- waiting -------------------------------------------------------------------------------------------
 
-    def _settle(self, method: str, refs: list[Any], number: int = -1, on_event: OnEvent | None = None) -> list[Any]:
-        """Wait for a call on all hosts; when it leaves them unfit for another, end them."""
-        waiting = _Call(self._ray, refs)
+    def _settle(
+        self, method: str, refs: dict[int, Any], number: int = -1, on_event: OnEvent | None = None
+    ) -> list[Any]:
+        """Wait for a call on hosts; when it leaves them unfit for another, end them."""
+        actors = self._actors
+
+        def beating(rank: int, after_s: float) -> Any:
+            return actors[rank].beat.options(concurrency_group="pulse").remote(after_s)
+
         fit = False
         try:
+            waiting = Call(self._ray, refs, beating, self._spec.timeout_s)
             if on_event is not None:
-                control = self._actors[0].events.options(concurrency_group="control")
+                control = actors[0].events.options(concurrency_group="control")
                 waiting.stream(lambda: control.remote(number), on_event)
             waiting.until_settled()
-            fit = intact(waiting.outcomes, self.hosts)
+            fit = intact(waiting.outcomes, len(refs))
             failure = None if fit else waiting.failure(method)
             if failure is not None:
                 raise failure
@@ -158,79 +169,3 @@ class RayCluster:
             if not fit:
                 self._end_hosts()
                 self.epoch += 1
-
-
-class _Call:
-    """One call under way on all hosts: what came back, who died, and the events of host 0."""
-
-    def __init__(self, ray: Any, refs: list[Any]) -> None:
-        self._ray = ray
-        self._pending = {ref: rank for rank, ref in enumerate(refs)}
-        self._dead: dict[int, str] = {}
-        self._step = ""  # the last thing host 0 was heard to do
-        self._events: Any = None
-        self.outcomes: dict[int, Outcome] = {}
-
-    def stream(self, ask: Callable[[], Any], on_event: OnEvent) -> None:
-        """Hand host 0's events on while waiting; ``ask()`` requests the next ones."""
-        self._ask, self._on_event, self._events = ask, on_event, ask()
-
-    def until_settled(self) -> None:
-        """Wait for every host, or, once one failed, for what its peers have to say about it."""
-        give_up = math.inf
-        while self._pending or self._events is not None:
-            waited = [*self._pending, *([] if self._events is None else [self._events])]
-            ready, _ = self._ray.wait(waited, num_returns=1, timeout=TICK_S)
-            for ref in ready:
-                if ref is self._events:
-                    self._deliver(ref)
-                else:
-                    self._receive(self._pending.pop(ref), ref)
-            failed = self._dead or any(outcome.error for outcome in self.outcomes.values())
-            if failed and give_up == math.inf:
-                give_up = time.monotonic() + GRACE_S
-            if time.monotonic() > give_up or (self._dead and self._witnesses(self._dead)):
-                return
-
-    def failure(self, method: str) -> HostFailure | None:
-        """Return the failure of a host that died, or is silent while its peers name it; None if none is."""
-        silent = dict.fromkeys(self._pending.values(), "it does not answer; its peers gave up after waiting for it")
-        explained = any(o.error and not isinstance(o.error, HostFailure) for o in self.outcomes.values())
-        lost = self._dead or ({} if explained else silent)
-        witnesses = self._witnesses(lost)
-        if not witnesses and not self._dead:
-            return None
-        others = [o.error for o in self.outcomes.values() if isinstance(o.error, HostFailure)]
-        witness = next(iter(witnesses or others), None)
-        rank = witness.peer if witness is not None and witness.peer in lost else min(lost)
-        step = witness.step if witness is not None else self._step or method
-        return HostFailure(lost[rank], rank=rank, step=step, peer=witness.rank if witness is not None else None)
-
-    def _witnesses(self, lost: dict[int, str]) -> list[HostFailure]:
-        errors = [o.error for o in self.outcomes.values()]
-        return [e for e in errors if isinstance(e, HostFailure) and e.peer in lost]
-
-    def _receive(self, rank: int, ref: Any) -> None:
-        try:
-            self.outcomes[rank] = self._ray.get(ref)
-        except self._ray.exceptions.RayTaskError as error:  # the actor's own code: a bug of ours
-            self.outcomes[rank] = Outcome(error=RuntimeError(str(error)))
-        except self._ray.exceptions.OutOfMemoryError:
-            self._dead[rank] = "its process was ended by Ray because its machine ran out of memory"
-        except self._ray.exceptions.RayError:
-            self._dead[rank] = "its process ended: killed, out of memory, or crashed"
-
-    def _deliver(self, ref: Any) -> None:
-        try:
-            events, last = self._ray.get(ref)
-        except self._ray.exceptions.RayError:  # host 0 is gone; its call says so
-            self._events = None
-            return
-        self._events = None if last else self._ask()
-        for event in events:
-            self._step = self._describe(event)
-            self._on_event(event)
-
-    @staticmethod
-    def _describe(event: dict[str, Any]) -> str:
-        return f"after layer {event['done'] - 1}" if event.get("kind") == "layer" else str(event.get("kind"))

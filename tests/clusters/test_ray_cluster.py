@@ -23,9 +23,9 @@ from apb.engine.engine import Engine
 from apb.plan.bytes import bytes_by_kind
 from apb.plan.plan import PrefillPlan
 from burst.errors import HostFailure, UserError
-from launch.ray.actor import LOOPBACK, HostActor
+from launch.hosts.meeting import LOOPBACK, open_store
 from launch.ray.cluster import RayCluster
-from launch.ray.session import neighbours
+from launch.ray.places import neighbours
 from tests.support.ray_driver import LONG
 from tests.support.tiny import random_ids, saved_llama
 
@@ -149,7 +149,7 @@ def test_too_many_hosts(cluster: RayCluster, caplog: pytest.LogCaptureFixture) -
     have = int(ray.cluster_resources()["CPU"])
     with pytest.raises(UserError, match=f"has {have} CPUs .* {have + 1} hosts asked") as error:
         RayCluster(cluster._spec, have + 1, startup_timeout_s=2.0)
-    (waiting,) = [record.getMessage() for record in caplog.records if record.name == "launch.ray.session"]
+    (waiting,) = [record.getMessage() for record in caplog.records if record.name == "launch.ray.places"]
     assert f"has {have} CPUs" in waiting and f"{have + 1} hosts asked" in waiting and "up to 2 s" in waiting
     assert "cluster.hosts" in error.value.remedy
     assert ray.is_initialized()  # it belongs to the other cluster
@@ -247,8 +247,8 @@ time.sleep(60)
 
 
 def test_ports_are_never_busy() -> None:
-    actors = [HostActor(0), HostActor(0)]
-    first, second = (actor.listen(LOOPBACK, 1, 5.0) for actor in actors)
+    stores = [open_store(LOOPBACK, 1, 5.0) for _ in range(2)]
+    first, second = (store.port for store in stores)
     assert first != second
 
 

@@ -1,0 +1,1 @@
+"""Hosts: signs of life, deadlines and meeting points that the processes of all clusters share."""
