@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     from apb.clusters.outcome import Outcome
-    from apb.host.host import Host
-    from apb.host.messages import HostSpec
+    from apb.host.host import Host, HostSpec
 
 # Events within this time travel together: a person sees no delay, and fifty trips a second are cheap.
 LINGER_S = 0.02
