@@ -15,7 +15,7 @@ BENCHES = {
     "decode": "bench.decode.cli",
     "emulate": "bench.emulate.cli",
     "kernels": "bench.kernels.cli",
-    "report": "bench.readme.cli",
+    "report": "bench.report.cli",
     "ruler": "bench.ruler.cli",
     "simulate": "bench.simulate.cli",
     "throughput": "bench.throughput.cli",

@@ -18,6 +18,15 @@ torch.set_num_threads(1)
 pytest.register_assert_rewrite("tests.support.command")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of ``-m claims``; here because pytest reads no other conftest in time."""
+    parser.addoption("--claims-out", metavar="FILE", help="JSONL file of the claims' samples; a stopped run goes on")
+    parser.addoption(
+        "--claims-data", action="append", default=[], metavar="FILE", help="JSONL questions that are decoded too"
+    )
+    parser.addoption("--claims-model", default="smollm2-135m", help="model that claims are checked on")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run."""
     missing = {

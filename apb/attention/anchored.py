@@ -25,7 +25,7 @@ from burst.transport import Gathered, Handle, Message, Transport
 
 
 @dataclass
-class _Layer:
+class _LayerState:
     """What one layer has at hand while its steps run; lists by the host's own blocks."""
 
     number: int
@@ -83,7 +83,7 @@ class PrefillAttention:
         sizes = [stop - start for start, stop in self.host.spans]
         ends = list(itertools.accumulate(sizes, initial=a))
         parts = zip(kept.k_BKTD.split(sizes, dim=2), kept.v_BKTD.split(sizes, dim=2), strict=True)
-        here = _Layer(
+        here = _LayerState(
             number=layer,
             q_BHSD=q_BHSD,
             scale=scale,
@@ -128,14 +128,14 @@ class PrefillAttention:
         out_BHSD = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
         return out_BHSD.transpose(1, 2)
 
-    def _queries_of(self, step: Attend, here: _Layer) -> Tensor:
+    def _queries_of(self, step: Attend, here: _LayerState) -> Tensor:
         rows = slice(0, self.host.anchor_len) if step.queries == "anchor" else here.rows[step.block]
         return here.q_BHSD[:, :, rows]
 
-    def _keys_of(self, step: Attend, here: _Layer) -> tuple[Tensor, Tensor]:
+    def _keys_of(self, step: Attend, here: _LayerState) -> tuple[Tensor, Tensor]:
         return _concat([part for name in step.keys for part in self._keys(name, step.block, here)])
 
-    def _keys(self, region: Region, block: int, here: _Layer) -> list[LayerKV]:
+    def _keys(self, region: Region, block: int, here: _LayerState) -> list[LayerKV]:
         """Return a region's keys and values in parts: they are laid side by side only where they are attended to."""
         match region:
             case "anchor":
@@ -152,21 +152,21 @@ class PrefillAttention:
 
     # -- the anchor -----------------------------------------------------------------------------------------------
 
-    def _gather_anchor(self, step: GatherAnchor, here: _Layer) -> Gathered:
+    def _gather_anchor(self, step: GatherAnchor, here: _LayerState) -> Gathered:
         """Post this host's share of the anchor, and the question's queries in it, as one flat message."""
         own = [here.share.k_BKTD, here.share.v_BKTD, *(here.question if step.question else [])]
         packed = torch.cat([x.flatten() for x in own])
         shapes = [(sum(self._share_sizes(rank, step.question, here)),) for rank in range(self.plan.hosts)]
         return self._transport.all_gather(packed, shapes, kind="anchor", step=f"layer {here.number}: anchor")
 
-    def _share_sizes(self, rank: int, question: bool, here: _Layer) -> list[int]:
+    def _share_sizes(self, rank: int, question: bool, here: _LayerState) -> list[int]:
         """Return how many numbers of K, V and queries a host's share has."""
         _, heads, _, width = here.q_BHSD.shape
         kv = self.plan.host_plans[rank].anchor_len * here.blocks[0].k_BKTD.shape[1] * width
         first, last = self.plan.question_rows(rank)
         return [kv, kv, *([(last - first) * heads * width] if question else [])]
 
-    def _take_anchor(self, parts: list[Tensor], here: _Layer) -> None:
+    def _take_anchor(self, parts: list[Tensor], here: _LayerState) -> None:
         """Unpack all hosts' shares."""
         batch, heads, _, width = here.q_BHSD.shape
         shared = self.plan.shared_anchor
@@ -181,12 +181,12 @@ class PrefillAttention:
 
     # -- passing --------------------------------------------------------------------------------------------------
 
-    def _select(self, step: Select, here: _Layer) -> Tensor:
+    def _select(self, step: Select, here: _LayerState) -> Tensor:
         """Return the kept rows, K and V in one tensor (2, B, K, R, D), so that they travel as one message."""
         with self._transport.during("selection"):
             return self._selected(step, here)
 
-    def _selected(self, step: Select, here: _Layer) -> Tensor:
+    def _selected(self, step: Select, here: _LayerState) -> Tensor:
         assert self._compressor is not None
         layer, block, rows, question_q = here.number, here.blocks[step.block], here.rows[step.block], None
         if self._compressor.needs_question:
@@ -215,7 +215,7 @@ class PrefillAttention:
         index_BKRD = index_BKR[..., None].expand(*index_BKR.shape, block.k_BKTD.shape[-1])
         return torch.stack([block.k_BKTD.gather(2, index_BKRD), block.v_BKTD.gather(2, index_BKRD)])
 
-    def _pass(self, step: Pass, here: _Layer) -> Handle:
+    def _pass(self, step: Pass, here: _LayerState) -> Handle:
         """Post the passing of one block; ``here.passed`` gets the buffers of what is received with it."""
         t, plan, k = self._transport, self.plan, here.blocks[step.block].k_BKTD
         shapes = [(2, k.shape[0], k.shape[1], rows, k.shape[3]) for rows in plan.kept_rows]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from apb.host.host import HostSpec, OnEvent
+from apb.host.messages import HostSpec, OnEvent
 from burst.errors import in_range
 from burst.registry import Registry, option
 

@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 import torch
 
 from apb.clusters.base import CLUSTERS, Cluster, Launcher
-from apb.host.host import Host, HostSpec, OnEvent, load_adapter
+from apb.host.host import Host
+from apb.host.load import load_adapter
+from apb.host.messages import HostSpec, OnEvent
 from apb.models.adapter import Adapter
 from burst.registry import option
 from burst.transport import VirtualWorld

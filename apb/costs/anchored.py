@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from apb.costs.lockstep import Await, Exchange, Hosts, Move, Relay, Seconds, Step, Work, shift
+from apb.costs.lockstep import Await, ClockStep, Compute, Exchange, Hosts, Move, Relay, Seconds, shift
 from apb.costs.rates import Rates, read
 from apb.plan.bytes import anchor_bytes
 from apb.plan.plan import PrefillPlan
@@ -16,7 +16,7 @@ Together = GatherAnchor | WaitAnchor | Pass | WaitPassing
 Meeting = tuple[str, int]  # what hosts do together, and for which of their blocks
 
 
-def attention(plan: PrefillPlan, rates: Rates) -> list[Step]:
+def attention(plan: PrefillPlan, rates: Rates) -> list[ClockStep]:
     """Return what a layer does after its projections."""
     order = _meetings(plan)
     turn = {meeting: at + 1 for at, meeting in enumerate(order)}
@@ -37,9 +37,9 @@ def attention(plan: PrefillPlan, rates: Rates) -> list[Step]:
                     raise AssertionError("an exact plan")
                 case _:
                     at = turn[_meeting(step)]
-    steps: list[Step] = [Work(dict(work[0]))]
+    steps: list[ClockStep] = [Compute(dict(work[0]))]
     for at, meeting in enumerate(order):
-        steps += [*_together(meeting, plan), Work(dict(work[at + 1]))]
+        steps += [*_together(meeting, plan), Compute(dict(work[at + 1]))]
     return steps
 
 
@@ -53,14 +53,14 @@ def _meetings(plan: PrefillPlan) -> list[Meeting]:
     return max(own, key=len)
 
 
-def _together(meeting: Meeting, plan: PrefillPlan) -> list[Step]:
+def _together(meeting: Meeting, plan: PrefillPlan) -> list[ClockStep]:
     what, block = meeting
     if what.startswith("Wait"):
         return [Await(f"{what.removeprefix('Wait')} {block}")]
     return [_passed(what, block, plan)]
 
 
-def _passed(what: str, block: int, plan: PrefillPlan) -> Step:
+def _passed(what: str, block: int, plan: PrefillPlan) -> ClockStep:
     row = plan.shape.kv_row_bytes
     if what == "GatherAnchor":
         layers, others = plan.shape.layers, plan.hosts - 1

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from apb.costs import anchored, exact
-from apb.costs.lockstep import Await, Clock, Exchange, Seconds, Step, Work, shift
+from apb.costs.lockstep import Await, Clock, ClockStep, Compute, Exchange, Seconds, shift
 from apb.costs.network import Network
 from apb.costs.rates import PASSES_HEADS, PASSES_HIDDEN, PASSES_MLP, Rates, read
 from apb.plan.bytes import partial_bytes, prefill_bytes
@@ -60,7 +60,7 @@ def cost(plan: PrefillPlan, rates: Rates, network: Network) -> Cost:
     nodes = network.nodes(plan.hosts)
     own = exact.attention(plan, rates, nodes) if plan.spread is not None else anchored.attention(plan, rates)
     gathers = plan.spread is not None or plan.shared_anchor is not None  # every layer brings all hosts together
-    phases: list[tuple[list[Step], int]] = [([_linear(plan, rates), *own], 2 if gathers else SETTLED)]
+    phases: list[tuple[list[ClockStep], int]] = [([_linear(plan, rates), *own], 2 if gathers else SETTLED)]
     if plan.lengths.query:
         phases.append((_question(plan, rates), 1))
     clock, spent, work, sent = Clock(network.topology(plan.hosts)), [], Counter[str](), np.zeros(2)
@@ -83,7 +83,7 @@ def cost(plan: PrefillPlan, rates: Rates, network: Network) -> Cost:
 
 
 def _layers(
-    clock: Clock, program: Sequence[Step], settled: int, layers: int
+    clock: Clock, program: Sequence[ClockStep], settled: int, layers: int
 ) -> tuple[Seconds, dict[str, float], Seconds]:
     """Run ``settled`` layers and count the others like the last one.
 
@@ -102,11 +102,11 @@ def _layers(
     return spent, parts, (clock.sent - sent) / made * layers
 
 
-def _linear(plan: PrefillPlan, rates: Rates) -> Work:
+def _linear(plan: PrefillPlan, rates: Rates) -> Compute:
     """A layer's projections, and what else it does with every token."""
     tokens = [host.tokens_run for host in plan.host_plans]
     each = {count: _token_work(plan, rates, count) for count in set(tokens)}
-    return Work({name: np.array([each[count][name] for count in tokens]) for name in ("linear", "other")})
+    return Compute({name: np.array([each[count][name] for count in tokens]) for name in ("linear", "other")})
 
 
 def _token_work(plan: PrefillPlan, rates: Rates, tokens: int) -> dict[str, float]:
@@ -118,7 +118,7 @@ def _token_work(plan: PrefillPlan, rates: Rates, tokens: int) -> dict[str, float
     return {"linear": linear, "other": rest * tokens}
 
 
-def _question(plan: PrefillPlan, rates: Rates) -> list[Step]:
+def _question(plan: PrefillPlan, rates: Rates) -> list[ClockStep]:
     """One layer of the question's own pass: on every host over its part of the cache, partial outputs merged."""
     s, m = plan.shape, plan.lengths.query
     own = _token_work(plan, rates, m)
@@ -126,7 +126,7 @@ def _question(plan: PrefillPlan, rates: Rates) -> list[Step]:
     # Few queries: the cache is read at the memory's pace, or multiplied at the kernel's.
     pairs = 4 * s.head_dim * s.q_heads * m * held / read(rates.full, m)
     attention = np.maximum(pairs, held * s.kv_row_bytes / rates.memory) + rates.call_s
-    work = Work({name: np.full(plan.hosts, seconds) for name, seconds in own.items()} | {"attention": attention})
+    work = Compute({name: np.full(plan.hosts, seconds) for name, seconds in own.items()} | {"attention": attention})
     if plan.hosts == 1:
         return [work]
     part = m * s.partial_row_bytes
@@ -134,7 +134,7 @@ def _question(plan: PrefillPlan, rates: Rates) -> list[Step]:
 
     each = np.full(plan.hosts, float(part))
     moves = tuple(shift(plan.hosts, k, lambda *_: each) for k in range(1, plan.hosts))
-    return [work, Exchange("partials", moves), Await("partials"), Work({"other": np.full(plan.hosts, merged)})]
+    return [work, Exchange("partials", moves), Await("partials"), Compute({"other": np.full(plan.hosts, merged)})]
 
 
 def _head(plan: PrefillPlan, rates: Rates) -> float:

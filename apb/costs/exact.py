@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from apb.costs.lockstep import Await, Exchange, Hosts, Move, Seconds, Step, Work, shift
+from apb.costs.lockstep import Await, ClockStep, Compute, Exchange, Hosts, Move, Seconds, shift
 from apb.costs.rates import Rates, read
 from apb.plan.exact import Spread, attention_shape
 from apb.plan.plan import PrefillPlan
@@ -16,13 +16,13 @@ from burst.schedules import AttentionShape, Heads, head_split
 PIECES = 2  # kernel calls of a pair of blocks in zigzag, at most
 
 
-def attention(plan: PrefillPlan, rates: Rates, nodes: tuple[int, ...]) -> list[Step]:
+def attention(plan: PrefillPlan, rates: Rates, nodes: tuple[int, ...]) -> list[ClockStep]:
     """Return what a layer does after its projections; ``nodes`` is each host's machine."""
     assert plan.spread is not None
-    return _Layer(plan, plan.spread, rates, nodes).steps()
+    return _ExactLayer(plan, plan.spread, rates, nodes).steps()
 
 
-class _Layer:
+class _ExactLayer:
     def __init__(self, plan: PrefillPlan, spread: Spread, rates: Rates, nodes: tuple[int, ...]) -> None:
         self.spread, self.rates, self.hosts = spread, rates, plan.hosts
         self.shape: AttentionShape = attention_shape(plan.shape)
@@ -40,7 +40,7 @@ class _Layer:
         self.q_heads = np.array([h.q_count for h in self.heads])[self.member]
         self.lane = self._lane(nodes)
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[ClockStep]:
         """Deal heads out where that is asked for, go round the ring, and give the heads back."""
         inner = self._straight() if self.spread.schedule == "allgather" else self._rings()
         return [*self._border("qkv"), *inner, *self._border("out")]
@@ -51,9 +51,9 @@ class _Layer:
         even = all(len(set(nodes[i : i + size])) == 1 for i in range(0, self.hosts, size)) and self.hosts % size == 0
         return size if self.spread.schedule == "burst" and even and size > 1 else self.hosts // self.members
 
-    def _rings(self) -> list[Step]:
+    def _rings(self) -> list[ClockStep]:
         """Rings of neighbours, and a ring between them whose blocks leave a whole round early."""
-        steps: list[Step] = []
+        steps: list[ClockStep] = []
         count, size = self.hosts // self.members, self.lane
         for turn in range(count):
             round_, at = divmod(turn, size)
@@ -69,15 +69,15 @@ class _Layer:
                 steps.append(Await(f"round {round_}"))
         return steps
 
-    def _straight(self) -> list[Step]:
-        starts: list[Step] = []
-        work: list[Step] = [self._pairs(0)]
+    def _straight(self) -> list[ClockStep]:
+        starts: list[ClockStep] = []
+        work: list[ClockStep] = [self._pairs(0)]
         for k in range(1, self.hosts):
             starts.append(Exchange(f"from {k}", self._moves(k, None, lambda s: s)))
             work += [Await(f"from {k}"), self._pairs(k)]
         return [*starts, *work]
 
-    def _hop(self, name: str, turn: int, by: int, within: int | None) -> Step:
+    def _hop(self, name: str, turn: int, by: int, within: int | None) -> ClockStep:
         return Exchange(name, self._moves(by, within, lambda host: self._block(host, turn)))
 
     def _moves(self, by: int, within: int | None, block_of: Callable[[Hosts], Hosts]) -> tuple[Move, ...]:
@@ -99,7 +99,7 @@ class _Layer:
         node, place = group // self.lane, group % self.lane
         return (node - round_) % (count // self.lane) * self.lane + (place - at) % self.lane
 
-    def _pairs(self, turn: int) -> Work:
+    def _pairs(self, turn: int) -> Compute:
         """The kernel calls of one turn, and the merging of what they give."""
         group = np.arange(self.hosts) // self.members
         block = group if turn == 0 else self._block(group, turn)
@@ -110,9 +110,9 @@ class _Layer:
         rate = read(self.rates.causal if turn == 0 else self.rates.full, float(self.block_rows.mean()))
         seconds = 4 * d * self.q_heads * pairs / rate + self.rates.call_s * PIECES * (pairs > 0)
         merged = 3 * 4 * self.block_rows[group] * self.q_heads * d / self.rates.memory * (pairs > 0) * (turn > 0)
-        return Work({"attention": seconds, "other": merged})
+        return Compute({"attention": seconds, "other": merged})
 
-    def _border(self, role: str) -> list[Step]:
+    def _border(self, role: str) -> list[ClockStep]:
         if self.members == 1:
             return []
         row = np.array([self.shape.row_bytes(role, h) for h in self.heads])  # type: ignore[arg-type]
@@ -125,7 +125,7 @@ class _Layer:
 
         copied = 2 * self.block_rows[np.arange(self.hosts) // self.members] * row[self.member] / self.rates.memory
         moves = tuple(shift(self.hosts, k, size, self.members) for k in range(1, self.members))
-        return [Exchange(role, moves), Await(role), Work({"other": copied})]
+        return [Exchange(role, moves), Await(role), Compute({"other": copied})]
 
 
 def _edges(blocks: Layout) -> tuple[Hosts, Hosts]:

@@ -19,7 +19,7 @@ Move = tuple[Hosts, Hosts, Seconds]  # from, to, bytes; every host at most once 
 
 
 @dataclass(frozen=True)
-class Work:
+class Compute:
     """Own work by host and by what it goes to."""
 
     parts: dict[str, Seconds]
@@ -48,7 +48,7 @@ class Await:
     name: str
 
 
-Step = Work | Exchange | Relay | Await
+ClockStep = Compute | Exchange | Relay | Await
 
 
 class Clock:
@@ -75,11 +75,11 @@ class Clock:
         found: Seconds = self.now.max(axis=1)
         return found
 
-    def run(self, program: Sequence[Step]) -> None:
+    def run(self, program: Sequence[ClockStep]) -> None:
         """Do all steps once."""
         for step in program:
             match step:
-                case Work(parts):
+                case Compute(parts):
                     for name, seconds in parts.items():
                         self.now = self.now + seconds
                         self.parts[name] = self.parts.get(name, 0.0) + seconds

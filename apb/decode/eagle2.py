@@ -92,11 +92,11 @@ class Eagle2(Decoder):
             draft.adapt()
             matcher = Matcher(decoding.request.history, LOOKUP_MATCH) if self.lookup else None
             steps = HeadSteps(draft.head, decoding.capture)
-            drafter = _Drafter(self, draft, matcher, steps)
+            drafter = _TreeDrafter(self, draft, matcher, steps)
         return speculate(decoding, drafter, self.tokens)
 
 
-class _Drafter:
+class _TreeDrafter:
     def __init__(self, options: Eagle2, cache: DraftCache, matcher: Matcher | None, steps: HeadSteps) -> None:
         self._options, self._cache, self._matcher, self._steps = options, cache, matcher, steps
         self._stride = Stride(options.tokens) if options.tree == "auto" else None

@@ -56,7 +56,7 @@ class Lookup(Decoder):
         """Decode; every host calls this."""
         drafter = None
         if decoding.decides:
-            drafter = _Drafter(Matcher(decoding.request.history, self.match), self.tokens)
+            drafter = _LookupDrafter(Matcher(decoding.request.history, self.match), self.tokens)
         return speculate(decoding, drafter, self.tokens)
 
 
@@ -110,7 +110,7 @@ class Matcher:
         return next((self.after(place, count) for place in self.places()), [])
 
 
-class _Drafter:
+class _LookupDrafter:
     head_rows = 0
 
     def __init__(self, matcher: Matcher, tokens: int) -> None:

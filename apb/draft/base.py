@@ -20,7 +20,7 @@ from apb.plan.shapes import ModelShape
 
 # q (B, H, S, D), k and v (B, K, S, D) of new rows -> attention output (B, H, S, D)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-Rotate = Callable[[Tensor, Tensor], Tensor]
+RotateTo = Callable[[Tensor, Tensor], Tensor]
 
 WINDOW, SINKS = 512, 4  # tokens: what heads see whose file does not say; published ones were trained on 2,048
 
@@ -40,8 +40,8 @@ class Target:
     head_WE: Tensor
     embedding_scale: float  # what embedded tokens are multiplied with
     logit_scale: float  # what the LM head's products, the bias added, are multiplied with
-    rotate: Rotate
-    rotation: Callable[[Mapping[str, Any]], Rotate]
+    rotate: RotateTo
+    rotation: Callable[[Mapping[str, Any]], RotateTo]
     head_bias_W: Tensor | None = None
     soft_cap: float | None = None  # logits are then soft_cap * tanh(logits / soft_cap)
 
@@ -160,7 +160,7 @@ def share(head: H) -> H:
     return copy.copy(head)
 
 
-class Norm(nn.Module):
+class HeadNorm(nn.Module):
     """RMSNorm as Llama's: computed in fp32, the weight multiplied in the input's type."""
 
     def __init__(self, width: int, eps: float) -> None:
@@ -175,10 +175,10 @@ class Norm(nn.Module):
         return normed_BSE
 
 
-class Attention(nn.Module):
+class HeadAttention(nn.Module):
     """Projections round an attention that somebody else computes; ``inputs`` is the width that they read."""
 
-    def __init__(self, shape: LayerShape, inputs: int, rotate: Rotate) -> None:
+    def __init__(self, shape: LayerShape, inputs: int, rotate: RotateTo) -> None:
         super().__init__()
         s = shape
         self._head_dim, self._rotate = s.head_dim, rotate

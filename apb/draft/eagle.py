@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apb.draft.base import Attend, Attention, LayerShape, Mlp, Norm, SharedVocab, Target
+from apb.draft.base import Attend, HeadAttention, HeadNorm, LayerShape, Mlp, SharedVocab, Target
 
 # Sizes of a fresh head's projections, where not 1.
 _STARTS = {"q_proj": 0.2, "k_proj": 0.2, "o_proj": 0.1, "down_proj": 0.1}
@@ -23,8 +23,8 @@ class EagleLayer(nn.Module):
 
     def __init__(self, shape: LayerShape, target: Target) -> None:
         super().__init__()
-        self.self_attn = Attention(shape, shape.hidden_size, target.rotate)
-        self.post_attention_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
+        self.self_attn = HeadAttention(shape, shape.hidden_size, target.rotate)
+        self.post_attention_layernorm = HeadNorm(shape.hidden_size, shape.rms_norm_eps)
         self.mlp = Mlp(shape)
 
     def forward(self, x_BSE: Tensor, positions_S: Tensor, attend: Attend) -> Tensor:

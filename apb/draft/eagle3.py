@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apb.draft.base import Attend, Attention, DraftHead, LayerShape, Mlp, Norm, Target, share
+from apb.draft.base import Attend, DraftHead, HeadAttention, HeadNorm, LayerShape, Mlp, Target, share
 from burst.errors import UserError
 
 
@@ -21,10 +21,10 @@ class Eagle3Layer(nn.Module):
 
     def __init__(self, shape: LayerShape, target: Target) -> None:
         super().__init__()
-        self.input_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
-        self.hidden_norm = Norm(shape.hidden_size, shape.rms_norm_eps)
-        self.self_attn = Attention(shape, 2 * shape.hidden_size, target.rotate)
-        self.post_attention_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
+        self.input_layernorm = HeadNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.hidden_norm = HeadNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.self_attn = HeadAttention(shape, 2 * shape.hidden_size, target.rotate)
+        self.post_attention_layernorm = HeadNorm(shape.hidden_size, shape.rms_norm_eps)
         self.mlp = Mlp(shape)
 
     def joined(self, embedded_BSE: Tensor, hidden_BSE: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class Eagle3Head(DraftHead):
         self.taps = taps or (2, layers // 2, layers - 3)
         self.fc = nn.Linear(3 * shape.hidden_size, shape.hidden_size, bias=False)
         self.midlayer = Eagle3Layer(shape, target)
-        self.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
+        self.norm = HeadNorm(shape.hidden_size, shape.rms_norm_eps)
         self.lm_head = nn.Linear(shape.hidden_size, len(ids_V), bias=False)
         self.ids_V = self._own_V = ids_V.to(target.device)
         self._rows_VE: Tensor | None = None  # rows of the own LM head; None: all of them

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apb.draft.base import Attend, LayerShape, Norm, SharedVocab, Target
+from apb.draft.base import Attend, HeadNorm, LayerShape, SharedVocab, Target
 from apb.draft.eagle import EagleLayer
 
 
@@ -22,7 +22,7 @@ class MiniCpmLayer(EagleLayer):
 
     def __init__(self, shape: LayerShape, target: Target, residual_scale: float) -> None:
         super().__init__(shape, target)
-        self.input_layernorm = Norm(shape.hidden_size, shape.rms_norm_eps)
+        self.input_layernorm = HeadNorm(shape.hidden_size, shape.rms_norm_eps)
         self._scale = residual_scale
 
     def forward(self, x_BSE: Tensor, positions_S: Tensor, attend: Attend) -> Tensor:
@@ -48,8 +48,8 @@ class MiniCpmHead(SharedVocab):
         sinks: int,
     ) -> None:
         super().__init__(shape, target, window, sinks)
-        self.input_norm1 = Norm(shape.hidden_size, shape.rms_norm_eps)
-        self.input_norm2 = Norm(shape.hidden_size, shape.rms_norm_eps)
+        self.input_norm1 = HeadNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.input_norm2 = HeadNorm(shape.hidden_size, shape.rms_norm_eps)
         self.fc = nn.Linear(2 * shape.hidden_size, shape.hidden_size, bias=fc_bias)
         scale = scale_depth / math.sqrt(target.shape.layers + 1)
         self.layers = nn.ModuleList([MiniCpmLayer(shape, target, scale)])

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from apb.decode.base import Decoded
-from apb.host.host import HostReport
+from apb.host.messages import HostReport
 from apb.plan.plan import PrefillPlan
 from apb.plan.report import plan_document
 from apb.prompt.prompt import Prompt

@@ -9,7 +9,7 @@ import torch
 from apb.compress import Compressor
 from apb.decode.base import DecodeRequest
 from apb.engine.handle import KVHandle
-from apb.host.host import PrefillRequest
+from apb.host.messages import PrefillRequest
 from apb.plan.plan import PrefillPlan
 from apb.prompt.prompt import Prompt
 

@@ -11,9 +11,9 @@ from typing import Any
 from apb.compress import Compressor, compressor
 from apb.draft.spec import DraftSpec
 from apb.engine.options import EngineOptions
-from apb.host.host import HostSpec
+from apb.host.messages import HostSpec
 from apb.plan.draft import Handoff
-from apb.plan.memory import Answer, host_memory
+from apb.plan.memory import Generation, host_memory
 from apb.plan.plan import PrefillPlan
 from apb.plan.shapes import ModelShape
 from apb.prompt.prompt import Prompt, Text, make_prompt, with_question_first
@@ -168,7 +168,7 @@ class Setup:
                 "longer context, or set max_positions where the model takes more than its config.json says.",
             )
 
-    def check_memory(self, plan: PrefillPlan, answer: Answer, available: int, *, sharing: int, copies: int) -> None:
+    def check_memory(self, plan: PrefillPlan, answer: Generation, available: int, *, sharing: int, copies: int) -> None:
         """Refuse a plan that needs more than ``available`` bytes on a machine that ``sharing`` hosts share.
 
         ``copies`` processes, each with the weights, stand on that machine. The heaviest ``sharing`` hosts are
@@ -195,19 +195,19 @@ class Setup:
         )
 
 
-def needed_bytes(plan: PrefillPlan, answer: Answer, *, sharing: int, copies: int) -> int:
+def needed_bytes(plan: PrefillPlan, answer: Generation, *, sharing: int, copies: int) -> int:
     """Bytes that a plan needs on a machine; see ``Setup.check_memory``."""
     memories = _heaviest(plan, answer, sharing)
     weights = memories[0]["weights"]
     return copies * (weights + PROCESS_BYTES) + sum(m["kv"] + m["activations"] for m in memories)
 
 
-def _heaviest(plan: PrefillPlan, answer: Answer, sharing: int) -> list[dict[str, int]]:
+def _heaviest(plan: PrefillPlan, answer: Generation, sharing: int) -> list[dict[str, int]]:
     """Return the memory of the ``sharing`` hosts that need most."""
     return sorted((host_memory(plan, r, answer) for r in range(plan.hosts)), key=lambda m: sum(m.values()))[-sharing:]
 
 
-def fitting_chunk(plan: PrefillPlan, answer: Answer, available: int, *, sharing: int, copies: int) -> int | None:
+def fitting_chunk(plan: PrefillPlan, answer: Generation, available: int, *, sharing: int, copies: int) -> int | None:
     """Return the largest power of two of tokens a chunk that fits into ``available`` bytes; None where none does."""
     longest = max(host.tokens_run for host in plan.host_plans)
     chunk = 1 << (longest - 1).bit_length()

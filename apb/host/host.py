@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -17,102 +15,23 @@ from apb.attention.anchored import PrefillAttention
 from apb.attention.cached import CacheAttention
 from apb.attention.chunked import LocalAttention
 from apb.attention.exact import ExactAttention
-from apb.compress.base import Compressor
 from apb.decode.base import Decoded, DecodeRequest, Decoding, forward
 from apb.decode.placement import Links, measure
 from apb.decode.score import Score, score
 from apb.decode.text import TextStream
 from apb.draft.cache import DraftCache
 from apb.draft.handoff import hand_over, move
-from apb.draft.spec import DraftSpec
 from apb.graphs.capture import Capture, CudaCapture
 from apb.host.forward import BlockAttention, Passes
+from apb.host.load import load_adapter
+from apb.host.messages import HostReport, HostSpec, OnEvent, PrefillRequest
 from apb.host.process import available_bytes, peak_rss_bytes, reset_peak_rss, rss_bytes
 from apb.kv.cache import HostCache, Tail
 from apb.kv.gather import gather
 from apb.models.adapter import Adapter
 from apb.models.graphed import GraphedAdapter
-from apb.plan.plan import PrefillPlan
 from burst.kernels import kernel
 from burst.transport import Transport
-
-OnEvent = Callable[[dict[str, Any]], None]  # {"kind": "layer", "done", "total"} or {"kind": "token", "id"}; host 0 only
-
-
-@dataclass(frozen=True)
-class HostSpec:
-    """What every host needs to start; travels to remote hosts as it is."""
-
-    model_path: str
-    dtype: str  # a concrete type: "float32", "bfloat16", "float16", "float64"
-    device: str  # "cpu", "cuda", "cuda:N"
-    kernel: str = "auto"
-    threads: int = 1  # intra-op threads a host
-    draft: DraftSpec | None = None
-    timeout_s: float = 600.0  # every wait's deadline
-    config: Mapping[str, Any] | None = None  # random weights of this configuration; model_path is then only a name
-    graphs: bool = True  # decode steps as CUDA graphs, on CUDA devices
-
-
-@dataclass(frozen=True)
-class PrefillRequest:
-    """One host's share of a prefill. ``anchor_ids``: the anchor's tokens that it runs; ``block_ids``: its spans'."""
-
-    handle: str
-    plan: PrefillPlan
-    compressor: Compressor | None
-    anchor_ids: tuple[int, ...]
-    block_ids: tuple[int, ...]
-    question_delta: int
-    query_ids: tuple[int, ...]  # empty: no query phase
-    next_ids: tuple[int, ...] = ()  # the token after each of those that the draft head takes over
-
-    @property
-    def agreement(self) -> str:
-        """What must be alike on all hosts: all but the tokens that each gets for itself."""
-        scorer = self.compressor
-        options = {f.name: repr(getattr(scorer, f.name)) for f in fields(scorer) if f.compare} if scorer else {}
-        shared = (self.handle, scorer and scorer.name, options, self.question_delta, self.query_ids)
-        return self.plan.digest + json.dumps(shared, sort_keys=True)
-
-
-@dataclass
-class HostReport:
-    """What one host says after a call. ``query_s``: how much of ``wall_s`` was the question's own pass."""
-
-    work_s: float  # its own compute, waiting for peers left out
-    wall_s: float  # first layer to the end of the call
-    bytes_by_kind: dict[str, int]
-    bytes_by_link: dict[str, int]
-    rss_bytes: int  # resident size of the process when the call began
-    peak_rss_bytes: int  # and at its peak during the call
-    peak_device_bytes: int = 0  # the most that tensors took on the GPU during the call
-    query_s: float = 0.0
-    decoded: Decoded | None = None
-
-
-def load_adapter(spec: HostSpec) -> Adapter:
-    """Load the model that ``spec`` names, adapted, and its draft head.
-
-    Raises UserError for what cannot be loaded or honoured.
-    """
-    from apb.models.loading import generation_stop_ids, load_config, load_model, random_model
-    from apb.models.placement import torch_dtype
-    from apb.models.shape import model_shape
-
-    if spec.config is not None:
-        random = random_model(spec.config, dtype=spec.dtype, device=spec.device)
-        return Adapter(random, model_shape(random.config, torch_dtype(spec.dtype)))
-    path = Path(spec.model_path)
-    config = load_config(path)
-    model = load_model(path, dtype=spec.dtype, device=spec.device)
-    if model.device.type == "cpu":
-        for parameter in model.parameters():
-            parameter.detach().sum()  # mapped files are read now, while loading, not within the first prefill
-    adapter = Adapter(model, model_shape(config, torch_dtype(spec.dtype)))
-    if spec.draft is not None:
-        adapter.draft = spec.draft.load(adapter.draft_target(), generation_stop_ids(path))
-    return adapter
 
 
 class Host:

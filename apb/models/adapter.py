@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from apb.attention.base import Attention
-from apb.draft.base import Rotate, Target
+from apb.draft.base import RotateTo, Target
 from apb.draft.draft import Draft
 from apb.models.checks import PlainCall, check_config, check_keywords
 from apb.models.chunked import Finished, InChunks, chunkable
@@ -161,14 +161,14 @@ class Adapter:
         Raises UserError when it does more round its decoder than scale embeddings and scale and cap logits.
         """
 
-        def turning(rotary: nn.Module) -> Rotate:
+        def turning(rotary: nn.Module) -> RotateTo:
             def rotate(x_BHSD: Tensor, positions: Tensor) -> Tensor:
                 cos, sin = rotary(x_BHSD, positions if positions.dim() == 2 else positions[None])
                 return self._rotated(x_BHSD, cos, sin, 0)
 
             return rotate
 
-        def rotation(parameters: Mapping[str, Any]) -> Rotate:
+        def rotation(parameters: Mapping[str, Any]) -> RotateTo:
             config = copy.deepcopy(self._model.config)
             kept = {key: config.rope_parameters[key] for key in _LASTING if key in config.rope_parameters}
             config.rope_parameters = {**kept, **parameters}
@@ -206,7 +206,7 @@ class Adapter:
         return logits_SV if logits_SV.dtype == torch.float64 else logits_SV.float()
 
     def rotate(self, x_BHSD: Tensor, delta: int | Tensor, layer: int) -> Tensor:
-        """Rotate a layer's already rotated queries or keys on by ``delta`` positions (RoPE rotations add up).
+        """RotateTo a layer's already rotated queries or keys on by ``delta`` positions (RoPE rotations add up).
 
         ``delta`` is one number for all tokens or (S,) whole numbers; negative ones rotate back.
         """

@@ -11,7 +11,7 @@ from apb.plan.plan import PrefillPlan
 
 
 @dataclass(frozen=True)
-class Answer:
+class Generation:
     """What is to be generated from a prefill: at most ``new_tokens``, in trees of ``tree_tokens`` rows, root included.
 
     ``gathered``: the cache is moved to the deciding host first.
@@ -22,10 +22,10 @@ class Answer:
     gathered: bool = False
 
 
-NOTHING = Answer()
+NOTHING = Generation()
 
 
-def host_memory(plan: PrefillPlan, rank: int, answer: Answer = NOTHING) -> dict[str, int]:
+def host_memory(plan: PrefillPlan, rank: int, answer: Generation = NOTHING) -> dict[str, int]:
     """Return the bytes that host ``rank`` needs: weights (the draft head's among them), KV (the head's too), and what
     else lives at once in the layer, or the step of decoding, that needs most."""
     s = plan.shape
@@ -36,7 +36,7 @@ def host_memory(plan: PrefillPlan, rank: int, answer: Answer = NOTHING) -> dict[
     }
 
 
-def _kv(plan: PrefillPlan, rank: int, answer: Answer) -> int:
+def _kv(plan: PrefillPlan, rank: int, answer: Generation) -> int:
     s, block = plan.shape, plan.host_plans[rank].block_len
     row = s.kv_row_bytes * s.layers
     if rank != plan.hosts - 1:
@@ -75,7 +75,7 @@ def _handing_over(plan: PrefillPlan, rank: int) -> int:
     return plan.draft.feature_bytes(spans, plan.lengths.context) + rows * made
 
 
-def _decoding(plan: PrefillPlan, rank: int, answer: Answer) -> int:
+def _decoding(plan: PrefillPlan, rank: int, answer: Generation) -> int:
     s = plan.shape
     logits = 0
     if rank == plan.hosts - 1:

@@ -8,11 +8,11 @@ from typing import Any
 
 from apb.plan.bytes import bytes_by_kind, partial_bytes, prefill_bytes
 from apb.plan.flops import prefill_flops, query_flops
-from apb.plan.memory import NOTHING, Answer, host_memory
+from apb.plan.memory import NOTHING, Generation, host_memory
 from apb.plan.plan import PrefillPlan
 
 
-def host_rows(plan: PrefillPlan, answer: Answer = NOTHING) -> Iterator[dict[str, Any]]:
+def host_rows(plan: PrefillPlan, answer: Generation = NOTHING) -> Iterator[dict[str, Any]]:
     """Yield one dictionary a host, for tables and JSON."""
     for r, host in enumerate(plan.host_plans):
         memory = host_memory(plan, r, answer)
@@ -34,7 +34,7 @@ def host_rows(plan: PrefillPlan, answer: Answer = NOTHING) -> Iterator[dict[str,
         }
 
 
-def plan_document(plan: PrefillPlan, answer: Answer = NOTHING) -> dict[str, Any]:
+def plan_document(plan: PrefillPlan, answer: Generation = NOTHING) -> dict[str, Any]:
     """Return the plan as the JSON document shows it."""
     return {
         "strategy": plan.strategy,

@@ -15,14 +15,14 @@ from apb.strategies.base import Strategy
 from burst.errors import choose
 from burst.registry import option
 
-Layout = Literal["contiguous", "zigzag"]  # what a host holds: one stretch, or one from each end
+LayoutName = Literal["contiguous", "zigzag"]  # what a host holds: one stretch, or one from each end
 
 
 @dataclass(frozen=True)
 class Exact(Strategy):
     """A strategy that is named after its schedule. ``layout`` says who holds which positions."""
 
-    layout: Layout = option("zigzag", "zigzag (even work) or contiguous")
+    layout: LayoutName = option("zigzag", "zigzag (even work) or contiguous")
 
     def spread(self, context: int, hosts: int, shape: ModelShape) -> Spread:
         """Return which layout and schedule attend."""
@@ -33,7 +33,7 @@ class Exact(Strategy):
     ) -> PrefillPlan:
         """Return the plan; raises UserError for more hosts than tokens, or an unknown layout."""
         blocks(lengths.context, hosts)  # refuses what no strategy can take
-        choose("layout", self.layout, get_args(Layout))
+        choose("layout", self.layout, get_args(LayoutName))
         spread = self.spread(lengths.context, hosts, shape)
         return PrefillPlan(
             strategy=self.name,

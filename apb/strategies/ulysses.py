@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from apb.strategies.base import STRATEGIES
-from apb.strategies.exact import Exact, Layout
+from apb.strategies.exact import Exact, LayoutName
 from burst.registry import option
 
 
@@ -16,4 +16,4 @@ class Ulysses(Exact):
     """Hosts beyond the query heads only carry positions. Source: DeepSpeed-Ulysses, arXiv 2309.14509."""
 
     complexity: ClassVar[int] = 5
-    layout: Layout = option("contiguous", "contiguous or zigzag; the work is even by heads")
+    layout: LayoutName = option("contiguous", "contiguous or zigzag; the work is even by heads")

@@ -20,11 +20,11 @@ from apb.draft.eagle import EagleHead
 from apb.models.adapter import Adapter
 from apb.train import features
 from apb.train.answers import FIRST
-from apb.train.features import Sample
+from apb.train.features import FeatureSample
 from apb.train.folder import OnProgress, claim, within
 from apb.train.interview import Interview
 from apb.train.questions import KINDS, Questions
-from apb.train.tutor import Recipe, Tutor
+from apb.train.tutor import Tutor, TutorRecipe
 from apb.train.walk import TreeSize, accepted_length, walk
 
 _SAMPLES, _HELD_OUT, _CHECKPOINT, _UNMEASURED = "samples", "held_out", "checkpoint.pt", "unmeasured.safetensors"
@@ -41,7 +41,7 @@ _GAP = 40  # training answers on which the gap to held-out ones is measured
 
 
 @dataclass(frozen=True)
-class Job:
+class EagleJob:
     """What is trained from what. ``prompts`` and ``held_out`` (of each kind) are counts, ``longest`` is an answer's
     length in tokens, ``behind`` the most tokens of text that every second file's questions stand behind; hashes stand
     for the text and for the head that training goes on from."""
@@ -57,7 +57,7 @@ class Job:
     sinks: int = 4
     seed: int = 0
     dtype: str = "bfloat16"  # of the frozen model
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: TutorRecipe = field(default_factory=TutorRecipe)
 
     def __post_init__(self) -> None:
         for key in ("prompts", "held_out"):
@@ -71,7 +71,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedEagle:
     """The head's file, its frequency list beside it, the answers' ids, and accepted lengths by prompts."""
 
     file: Path
@@ -81,7 +81,7 @@ class Trained:
 
 
 def train(
-    job: Job,
+    job: EagleJob,
     adapter: Adapter,
     tokenizer: Any,
     stop_ids: Sequence[int],
@@ -89,7 +89,7 @@ def train(
     folder: Path,
     on_progress: OnProgress,
     start: EagleHead | None = None,
-) -> Trained:
+) -> TrainedEagle:
     """Train a head for the model behind ``adapter`` in ``folder``, from ``start`` on, and return the final files there.
 
     What is found in the folder is not done again: answers, and training up to its last checkpoint; a run that was
@@ -127,17 +127,17 @@ def train(
         shutil.rmtree(folder / name)
     for name in (_CHECKPOINT, _UNMEASURED):
         (folder / name).unlink()
-    return Trained(folder / HEAD, folder / RANKED, folder / ANSWERS, accepted)
+    return TrainedEagle(folder / HEAD, folder / RANKED, folder / ANSWERS, accepted)
 
 
-def finished(folder: Path, job: Job) -> Trained | None:
+def finished(folder: Path, job: EagleJob) -> TrainedEagle | None:
     """Return what an earlier run of the same job left in the folder, if it ended."""
     if not (folder / HEAD).is_file():
         return None
     claim(folder, asdict(job))
     with safe_open(folder / HEAD, framework="pt") as opened:
         accepted = json.loads(opened.metadata()["accepted_length"])
-    return Trained(folder / HEAD, folder / RANKED, folder / ANSWERS, accepted)
+    return TrainedEagle(folder / HEAD, folder / RANKED, folder / ANSWERS, accepted)
 
 
 def save_ids(file: Path, ids: Sequence[Tensor]) -> None:
@@ -148,7 +148,7 @@ def save_ids(file: Path, ids: Sequence[Tensor]) -> None:
 
 
 def _ask(
-    job: Job,
+    job: EagleJob,
     interview: Interview,
     questions: Questions,
     before: Sequence[int],
@@ -169,12 +169,12 @@ def _ask(
     return files
 
 
-def _stands_behind(job: Job, number: int) -> bool:
+def _stands_behind(job: EagleJob, number: int) -> bool:
     """Whether the questions of a file stand behind a long text."""
     return job.behind > 0 and number % 2 == 0
 
 
-def _stretch(text: Sequence[int], number: int, job: Job) -> Sequence[int]:
+def _stretch(text: Sequence[int], number: int, job: EagleJob) -> Sequence[int]:
     """Return what the questions of a file stand behind: nothing, or between a quarter of the asked length and all."""
     if not _stands_behind(job, number):
         return ()
@@ -197,13 +197,13 @@ def _plan(prompts: int) -> list[tuple[list[str], int]]:
 
 
 def _held_out(
-    job: Job,
+    job: EagleJob,
     interview: Interview,
     questions: Questions,
     passage: Sequence[int],
     folder: Path,
     on_progress: OnProgress,
-) -> dict[str, list[Sample]]:
+) -> dict[str, list[FeatureSample]]:
     """Return held-out answers by kind, greedy ones, sampled ones under ``KIND at 0.7``, and greedy ones to the same
     questions behind a long text under ``KIND behind N``."""
     folder.mkdir(exist_ok=True)
@@ -228,7 +228,7 @@ def _held_out(
     return out
 
 
-def _kept(job: Job) -> int:
+def _kept(job: EagleJob) -> int:
     """Return how many tokens before a held-out question are kept: all that a head may see."""
     return FIRST + job.window
 
@@ -236,7 +236,7 @@ def _kept(job: Job) -> int:
 def _measured(
     head: DraftHead,
     ranked_W: Tensor,
-    sets: Mapping[str, Sequence[Sample]],
+    sets: Mapping[str, Sequence[FeatureSample]],
     hidden: int,
     stop_ids: Sequence[int],
     on_progress: OnProgress,
@@ -250,7 +250,7 @@ def _measured(
     out: dict[str, Any] = {"tree": asdict(size), "vocab": len(quarter_V), "circular": {}}
     small = head.with_vocab(quarter_V)
 
-    def adapted(sample: Sample) -> Tensor:
+    def adapted(sample: FeatureSample) -> Tensor:
         bits = vocab.bitmap(sample.ids_S[: sample.prompt], len(ranked_W))
         return vocab.adapt(ranked_W, bits, len(quarter_V), len(ranked_W), stop_ids)
 

@@ -20,7 +20,7 @@ from apb.train.answers import Answer
 
 
 @dataclass(frozen=True)
-class Sample:
+class FeatureSample:
     """A prompt and its answer as one sequence, each token with its feature; ``question`` is the prompt's own text.
 
     The answer's last token is left out: the model never ran it.
@@ -51,7 +51,7 @@ def write(file: Path, answers: Sequence[Answer], kinds: Sequence[str], questions
     os.replace(unfinished, file)
 
 
-def read(file: Path) -> list[Sample]:
+def read(file: Path) -> list[FeatureSample]:
     """Return a file's samples; features stay mapped to the file until they are touched."""
     with safe_open(file, framework="pt") as opened:
         ids, features, lengths, prompts, circular = (
@@ -63,7 +63,7 @@ def read(file: Path) -> list[Sample]:
     parts = zip(
         kinds, questions, prompts.tolist(), ids.split(sizes), features.split(sizes), circular.tolist(), strict=True
     )
-    return [Sample(*part) for part in parts]
+    return [FeatureSample(*part) for part in parts]
 
 
 def read_ids(file: Path) -> list[Tensor]:

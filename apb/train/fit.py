@@ -22,7 +22,7 @@ _FAR = 3.0  # standard deviations: ridge's squares would spend themselves on the
 
 
 @dataclass(frozen=True)
-class Recipe:
+class FitRecipe:
     """How a layer's head is fitted.
 
     Ridge regression predicts the margins; ``penalty`` is its share of the mean squared input. The network starts as
@@ -52,7 +52,7 @@ class Recipe:
                 )
 
 
-def fit(recipe: Recipe, layer: int, x_NE: Tensor, margin_NK: Tensor, on_step: Callable[[int, int], None]) -> Head:
+def fit(recipe: FitRecipe, layer: int, x_NE: Tensor, margin_NK: Tensor, on_step: Callable[[int, int], None]) -> Head:
     """Return the head of ``layer``, fp32: the same for the same recipe and tokens; ``on_step(done, total)``.
 
     Raises UserError when the hidden width cannot hold the linear map that the network starts as.
@@ -67,7 +67,7 @@ def fit(recipe: Recipe, layer: int, x_NE: Tensor, margin_NK: Tensor, on_step: Ca
     return head.absorbing(mean_E, deviation_E)
 
 
-def _ridge(recipe: Recipe, z_NE: Tensor, margin_NK: Tensor) -> Head:
+def _ridge(recipe: FitRecipe, z_NE: Tensor, margin_NK: Tensor) -> Head:
     gram_EE = z_NE.T @ z_NE
     gram_EE.diagonal().add_(recipe.penalty * len(z_NE))
     target_NK = margin_NK.clamp(min=-_FAR, max=_FAR)
@@ -76,7 +76,7 @@ def _ridge(recipe: Recipe, z_NE: Tensor, margin_NK: Tensor) -> Head:
 
 
 def _mlp(
-    recipe: Recipe,
+    recipe: FitRecipe,
     layer: int,
     z_NE: Tensor,
     margin_NK: Tensor,
@@ -114,7 +114,7 @@ def _mlp(
     return Head(fc1.detach(), bias.detach(), fc2.detach())
 
 
-def _start(recipe: Recipe, linear_KE: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+def _start(recipe: FitRecipe, linear_KE: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return first weights (W, E) and (K, W) that compute ``linear / softness``: silu(a) - silu(-a) = a."""
     kv_heads, width = linear_KE.shape
     if recipe.hidden < 2 * kv_heads:

@@ -11,7 +11,7 @@ from apb.models.adapter import Adapter
 from apb.prompt.prompt import encode, template
 from apb.train import features
 from apb.train.answers import KEPT, Answer, answer
-from apb.train.questions import Question
+from apb.train.questions import AskedQuestion
 
 _INVENTED = 40  # tokens of a question that the model finishes, at most
 _DARING = 0.9  # temperature of invented questions: they are to be many and different
@@ -33,7 +33,7 @@ class Interview:
         """Return a text's tokens."""
         return encode(self._tokenizer, text, special=False)
 
-    def finish(self, questions: Sequence[Question], seed: int) -> list[str]:
+    def finish(self, questions: Sequence[AskedQuestion], seed: int) -> list[str]:
         """Return the questions' texts; the model, as the user, finishes those that only begin."""
         texts = [q.text for q in questions]
         begun = [i for i, q in enumerate(questions) if q.open]
@@ -69,7 +69,7 @@ class Interview:
     def write(
         self,
         file: Path,
-        questions: Sequence[Question],
+        questions: Sequence[AskedQuestion],
         temperatures: Sequence[float],
         seed: int,
         passage: Sequence[int] = (),

@@ -15,7 +15,7 @@ from torch import Tensor
 from apb.compress.heads import head_input
 from apb.kv.layer import Projections
 from apb.models.adapter import Adapter
-from apb.train.prompts import Sample
+from apb.train.prompts import LabelPrompt
 from burst.kernels import Kernel
 from burst.kernels.merge import Accumulator
 
@@ -24,7 +24,7 @@ OnLayer = Callable[[int, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
-class Layout:
+class PromptLayout:
     """One prompt as a sequence: template head, then with ``embedded`` a copy of the question as in APB's anchors, the
     document, and the rows (question and answer) that importance is taken from."""
 
@@ -36,7 +36,7 @@ class Layout:
     end: int  # those rows' first position
 
     @classmethod
-    def of(cls, sample: Sample, *, embedded: bool) -> Layout:
+    def of(cls, sample: LabelPrompt, *, embedded: bool) -> PromptLayout:
         """Lay a prompt out; the copy stands at the positions after the head, everything else at its true ones."""
         prompt = sample.prompt
         assert prompt.question is not None
@@ -64,7 +64,7 @@ class Observer:
 
     needs_projections = True
 
-    def __init__(self, layout: Layout, adapter: Adapter, kernel: Kernel, on_layer: OnLayer) -> None:
+    def __init__(self, layout: PromptLayout, adapter: Adapter, kernel: Kernel, on_layer: OnLayer) -> None:
         self._layout, self._rotate, self._kernel, self._on_layer = layout, adapter.rotate, kernel, on_layer
 
     def __call__(
@@ -109,9 +109,9 @@ def importance(q_BHRD: Tensor, k_BKTD: Tensor, scale: float) -> Tensor:
     return torch.stack(per_head, dim=1)
 
 
-def observe(adapter: Adapter, kernel: Kernel, sample: Sample, *, embedded: bool, on_layer: OnLayer) -> None:
+def observe(adapter: Adapter, kernel: Kernel, sample: LabelPrompt, *, embedded: bool, on_layer: OnLayer) -> None:
     """Run one prompt with its answer through the frozen model; ``on_layer`` gets every layer's inputs and labels."""
-    layout = Layout.of(sample, embedded=embedded)
+    layout = PromptLayout.of(sample, embedded=embedded)
     device = adapter.device
     ids_S = torch.tensor(layout.ids, device=device)
     positions_S = torch.tensor(layout.positions, device=device)

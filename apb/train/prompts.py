@@ -25,7 +25,7 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
 
 
 @dataclass(frozen=True)
-class Sample:
+class LabelPrompt:
     """A prompt and the tokens that answer it; with gaps, its document is one block of a longer context whose other
     tokens are left out, ``before`` and ``behind`` it."""
 
@@ -189,7 +189,7 @@ class Prompts:
         probe = text[: 2 * LEAST_TEXT]
         self._chars_per_token = len(probe) / len(tokenizer(probe, add_special_tokens=False)["input_ids"])
 
-    def sample(self, number: int, *, held_out: bool = False) -> Sample:
+    def sample(self, number: int, *, held_out: bool = False) -> LabelPrompt:
         """Return prompt ``number``; neighbouring numbers are of different families."""
         # Texts and numbers seed in different ways. Two numbers would not do: Random(2) and Random(2 + 2**32) are alike.
         rng = random.Random(f"held out {self._seed} {number}" if held_out else self._seed * (1 << 40) + number)
@@ -207,4 +207,4 @@ class Prompts:
             gap = round(LEAST_GAP * (room / LEAST_GAP) ** rng.random())
             before = rng.randrange(gap + 1)
             behind = gap - before
-        return Sample(prompt, tuple(answer_ids), family, before, behind)
+        return LabelPrompt(prompt, tuple(answer_ids), family, before, behind)

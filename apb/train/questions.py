@@ -31,7 +31,7 @@ _PASSAGE_TASKS = (
 
 
 @dataclass(frozen=True)
-class Question:
+class AskedQuestion:
     """``text`` as it is asked, or, when ``open``, as it begins."""
 
     kind: str
@@ -80,20 +80,20 @@ class Questions:
         """The part that is not."""
         return self._texts[True]
 
-    def question(self, number: int, kind: str, *, held_out: bool = False) -> Question:
+    def question(self, number: int, kind: str, *, held_out: bool = False) -> AskedQuestion:
         """Return question ``number`` of a kind."""
         rng = random.Random(f"{'held out' if held_out else 'train'} {self._seed} {kind} {number}")
         if kind == "text":
-            return Question(kind, f"{self._passage(rng, held_out)}\n\n{rng.choice(_PASSAGE_TASKS)}", open=False)
+            return AskedQuestion(kind, f"{self._passage(rng, held_out)}\n\n{rng.choice(_PASSAGE_TASKS)}", open=False)
         if kind == "general" and not held_out and rng.random() < _FREE:
-            return Question(kind, "", open=True)
+            return AskedQuestion(kind, "", open=True)
         template = rng.choice(_part(_SECTIONS[kind], _HELD_TEMPLATES, held_out))
         text = re.sub(r"{(\w+)}", lambda slot: _word(rng, slot[1], held_out), template)
-        return Question(kind, text.removesuffix(_OPEN).strip(), open=text.endswith(_OPEN))
+        return AskedQuestion(kind, text.removesuffix(_OPEN).strip(), open=text.endswith(_OPEN))
 
-    def free(self) -> list[Question]:
+    def free(self) -> list[AskedQuestion]:
         """Return questions written by hand, of no template; they are never trained on."""
-        return [Question("free", text, open=False) for text in _SECTIONS["free"]]
+        return [AskedQuestion("free", text, open=False) for text in _SECTIONS["free"]]
 
     def _passage(self, rng: random.Random, held_out: bool) -> str:
         text = self._texts[held_out]

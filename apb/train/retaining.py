@@ -12,7 +12,7 @@ from typing import Any
 from apb.compress.heads import Head, RetainingHeads, load, save
 from apb.models.adapter import Adapter
 from apb.train import shards
-from apb.train.fit import Method, Recipe, fit
+from apb.train.fit import FitRecipe, Method, fit
 from apb.train.folder import OnProgress, claim, within
 from apb.train.prompts import Prompts
 from apb.train.recall import measure
@@ -22,7 +22,7 @@ _SAMPLES, _LAYERS, _HEADS = "samples", "layers", "heads.safetensors"
 
 
 @dataclass(frozen=True)
-class Job:
+class RetainingJob:
     """What is trained from what. Counts are of prompts; lengths in tokens; the text's hash stands for the text."""
 
     model: str
@@ -34,7 +34,7 @@ class Job:
     keep: int = 160  # tokens of a prompt that are kept for fitting: more prompts teach more than more tokens of each
     seed: int = 0
     dtype: str = "bfloat16"  # of the frozen model
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: FitRecipe = field(default_factory=FitRecipe)
 
     def __post_init__(self) -> None:
         for key in ("prompts", "held_out", "keep"):
@@ -44,7 +44,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedHeads:
     """The file, and held-out recall by scorer: ``mlp`` and ``ridge`` as trained, ``random``."""
 
     file: Path
@@ -52,14 +52,14 @@ class Trained:
 
 
 def train(
-    job: Job,
+    job: RetainingJob,
     adapter: Adapter,
     kernel: Kernel,
     tokenizer: Any,
     text: str,
     folder: Path,
     on_progress: OnProgress,
-) -> Trained:
+) -> TrainedHeads:
     """Train heads for the model behind ``adapter`` in ``folder`` and return the final file there.
 
     What is found in the folder is not done again: labelled prompts, fitted layers. A layer's fit depends on nothing
@@ -92,19 +92,19 @@ def train(
     save(folder / _HEADS, heads)
     shutil.rmtree(folder / _SAMPLES)
     shutil.rmtree(folder / _LAYERS)
-    return Trained(folder / _HEADS, recall)
+    return TrainedHeads(folder / _HEADS, recall)
 
 
-def finished(folder: Path, job: Job) -> Trained | None:
+def finished(folder: Path, job: RetainingJob) -> TrainedHeads | None:
     """Return what an earlier run of the same job left in the folder, if it ended."""
     if not (folder / _HEADS).is_file():
         return None
     claim(folder, asdict(job))
-    return Trained(folder / _HEADS, json.loads(load(folder / _HEADS).about["held_out_recall"]))
+    return TrainedHeads(folder / _HEADS, json.loads(load(folder / _HEADS).about["held_out_recall"]))
 
 
 def _label(
-    job: Job, adapter: Adapter, kernel: Kernel, prompts: Prompts, folder: Path, on_progress: OnProgress
+    job: RetainingJob, adapter: Adapter, kernel: Kernel, prompts: Prompts, folder: Path, on_progress: OnProgress
 ) -> list[Path]:
     """Write what is missing of the labelled prompts and return all their files, in order."""
     folder.mkdir(exist_ok=True)
@@ -120,7 +120,7 @@ def _label(
 
 
 def _fit(
-    job: Job, method: Method, adapter: Adapter, files: list[Path], folder: Path, on_progress: OnProgress
+    job: RetainingJob, method: Method, adapter: Adapter, files: list[Path], folder: Path, on_progress: OnProgress
 ) -> list[Head]:
     """Fit what is missing of the layers and return every layer's head, fp32, on the model's device."""
     folder.mkdir(exist_ok=True)

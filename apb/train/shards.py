@@ -16,7 +16,7 @@ from torch import Tensor
 from apb.compress.heads import Head
 from apb.models.adapter import Adapter
 from apb.train.labels import observe
-from apb.train.prompts import Sample
+from apb.train.prompts import LabelPrompt
 from burst.kernels import Kernel
 
 TOP_SHARE = 0.1  # of a prompt's tokens: those that a head must find
@@ -37,7 +37,7 @@ def top_count(tokens: int) -> int:
 
 
 def write(
-    file: Path, adapter: Adapter, kernel: Kernel, sample: Sample, *, embedded: bool, keep: int, seed: int
+    file: Path, adapter: Adapter, kernel: Kernel, sample: LabelPrompt, *, embedded: bool, keep: int, seed: int
 ) -> None:
     """Label a prompt and write at most ``keep`` of its document tokens, the same ones in every layer.
 

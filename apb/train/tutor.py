@@ -17,7 +17,7 @@ from torch import Tensor
 
 from apb.draft.base import Target
 from apb.draft.eagle import EagleHead
-from apb.train.features import Sample
+from apb.train.features import FeatureSample
 from apb.train.unroll import Divergence, unroll
 from burst.errors import UserError
 
@@ -27,7 +27,7 @@ _POOL = 16  # batches whose samples are sorted by length among themselves, so th
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TutorRecipe:
     """How a head is trained: SmoothL1 on features and KL on the ``vocab`` most frequent ids with ``negatives`` drawn
     from the others; Muon (AdamW for the norm) with linear warm-up and cosine decay; the last part of the steps is
     unrolled on the head's own features.
@@ -73,9 +73,9 @@ class Tutor:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: TutorRecipe,
         target: Target,
-        samples: Sequence[Sample],
+        samples: Sequence[FeatureSample],
         ranked_V: Tensor,
         window: int,
         sinks: int,
@@ -166,7 +166,7 @@ class Tutor:
             optimizer.step()
         return loss.item()
 
-    def _loss(self, samples: Sequence[Sample], depth: int, rng: torch.Generator) -> Tensor:
+    def _loss(self, samples: Sequence[FeatureSample], depth: int, rng: torch.Generator) -> Tensor:
         recipe, device = self._recipe, self._target.device
         longest = max(len(s.ids_S) for s in samples)
         shape = (len(samples), longest)

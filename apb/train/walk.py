@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from apb.draft.base import DraftHead
 from apb.train.answers import FIRST
-from apb.train.features import Sample
+from apb.train.features import FeatureSample
 from apb.train.unroll import visible
 
 
@@ -46,7 +46,7 @@ def accepted_length(walked: Sequence[Walked]) -> float:
 class _Answers:
     """What the head makes of all true features at once: keys and values of every pair, and outputs as roots."""
 
-    def __init__(self, head: DraftHead, samples: Sequence[Sample], hidden: int) -> None:
+    def __init__(self, head: DraftHead, samples: Sequence[FeatureSample], hidden: int) -> None:
         self.head = head
         device, dtype = head.target.device, head.target.dtype
         self.ids_BS = pad_sequence([s.ids_S.long() for s in samples], batch_first=True).to(device)
@@ -68,9 +68,9 @@ class _Answers:
 @torch.inference_mode()
 def walk(
     head: DraftHead,
-    samples: Sequence[Sample],
+    samples: Sequence[FeatureSample],
     size: TreeSize,
-    vocab_of: Callable[[Sample], Tensor] | None = None,
+    vocab_of: Callable[[FeatureSample], Tensor] | None = None,
     hidden: int = 0,
 ) -> list[Walked]:
     """Return what each answer took: every step drafts a tree at the last token and jumps by what it got right and one.

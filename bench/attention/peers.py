@@ -19,7 +19,7 @@ from torch.multiprocessing.spawn import start_processes
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench.attention.case import AttentionSettings
-from bench.timing import seconds
+from bench.tools.timing import seconds
 from burst.execution.attend import attention
 from burst.transport.process_group import ProcessGroupTransport
 

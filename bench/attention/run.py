@@ -11,7 +11,7 @@ import torch
 from bench.attention.case import AttentionSettings, dense, rms_error
 from bench.attention.ours import Ours, candidates
 from bench.attention.peers import PEERS, measure, not_run
-from bench.timing import seconds
+from bench.tools.timing import seconds
 from burst.planner.planner import Candidate
 
 Row = dict[str, Any]

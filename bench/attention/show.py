@@ -10,8 +10,8 @@ import torch
 
 from bench.attention.case import AttentionSettings
 from bench.attention.run import Row, rows
-from bench.report import columns, save
-from bench.verify.runner import conditions
+from bench.tools.conditions import conditions
+from bench.tools.output import columns, save
 from launch.config.settings import typed
 from launch.terminal.display import Display, size
 

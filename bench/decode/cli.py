@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from apb.engine.engine import Engine
-from bench import report
 from bench.decode.links import winners
 from bench.decode.measure import PLAIN, decoders, label, measure, shape
 from bench.decode.pictures import draw
 from bench.decode.questions import questions
-from bench.hardware import hardware
-from bench.rows import Rows, provenance
 from bench.ruler.variant import Variant
-from bench.timing import spread
-from burst.errors import UserError, in_range
+from bench.tools.conditions import hardware, provenance
+from bench.tools.drawing import drawn
+from bench.tools.rows import Rows, keep
+from bench.tools.timing import spread
+from burst.errors import in_range
 from launch.config.settings import Basics, basics, decode_settings, typed
 from launch.terminal.display import Display, seconds, size
 from launch.verbs.prepare import make_setup
@@ -87,9 +87,7 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
     regions = winners([x for x in lines if x["kind"] == ALL], setup.shape)
     _show(lines, left_out, regions, label(decode.decoder), display)
     if asked.save:
-        dated = Rows(report.dated("decode.jsonl"))
-        for row in rows:
-            dated.add(row["key"], row)
+        keep("decode", ((row["key"], row) for row in rows))
     document = {
         "bench": "decode",
         **about,
@@ -224,8 +222,4 @@ def _plots(
     if out is None:
         display.note("Nothing was kept: with out=DIR rows and plots are, and a stopped run goes on.")
         return []
-    try:
-        return draw(lines, regions, Path(out))
-    except UserError as error:  # the numbers are worth having without pictures
-        display.note(f"No plots: {error.message}; {error.allowed}.")
-        return []
+    return drawn(lambda: draw(lines, regions, Path(out)), display.note)

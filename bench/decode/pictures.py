@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.drawing import new_figure
+from bench.tools.drawing import new_figure
 
 Line = dict[str, Any]
 

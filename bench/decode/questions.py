@@ -12,7 +12,7 @@ from typing import Any
 
 from apb.prompt.prompt import Prompt, Question, make_prompt, make_question
 from apb.train.questions import KINDS, Questions
-from bench.ruler.text import prose
+from bench.tools.prose import prose
 from burst.errors import UserError, choose
 
 FIELDS = ("question", "prompt")  # of JSONL files, GSM8K's and HumanEval's

@@ -12,20 +12,18 @@ from typing import Any
 
 from apb.compress import compressor
 from apb.costs import Network, load
-from apb.host.host import load_adapter
-from bench import report
 from bench.emulate.gantt import draw
 from bench.emulate.measure import PARTS, Measured
-from bench.emulate.measure import run as run_rounds
-from bench.emulate.shares import Baseline, limits
+from bench.emulate.shares import emulate
 from bench.emulate.validate import pairs, show
-from bench.hardware import hardware
 from bench.kernels.calls import as_rates, measured
 from bench.kernels.measure import Device
-from bench.prompts import base_setup, lengths, random_prompt, setups
-from bench.rows import Rows, provenance
-from bench.timing import ratio
-from burst.errors import UserError, in_range
+from bench.tools.conditions import hardware, provenance
+from bench.tools.drawing import drawn
+from bench.tools.prompts import lengths, random_prompt, setups
+from bench.tools.rows import keep
+from bench.tools.setup import base_setup
+from burst.errors import in_range
 from launch.config.settings import chosen_compressor, typed
 from launch.terminal.display import Display, seconds, size
 
@@ -71,41 +69,16 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
             "validation": compared,
             **provenance(config, hardware(base)),
         }
-    with display.waiting(f"Loading {config['model']['name']}"):
-        adapter = load_adapter(base.spec)
-    baseline = Baseline(Device(base.shape, base.spec.dtype, base.spec.device), prompt.lengths.context)
-    found = run_rounds(
-        everyone, prompt, short, adapter, network, asked.repeats, baseline.round, lambda what: display.note(what, "dim")
-    )
-    rows = [each.row() for each in found]
-    ratios = _ratios(found)
-    document = {
-        "bench": "emulate",
-        "emulated": True,
-        "tokens": asked.tokens,
-        "rows": rows,
-        "ratios": ratios,
-        "baseline": baseline.document(found),
-        "limits": limits(found),
-        **provenance(config, hardware(base)),
-    }
-    _show(found, rows, document, network, display)
+    device = Device(base.shape, base.spec.dtype, base.spec.device)
+    found, told = emulate(everyone, prompt, short, network, asked.repeats, device, lambda x: display.note(x, "dim"))
+    document = {"bench": "emulate", "tokens": asked.tokens, **told, **provenance(config, hardware(base))}
+    _show(found, document["rows"], document, network, display)
     document["files"] = _write(found, config.get("out"), display)
     if config.get("out"):
-        document["files"].append(_rates(found, baseline, config, Path(str(config["out"]))))
+        document["files"].append(_rates(found, device, config, Path(str(config["out"]))))
     if asked.save:
         _keep(document)
     return document
-
-
-def _ratios(found: Sequence[Measured]) -> dict[str, dict[str, Any]]:
-    """How many times faster each strategy is than each other one, by round, pessimistic ends throughout."""
-    return {
-        f"{each.name} over {other.name}": ratio(other.worst_s, each.worst_s)
-        for each in found
-        for other in found
-        if each is not other
-    }
 
 
 def _show(
@@ -162,17 +135,13 @@ def _write(found: Sequence[Measured], out: str | None, display: Display) -> list
     folder.mkdir(parents=True, exist_ok=True)
     traces = {each.name: each.programs[each.middle] for each in found}
     (folder / "traces.json").write_text(json.dumps(traces), encoding="utf-8")
-    try:
-        draw({each.name: each.times[each.middle].ordered for each in found}, folder / "gantt.png")
-    except UserError as error:  # the numbers are worth having without pictures
-        display.note(f"No chart: {error.message}; {error.allowed}.")
-        return ["traces.json"]
-    return ["traces.json", "gantt.png"]
+    timelines = {each.name: each.times[each.middle].ordered for each in found}
+    return ["traces.json", *drawn(lambda: draw(timelines, folder / "gantt.png"), display.note)]
 
 
-def _rates(found: Sequence[Measured], baseline: Baseline, config: Mapping[str, Any], out: Path) -> str:
+def _rates(found: Sequence[Measured], device: Device, config: Mapping[str, Any], out: Path) -> str:
     """Write the rates that ``apb bench simulate`` reads: kernels at these sizes, and what all else took."""
-    plan, device = found[0].plan, baseline.device
+    plan = found[0].plan
     blocks = {host.block_len for each in found for host in each.plan.host_plans}
     sizes = sorted({max(16, n) for block in blocks for n in (block // 4, block)} | {max(16, plan.lengths.query)})
     question = max(1, plan.lengths.question)
@@ -187,13 +156,13 @@ def _rates(found: Sequence[Measured], baseline: Baseline, config: Mapping[str, A
 
 def _keep(document: Mapping[str, Any]) -> None:
     """Add one line a strategy to the dated file that ``apb bench report`` reads."""
-    rows = Rows(report.dated("emulate.jsonl"))
     shared = {k: v for k, v in document.items() if k not in ("rows", "ratios", "limits", "files")}
-    at = time.strftime("%H:%M:%S")
+    at, kept = time.strftime("%H:%M:%S"), []
     for row in document["rows"]:
         name = row["strategy"]
         over = document["ratios"].get(f"{name} over full")
         mine = {k: v for k, v in document["ratios"].items() if k.startswith(f"{name} over ")}
         limit = document["limits"].get(name)
         key = f"{document['configuration']['model']['name']}/{document['tokens']}/{name}/{row['hosts']}/{at}"
-        rows.add(key, {**shared, **row, "over_full": over, "ratios": mine, "limit": limit})
+        kept.append((key, {**shared, **row, "over_full": over, "ratios": mine, "limit": limit}))
+    keep("emulate", kept)

@@ -6,13 +6,14 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from apb.clusters.virtual import VirtualCluster
-from apb.host.host import HostSpec, OnEvent
+from apb.host.messages import HostSpec, OnEvent
 from apb.models.adapter import Adapter
 from burst.kernels import Kernel
 from burst.planner.timeline import TimelineEvent
@@ -21,20 +22,14 @@ from burst.planner.trace import TraceRecorder
 _here = threading.local()  # the recorder of the virtual rank that this thread is
 
 
-class _Timed:
-    """A kernel whose forward calls are counted as attention."""
+def _timed(kernel: Kernel, recorder: TraceRecorder) -> Kernel:
+    """Return the kernel with its forward calls counted as attention."""
 
-    def __init__(self, kernel: Kernel, recorder: TraceRecorder) -> None:
-        self._kernel, self._recorder = kernel, recorder
+    def block(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        with recorder.during("attention"):
+            return kernel.block(q, k, v, causal, scale)
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None
-    ) -> tuple[Tensor, Tensor]:
-        with self._recorder.during("attention"):
-            return self._kernel(q, k, v, causal=causal, scale=scale)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._kernel, name)
+    return replace(kernel, block=block)
 
 
 class EmulatedCluster(VirtualCluster):
@@ -45,7 +40,7 @@ class EmulatedCluster(VirtualCluster):
         clock = time.thread_time if adapter.device.type == "cpu" and spec.threads == 1 else time.perf_counter
         self._recorders = [TraceRecorder(clock, adapter.device) for _ in range(hosts)]
         for host, recorder in zip(self._hosts, self._recorders, strict=True):
-            host.kernel = _Timed(host.kernel, recorder)
+            host.kernel = _timed(host.kernel, recorder)
 
     @property
     def programs(self) -> list[list[TimelineEvent]]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from bench.drawing import new_figure
+from bench.tools.drawing import new_figure
 from burst.planner.timeline import Timeline
 
 
-def draw(timelines: Mapping[str, Timeline], file: Path) -> None:
-    """Write one panel a strategy, hosts from top to bottom; work is filled, waiting is not.
+def draw(timelines: Mapping[str, Timeline], file: Path) -> list[str]:
+    """Write one panel a strategy, hosts from top to bottom, and return the file's name; work is filled.
 
     Raises UserError without matplotlib.
     """
@@ -31,3 +31,4 @@ def draw(timelines: Mapping[str, Timeline], file: Path) -> None:
         "seconds, each panel its own; blue: own work, red: waiting (emulated, as ordered)", fontsize=8
     )
     figure.savefig(file, dpi=120)
+    return [file.name]

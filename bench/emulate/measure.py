@@ -16,7 +16,7 @@ from apb.plan.flops import prefill_flops, query_flops
 from apb.plan.plan import PrefillPlan
 from apb.prompt.prompt import Prompt
 from bench.emulate.cluster import EmulatedCluster
-from bench.timing import spread
+from bench.tools.timing import spread
 from burst.planner.timeline import Interval, TimelineEvent, interval, parts
 
 PARTS = ("linear", "attention", "selection", "other")

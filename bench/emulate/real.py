@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from apb.clusters.outcome import Outcome, attempt, values
-from apb.host.host import Host, HostSpec, OnEvent
+from apb.host.host import Host
+from apb.host.messages import HostSpec, OnEvent
 from burst.errors import HostFailure, UserError
 from burst.transport import Transport
 from burst.transport.base import Message

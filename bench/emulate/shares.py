@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from apb.costs.network import Network
+from apb.engine.setup import Setup
+from apb.host.load import load_adapter
 from apb.plan.flops import prefill_flops, query_flops
-from bench.emulate.measure import Measured
+from apb.prompt.prompt import Prompt
+from bench.emulate.measure import Measured, run
 from bench.kernels.measure import Device
-from bench.timing import spread
+from bench.tools.timing import ratio, spread
+
+
+def emulate(
+    setups: Sequence[Setup],
+    prompt: Prompt,
+    short: Prompt,
+    network: Network,
+    repeats: int,
+    device: Device,
+    tell: Callable[[str], None],
+) -> tuple[list[Measured], dict[str, Any]]:
+    """Measure the setups on emulated hosts; return what was measured, and the document's part that says it."""
+    tell("Loading the model")
+    baseline = Baseline(device, prompt.lengths.context)
+    found = run(setups, prompt, short, load_adapter(setups[0].spec), network, repeats, baseline.round, tell)
+    ratios = {f"{a.name} over {b.name}": ratio(b.worst_s, a.worst_s) for a in found for b in found if a is not b}
+    rows = [each.row() for each in found]
+    return found, {
+        "emulated": True,
+        "rows": rows,
+        "ratios": ratios,
+        "baseline": baseline.document(found),
+        "limits": limits(found),
+    }
 
 
 class Baseline:

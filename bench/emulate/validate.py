@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from apb.costs import Network, Rates, cost
 from apb.engine.engine import Engine
 from apb.engine.setup import Setup
-from apb.host.host import load_adapter
+from apb.host.load import load_adapter
 from apb.models.adapter import Adapter
 from apb.prompt.prompt import Prompt
 from bench.emulate.measure import record
 from bench.emulate.real import PinnedCluster
-from bench.timing import ratio, spread
+from bench.tools.timing import ratio, spread
 from burst.planner.timeline import interval
 from launch.terminal.display import Display, seconds
 

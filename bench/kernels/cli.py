@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from apb.compress import Compressor
-from bench import report
-from bench.hardware import hardware
 from bench.kernels.calls import as_rates, measured
 from bench.kernels.measure import Device
-from bench.prompts import base_setup
-from bench.rows import Rows, provenance
+from bench.tools.conditions import hardware, provenance
+from bench.tools.rows import keep
+from bench.tools.setup import base_setup
 from burst.errors import UserError, in_range
 from launch.config.settings import chosen_compressor, typed
 from launch.terminal.display import Display, size
@@ -57,14 +56,13 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
         "copy_bytes_per_s": device.copy_rate,
         **provenance(config, hardware(base)),
     }
+    shared = {k: v for k, v in document.items() if k != "rows"}
     out = config.get("out")
     if out:
-        rates.save(Path(out) / "rates.json", **{k: v for k, v in document.items() if k != "rows"})
+        rates.save(Path(out) / "rates.json", **shared)
         display.note(f"Rates for 'apb bench simulate bench.rates=...': {Path(out) / 'rates.json'}")
     if asked.save:
-        kept, shared = Rows(report.dated("kernels.jsonl")), {k: v for k, v in document.items() if k != "rows"}
-        for row in rows:
-            kept.add(f"{name}/{row['kernel']}/{row['tokens']}", {**shared, **row})
+        keep("kernels", ((f"{name}/{row['kernel']}/{row['tokens']}", {**shared, **row}) for row in rows))
     return document
 
 

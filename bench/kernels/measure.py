@@ -16,7 +16,7 @@ from torch.nn import functional
 from apb.compress.base import Candidates, Compressor, top_rows
 from apb.models.placement import torch_dtype
 from apb.plan.shapes import ModelShape
-from bench.timing import median_s
+from bench.tools.timing import median_s
 from burst.kernels import Kernel, kernel
 from burst.kernels.merge import Accumulator
 

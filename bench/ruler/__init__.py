@@ -6,7 +6,7 @@ import importlib
 import random
 from typing import Any
 
-from bench.ruler.base import Ask, Family, Sample, encoder
+from bench.ruler.base import Ask, Family, RulerSample, encoder
 from bench.ruler.prompts import room
 from burst.errors import choose
 
@@ -37,7 +37,7 @@ def family(task: str) -> Family:
     return made
 
 
-def sample(tokenizer: Any, task: str, tokens: int, seeds: str, index: int) -> Sample:
+def sample(tokenizer: Any, task: str, tokens: int, seeds: str, index: int) -> RulerSample:
     """Return sample ``index`` of a seed set: its whole prompt, template and answer's beginning included, has exactly
     ``tokens`` tokens. Raises UserError when the task does not fit."""
     seed = f"{task}/{tokens}/{seeds}/{index}"
@@ -45,7 +45,7 @@ def sample(tokenizer: Any, task: str, tokens: int, seeds: str, index: int) -> Sa
     ids, ask, second = family(task).make(
         encoder(tokenizer), lambda ask: room(tokenizer, ask, tokens, chat=chat), random.Random(seed)
     )
-    return Sample(task, seed, tuple(ids), ask, second, chat)
+    return RulerSample(task, seed, tuple(ids), ask, second, chat)
 
 
-__all__ = ["TASKS", "Ask", "Family", "Sample", "family", "sample"]
+__all__ = ["TASKS", "Ask", "Family", "RulerSample", "family", "sample"]

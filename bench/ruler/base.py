@@ -29,7 +29,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Sample:
+class RulerSample:
     """One document with its question; ``second`` asks for something else in the same document.
 
     Without ``chat`` the document is continued as plain text, and nothing is decoded.

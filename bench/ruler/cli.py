@@ -10,19 +10,23 @@ from typing import Any, Literal
 
 from apb.engine.setup import Setup
 from bench.ruler import TASKS, sample
+from bench.ruler.answers import FullAnswers
 from bench.ruler.official import read
 from bench.ruler.plots import draw
 from bench.ruler.prompts import prompt
-from bench.ruler.run import Samples
+from bench.ruler.run import RulerSamples
 from bench.ruler.run import run as run_samples
-from bench.ruler.store import Store
-from bench.ruler.summary import CHOOSE, chosen, comparisons, table
+from bench.ruler.summary import CHOOSE, chosen, comparisons, latest, table
 from bench.ruler.variant import Variant, baselines
-from bench.verify.runner import conditions
+from bench.tools.conditions import conditions
+from bench.tools.drawing import drawn
+from bench.tools.rows import Rows
 from burst.errors import UserError, in_range
 from launch.config.settings import Basics, basics, typed
 from launch.terminal.display import Display, size
 from launch.verbs.prepare import make_setup
+
+FILE = "samples.jsonl"
 
 
 @dataclass(frozen=True)
@@ -55,18 +59,20 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
         for one in filter(each.takes, samples.items[:: asked.samples]):
             asked_for = each.prompt(one)
             each.fitted(asked_for.lengths).plan(asked_for, one.ask.new_tokens)
-    store = Store(Path(common.out) if common.out else None)
+    folder = Path(common.out) if common.out else None
+    kept = Rows(folder and folder / FILE)
     with display.progress() as on_progress:
         what = f"Samples, {variant.label} and its baselines"
         run_samples(
             variants,
             samples,
-            store,
+            kept,
+            FullAnswers(folder),
             common.cluster.name,
             decode=asked.decode,
             on_sample=lambda done, total: on_progress(what, done, total),
         )
-    rows = store.rows
+    rows = latest(kept)
     lines, stated = table(rows), comparisons(rows)
     picked = [
         {**dict(zip(("model", "tokens", "strategy"), k, strict=True)), "compressor": v} for k, v in chosen(rows).items()
@@ -74,7 +80,7 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
     _show(lines, stated, samples, setup.spec.dtype, display)
     found: dict[str, Any] = {"variant": variant.label, "samples": len(rows), "table": lines, "chosen": picked}
     found |= {"comparisons": stated, "conditions": conditions()}
-    return found | _write(found, store, display)
+    return found | _write(found, folder, display)
 
 
 def _settle(values: Mapping[str, Any]) -> RulerSettings:
@@ -90,12 +96,12 @@ def _settle(values: Mapping[str, Any]) -> RulerSettings:
     return RulerSettings(**{**settings.__dict__, "flops": share})
 
 
-def _samples(setup: Setup, asked: RulerSettings) -> Samples:
+def _samples(setup: Setup, asked: RulerSettings) -> RulerSamples:
     tokenizer = setup.tokenizer
     if asked.data is None:
         names = asked.tasks or tuple(TASKS)
         made = [sample(tokenizer, task, asked.tokens, asked.seeds, i) for task in names for i in range(asked.samples)]
-        return Samples(made, asked.tokens, asked.seeds)
+        return RulerSamples(made, asked.tokens, asked.seeds)
     by_task: dict[str, list[Any]] = {}
     for each in read(tokenizer, Path(asked.data)):
         if not asked.tasks or each.task in asked.tasks:
@@ -109,11 +115,11 @@ def _samples(setup: Setup, asked: RulerSettings) -> Samples:
             remedy="Leave bench.tasks out to take all.",
         )
     longest = max(len(prompt(tokenizer, each).token_ids) for each in found)
-    return Samples(found, longest, asked.seeds)
+    return RulerSamples(found, longest, asked.seeds)
 
 
 def _show(
-    lines: list[dict[str, Any]], stated: list[dict[str, Any]], samples: Samples, dtype: str, display: Display
+    lines: list[dict[str, Any]], stated: list[dict[str, Any]], samples: RulerSamples, dtype: str, display: Display
 ) -> None:
     asked = {"tokens": samples.tokens, "seeds": samples.seeds, "dtype": dtype}
     here = [x for x in lines if asked.items() <= x.items()]
@@ -163,13 +169,9 @@ def _spread(line: Mapping[str, Any], name: str) -> str:
     return "-" if line[name] is None else f"{line[name]:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def _write(found: Mapping[str, Any], store: Store, display: Display) -> dict[str, Any]:
-    if store.folder is None:
+def _write(found: Mapping[str, Any], folder: Path | None, display: Display) -> dict[str, Any]:
+    if folder is None:
         display.note("Nothing was kept: with out=DIR samples, tables and plots are, and a stopped run goes on.")
         return {"plots": []}
-    (store.folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    try:
-        return {"plots": draw(found["table"], store.folder)}
-    except UserError as error:  # the numbers are worth having without pictures
-        display.note(f"No plots: {error.message}; {error.allowed}.")
-        return {"plots": []}
+    (folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return {"plots": drawn(lambda: draw(found["table"], folder), display.note)}

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 from bench.ruler.base import Ask, Encode, Room
-from bench.ruler.text import prose
+from bench.tools.prose import prose
 
 _CHARACTERS_PER_TOKEN = 8  # more than any tokenizer needs for English on average
 

@@ -11,7 +11,7 @@ from apb.engine.handle import KVHandle
 from apb.plan.bytes import prefill_bytes
 from apb.plan.flops import prefill_flops
 from apb.prompt.prompt import Prompt, Question
-from bench.ruler.base import Ask, Sample
+from bench.ruler.base import Ask, RulerSample
 from bench.ruler.prompts import question, target
 from bench.ruler.scoring import accuracy
 
@@ -19,7 +19,7 @@ FIRST = 4  # answer tokens whose distributions are compared with full attention'
 
 
 def measure(
-    engine: Engine, sample: Sample, prompt: Prompt, full_FV: Tensor | None, *, decode: bool
+    engine: Engine, sample: RulerSample, prompt: Prompt, full_FV: Tensor | None, *, decode: bool
 ) -> tuple[dict[str, Any], Tensor]:
     """Prefill a sample and return its row, and the distributions over the first answer tokens.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.ruler.base import Ask, Match, Sample, encoder
+from bench.ruler.base import Ask, Match, RulerSample, encoder
 from burst.errors import UserError
 
 # RULER puts its question on a line of its own that begins with one of these.
@@ -15,7 +15,7 @@ _MARKS = ("\nQuestion:", "\nWhat ")
 _NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}  # by task, as RULER decodes
 
 
-def read(tokenizer: Any, path: Path) -> Iterator[Sample]:
+def read(tokenizer: Any, path: Path) -> Iterator[RulerSample]:
     """Return the samples of a file ``TASK/validation.jsonl`` or ``TASK.jsonl``, or of all files in a folder.
 
     Raises UserError for a path without such files and for lines that are no RULER samples.
@@ -35,7 +35,7 @@ def read(tokenizer: Any, path: Path) -> Iterator[Sample]:
                 yield _sample(tokenizer, task, line, f"{file}, line {number}")
 
 
-def _sample(tokenizer: Any, task: str, line: str, where: str) -> Sample:
+def _sample(tokenizer: Any, task: str, line: str, where: str) -> RulerSample:
     try:
         row = json.loads(line)
         text, outputs = row["input"], tuple(str(o) for o in row["outputs"])
@@ -58,7 +58,7 @@ def _sample(tokenizer: Any, task: str, line: str, where: str) -> Sample:
     kind = task.split("_")[0]
     match: Match = "part" if kind == "qa" else "all"
     ask = Ask(question.strip(), prefix.strip(), outputs, match, _NEW_TOKENS.get(kind, 128))
-    return Sample(task, where, tuple(encoder(tokenizer)(text[:at])), ask)
+    return RulerSample(task, where, tuple(encoder(tokenizer)(text[:at])), ask)
 
 
 def _split_prefix(question: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench.drawing import new_figure
+from bench.tools.drawing import new_figure
 
 Line = dict[str, Any]  # of summary.table
 

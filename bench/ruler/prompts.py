@@ -6,10 +6,10 @@ import dataclasses
 from typing import Any
 
 from apb.prompt.prompt import Prompt, Question, make_prompt, make_question, with_question_first
-from bench.ruler.base import Ask, Sample, encoder, too_short
+from bench.ruler.base import Ask, RulerSample, encoder, too_short
 
 
-def prompt(tokenizer: Any, sample: Sample, *, question_first: bool = False) -> Prompt:
+def prompt(tokenizer: Any, sample: RulerSample, *, question_first: bool = False) -> Prompt:
     """Return a sample's prompt. ``question_first`` repeats the question between template head and document, where
     methods that show it early show it; the prompt is that much longer."""
     asked = question(tokenizer, sample.ask, chat=sample.chat)

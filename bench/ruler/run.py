@@ -11,28 +11,36 @@ from torch import Tensor
 
 from apb.engine.engine import Engine
 from apb.engine.setup import Setup
-from bench.ruler.base import Sample
+from bench.ruler.answers import FullAnswers
+from bench.ruler.base import RulerSample
 from bench.ruler.measure import measure
 from bench.ruler.prompts import prompt
-from bench.ruler.store import Store
 from bench.ruler.summary import CHOOSE
 from bench.ruler.variant import FULL, Variant
-from bench.verify.runner import commit
+from bench.tools.conditions import commit
+from bench.tools.rows import Rows
 
 OnSample = Callable[[int, int], None]  # samples done, samples to do
 
 
 @dataclasses.dataclass(frozen=True)
-class Samples:
+class RulerSamples:
     """Some samples of one length and seed set."""
 
-    items: Sequence[Sample]
+    items: Sequence[RulerSample]
     tokens: int
     seeds: str
 
 
 def run(
-    variants: Iterable[Variant], samples: Samples, store: Store, cluster: str, *, decode: bool, on_sample: OnSample
+    variants: Iterable[Variant],
+    samples: RulerSamples,
+    rows: Rows,
+    full: FullAnswers,
+    cluster: str,
+    *,
+    decode: bool,
+    on_sample: OnSample,
 ) -> None:
     """Measure every sample under every variant; raises what engines raise.
 
@@ -45,7 +53,7 @@ def run(
         for sample in samples.items
         if variant.takes(sample)
     ]
-    todo = [each for each in todo if each[2] not in store]
+    todo = [each for each in todo if each[2] not in rows]
     with _engines(cluster) as engine_of:
         on_sample(0, len(todo))
         for done, (variant, sample, key) in enumerate(todo, 1):
@@ -54,24 +62,26 @@ def run(
             engine = engine_of(variant.fitted(asked.lengths))
             reference = None
             if variant.label != FULL and samples.seeds != CHOOSE:
-                reference = _reference(sample, store, engine_of, variant)
+                reference = _reference(sample, full, engine_of, variant)
             row, first_FV = measure(engine, sample, asked, reference, decode=decode)
             if variant.label == FULL:
                 row["kl"] = 0.0
-                store.put_full(_full_key(variant, sample), first_FV)
+                full.put(_full_key(variant, sample), first_FV)
             seconds = round(time.perf_counter() - start, 2)
-            store.add(key, _about(variant, sample, samples) | row | {"seconds": seconds, "commit": commit()})
+            rows.add(key, _about(variant, sample, samples) | row | {"seconds": seconds, "commit": commit()})
             on_sample(done, len(todo))
 
 
-def _reference(sample: Sample, store: Store, engine_of: Callable[[Setup], Engine], variant: Variant) -> Tensor:
+def _reference(
+    sample: RulerSample, full: FullAnswers, engine_of: Callable[[Setup], Engine], variant: Variant
+) -> Tensor:
     """Full attention's distributions for a sample: kept ones, or measured now."""
     key, setup = _full_key(variant, sample), variant.setup
-    found = store.full(key)
+    found = full.get(key)
     if found is None:
         engine = engine_of(setup.using("full", hosts=1))
         _, found = measure(engine, sample, prompt(setup.tokenizer, sample), None, decode=False)
-        store.put_full(key, found)
+        full.put(key, found)
     return found
 
 
@@ -94,7 +104,7 @@ def _engines(cluster: str) -> Iterator[Callable[[Setup], Engine]]:
             engine.close()
 
 
-def _about(variant: Variant, sample: Sample, samples: Samples) -> dict[str, object]:
+def _about(variant: Variant, sample: RulerSample, samples: RulerSamples) -> dict[str, object]:
     setup = variant.setup
     return {
         "model": variant.model,
@@ -113,10 +123,10 @@ def _about(variant: Variant, sample: Sample, samples: Samples) -> dict[str, obje
     }
 
 
-def _key(variant: Variant, sample: Sample, decode: bool) -> str:
+def _key(variant: Variant, sample: RulerSample, decode: bool) -> str:
     how = "decoded" if decode and sample.chat else "scored"
     return f"{variant.model} {variant.setup.spec.dtype}/{variant.label}/{how}/{sample.seed}"
 
 
-def _full_key(variant: Variant, sample: Sample) -> str:
+def _full_key(variant: Variant, sample: RulerSample) -> str:
     return f"{variant.model} {variant.setup.spec.dtype}/{sample.seed}"

@@ -18,6 +18,11 @@ _PAIR = ("model", "dtype", "task", "tokens", "seeds", "index")
 _LINE = ("model", "dtype", "tokens", "seeds", "task", "variant")
 
 
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows, oldest first; of a sample that was measured again with decoding, the later one."""
+    return list({(row["model"], row["dtype"], row["variant"], row["index"]): row for row in rows}.values())
+
+
 def table(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Return one line a variant, task, length, seed set and dtype: means over its samples, with 95% intervals.
 

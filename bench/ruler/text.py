@@ -10,8 +10,10 @@ import string
 import uuid
 from collections.abc import Iterator
 
-from bench.haystack import NOISE
 from bench.ruler.base import Encode
+from bench.tools.prose import prose
+
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 
 def _words(text: str) -> list[str]:
@@ -87,15 +89,6 @@ def essay(encode: Encode, rng: random.Random) -> Iterator[list[int]]:
     sentences = _sentences()
     start = rng.randrange(len(sentences))
     return (encode(sentences[i % len(sentences)]) for i in itertools.count(start))
-
-
-@functools.cache
-def prose() -> str:
-    """Return real prose that every Python has: the language reference, without its markup's long lines."""
-    from pydoc_data.topics import topics
-
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    return re.sub(r"[*=\-^~+|]{3,}", "", text)
 
 
 @functools.cache

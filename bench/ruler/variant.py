@@ -11,7 +11,7 @@ from apb.plan.flops import critical_flops
 from apb.plan.shapes import PromptLengths
 from apb.prompt.prompt import Prompt
 from apb.strategies import STRATEGIES, Strategy
-from bench.ruler.base import Sample
+from bench.ruler.base import RulerSample
 from bench.ruler.budget import fit
 from bench.ruler.prompts import prompt
 from burst.errors import UserError, choose
@@ -61,11 +61,11 @@ class Variant:
             parts.append(", question not known")
         return "".join(parts) + (", question first" if self.question_first else "")
 
-    def takes(self, sample: Sample) -> bool:
+    def takes(self, sample: RulerSample) -> bool:
         """Whether it can be asked; a text that is continued has no question to put first."""
         return sample.chat or not self.question_first
 
-    def prompt(self, sample: Sample) -> Prompt:
+    def prompt(self, sample: RulerSample) -> Prompt:
         """Return what is prefilled of a sample."""
         made = prompt(self.setup.tokenizer, sample, question_first=self.question_first)
         return dataclasses.replace(made, question=None) if self.plain else made

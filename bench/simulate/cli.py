@@ -12,10 +12,10 @@ from typing import Any
 
 from apb.costs import Network, assumed, load
 from apb.engine.setup import Setup
-from bench import report
-from bench.prompts import base_setup
-from bench.rows import Rows, provenance
 from bench.simulate.grid import EXACT, crossings, replicas, rows, series
+from bench.tools.conditions import provenance
+from bench.tools.rows import keep
+from bench.tools.setup import base_setup
 from burst.errors import in_range
 from launch.config.settings import chosen_compressor, typed
 from launch.terminal.display import Display, seconds, size
@@ -163,10 +163,11 @@ def _show(found: Sequence[Mapping[str, Any]], display: Display) -> None:
 
 def _keep(document: Mapping[str, Any], base: Setup) -> None:
     """Add the rows to the dated file that ``apb bench report`` reads."""
-    kept = Rows(report.dated("simulate.jsonl"))
+    kept = []
     shared = {k: v for k, v in document.items() if k not in ("rows", "crossovers", "seconds")}
     shared["rates"] = document["rates"]["name"]
     for each in document["rows"]:
         name = document["configuration"]["model"]["name"]
         key = "/".join(str(x) for x in (name, base.spec.dtype, each["strategy"], each["hosts"], each["tokens"]))
-        kept.add(f"{key}/{document['rates']['name']}/{document['network']['name']}", {**shared, **each})
+        kept.append((f"{key}/{document['rates']['name']}/{document['network']['name']}", {**shared, **each}))
+    keep("simulate", kept)

@@ -10,7 +10,7 @@ from typing import Any
 from apb.costs import Network, Rates, cost
 from apb.engine.setup import Setup
 from apb.plan.flops import prefill_flops, query_flops
-from bench.prompts import lengths, setups
+from bench.tools.prompts import lengths, setups
 from burst.errors import UserError
 
 EXACT = ("full", "ring", "burst", "allgather", "ulysses", "usp")

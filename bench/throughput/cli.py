@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from apb.engine.setup import Setup
-from bench import report
-from bench.hardware import hardware
 from bench.kernels.measure import Device
-from bench.rows import Rows, provenance
 from bench.ruler.variant import Variant
 from bench.throughput.measure import EveryToken, Source, measure, utilisation
-from bench.timing import spread
+from bench.tools.conditions import hardware, provenance
+from bench.tools.rows import Rows, keep
+from bench.tools.timing import spread
 from burst.errors import in_range
 from launch.config.settings import Basics, basics, typed
 from launch.terminal.display import Display, seconds, size
@@ -73,9 +72,7 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
     found = about | summary(rows)
     _show(found, len(rows), display)
     if asked.save:
-        dated = Rows(report.dated("throughput.jsonl"))
-        for row in rows:
-            dated.add(row["key"], row)
+        keep("throughput", ((row["key"], row) for row in rows))
     return {"bench": "throughput", **found, "rows": rows}
 
 

@@ -12,8 +12,8 @@ from apb.plan.flops import prefill_flops, query_flops
 from apb.plan.plan import PrefillPlan
 from apb.prompt.prompt import Prompt
 from bench.kernels.measure import Device
-from bench.prompts import lengths, random_prompt
-from bench.verify.full import document_text
+from bench.tools.prompts import lengths, random_prompt
+from bench.tools.prose import reference
 
 QUESTION = "Which statement binds names?"
 
@@ -49,7 +49,7 @@ class Source:
 
     def _cut(self) -> str:
         """The longest beginning of the reference text, repeated as need be, whose prompt has at most the tokens."""
-        text = document_text()
+        text = reference()
         text *= 1 + 8 * self.tokens // len(text)  # no tokenizer needs more than some eight letters a token
         low, high = 1, len(text)
         while low < high:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from burst.execution.calls import AttentionCall, AttentionOptions, make_call
+from burst.execution.calls import AttentionCall, make_call
 from burst.execution.execute import Execution
+from burst.execution.options import AttentionOptions
 from burst.layouts.layout import Layout
 from burst.planner.topology import Topology
 from burst.schedules import Schedule
@@ -89,21 +90,22 @@ def attention(
     2309.14509; USP arXiv 2405.07719.
     """
     options = AttentionOptions(
-        schedule,
-        causal,
-        scale,
-        window,
-        keys,
-        forward,
-        backward,
-        ulysses,
-        topology,
-        accurate,
-        checkpoint,
-        kernel,
-        return_lse,
+        layout=layout,
+        schedule=schedule,
+        causal=causal,
+        scale=scale,
+        window=window,
+        keys=keys,
+        forward=forward,
+        backward=backward,
+        ulysses=ulysses,
+        topology=topology,
+        accurate=accurate,
+        checkpoint=checkpoint,
+        kernel=kernel,
+        return_lse=return_lse,
     )
-    call = make_call(q, k, v, sinks, transport, layout, options)
+    call = make_call(q, k, v, sinks, transport, options)
     if call.backward is None:
         with torch.no_grad():
             run = _forward_run(q, k, v, sinks, call)
@@ -127,13 +129,7 @@ class _AttentionFunction(torch.autograd.Function):
         run = _forward_run(q, k, v, sinks, call)
         out, lse = run.forward()
         # In head groups the rank's work, and so the backward's start, is other rows and heads than its own.
-        kept: tuple[Tensor, ...] = (
-            run.working["q"],
-            run.working["k"],
-            run.working["v"],
-            run.working["out"],
-            lse,
-        )
+        kept: tuple[Tensor, ...] = (*(run.working[name] for name in ("q", "k", "v", "out")), lse)
         if call.kept is not None:
             kept = *kept[:3], *(x.index_select(2, call.kept) for x in kept[3:])
         ctx.call = call

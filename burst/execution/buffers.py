@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from burst.kernels.merge import accumulate_dtype
-from burst.schedules.base import AttentionShape, Heads, Role
+from burst.schedules.payload import PAYLOAD, AttentionShape, Heads, Role
 
 Field = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of one tensor
 
@@ -61,25 +61,14 @@ class Form:
         )
 
     def fields(self, role: Role, rows: int, heads: Heads | None) -> dict[str, Field]:
-        """Return one block's tensors by name, in the message's order: widest first, so all are aligned."""
+        """Return one block's tensors by name, in the message's order."""
         n_q, n_kv = (self.q_heads, self.kv_heads) if heads is None else (heads.q_count, heads.kv_count)
-        q, k = (self.batch, n_q, rows, self.head_dim), (self.batch, n_kv, rows, self.head_dim)
-        o, v = (self.batch, n_q, rows, self.value_dim), (self.batch, n_kv, rows, self.value_dim)
-        state, e, acc = ((self.batch, n_q, rows), self.acc), self.dtype, self.acc
-        table: dict[Role, dict[str, Field]] = {
-            "kv": {"k": (k, e), "v": (v, e)},
-            "q": {"q": (q, e)},
-            "qd": {"lse": state, "delta": state, "q": (q, e), "dout": (o, e)},
-            "qo": {"lse": state, "q": (q, e), "dout": (o, e), "out": (o, e)},
-            "part": {"lse": state, "out": (o, self.partial)},
-            "out": {"out": (o, e)},
-            "dq": {"dq": (q, acc)},
-            "dkv": {"dk": (k, acc), "dv": (v, acc)},
-            "qkv": {"q": (q, e), "k": (k, e), "v": (v, e)},
-            "dout": {"dout": (o, e)},
-            "dqkv": {"dq": (q, self.partial), "dk": (k, self.partial), "dv": (v, self.partial)},
+        dims = {"head": (self.head_dim,), "value": (self.value_dim,), None: ()}
+        types = {"element": self.dtype, "gradient": self.acc, "state": self.acc, "partial": self.partial}
+        return {
+            part.name: ((self.batch, n_q if part.heads == "q" else n_kv, rows, *dims[part.dim]), types[part.kind])
+            for part in PAYLOAD[role]
         }
-        return table[role]
 
 
 def size(fields: Mapping[str, Field]) -> int:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from burst.execution.buffers import Form
-from burst.schedules.base import Heads, Role, Schedule
+from burst.schedules.base import Schedule
+from burst.schedules.payload import Heads, Role
 from burst.transport import Message, Transport
 
 Arrived = Sequence[Mapping[str, Tensor] | None]  # by member: what came from it; None: nothing, or the rank itself

@@ -1,4 +1,4 @@
-"""What a block kernel is, and the checks and special cases that all of them share.
+"""Block kernels: what a backend offers, and the checks and special cases that all of them share.
 
 Shapes: B batch, H query heads, K kv heads, S queries, T keys, D head dim, E value dim.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,23 +18,45 @@ from burst.kernels.merge import accumulate_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# q, k, v, causal, scale -> out, lse. Called with at least one query and one key, checked and unit-strided.
-BlockForward = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
 
-# q, k, v, out, lse, dout, delta, causal, scale -> dq, dk, dv. Called as above; out and lse belong to the
-# whole softmax, and one of out and delta may be missing: a backend that needs ``out`` makes it with
-# ``stand_in``.
-BlockBackward = Callable[
-    [Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, bool, float],
-    tuple[Tensor, Tensor, Tensor],
-]
+class Rows(NamedTuple):
+    """What a backward is given of its query rows; ``out`` and ``lse`` belong to the whole softmax.
+
+    One of ``out`` and ``delta`` may be missing: a backend that needs ``out`` makes it with ``stand_in``.
+    """
+
+    out: Tensor | None  # (B, H, S, E)
+    lse: Tensor  # (B, H, S)
+    dout: Tensor  # (B, H, S, E), the gradient of out
+    delta: Tensor | None  # (B, H, S), the rows' sums of dout * out
+
+    def with_out(self) -> Tensor:
+        """Return ``out``, or what may stand in for it."""
+        if self.out is not None:
+            return self.out
+        assert self.delta is not None
+        return stand_in(self.dout, self.delta)
 
 
-class Kernel(Protocol):
-    """Softmax attention of one block of queries over one block of keys, with its log-sum-exp."""
+# q, k, v, causal, scale -> out, lse; and q, k, v, rows, causal, scale -> dq, dk, dv. Both are called with at least one
+# query and one key, checked and unit-strided.
+Forward = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
+Backward = Callable[[Tensor, Tensor, Tensor, Rows, bool, float], tuple[Tensor, Tensor, Tensor]]
 
-    @property
-    def name(self) -> str: ...
+
+@dataclass(frozen=True)
+class Kernel:
+    """Softmax attention of one block of queries over one block of keys, with its log-sum-exp.
+
+    A backend is two functions. The checks and the special cases that backends do not agree on are here. ``device`` is
+    the only device type the backend runs on, None for any; ``any_value_dim`` says whether E may differ from D.
+    """
+
+    name: str
+    block: Forward
+    block_backward: Backward
+    device: str | None = None
+    any_value_dim: bool = True
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None
@@ -47,12 +69,13 @@ class Kernel(Protocol):
         instead. ``scale`` is 1/sqrt(D) when None. Raises UserError when shapes, dtypes, devices or the scale
         do not fit.
         """
-        ...
-
-    @property
-    def any_value_dim(self) -> bool:
-        """Whether v's E may differ from D."""
-        ...
+        self._check(q, k, v, causal, scale)
+        if q.shape[:3].numel() == 0 or k.shape[2] == 0:  # the CPU op divides by zero here and kills the process
+            lse_BHS = q.new_full(q.shape[:3], -math.inf, dtype=accumulate_dtype(q.dtype))
+            return q.new_zeros((*q.shape[:3], v.shape[3])), lse_BHS
+        # The CPU op reads a strided last dim as if it were dense: wrong numbers, no error.
+        q, k, v = (_unit_strided(x) for x in (q, k, v))
+        return self.block(q, k, v, causal, q.shape[3] ** -0.5 if scale is None else scale)
 
     def backward(
         self,
@@ -78,118 +101,75 @@ class Kernel(Protocol):
 
         Source: reference identity dS = P * (dP - delta), which holds for every block under a global lse.
         """
-        ...
-
-
-@dataclass(frozen=True)
-class CheckedKernel:
-    """A backend behind the checks and special cases that backends do not agree on; see ``Kernel``.
-
-    ``device`` is the only device type the backend runs on, None for any; ``any_value_dim`` says whether E may
-    differ from D.
-    """
-
-    name: str
-    block: BlockForward
-    block_backward: BlockBackward
-    device: str | None = None
-    any_value_dim: bool = True
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None
-    ) -> tuple[Tensor, Tensor]:
         self._check(q, k, v, causal, scale)
-        if q.shape[:3].numel() == 0 or k.shape[2] == 0:  # the CPU op divides by zero here and kills the process
-            lse_BHS = q.new_full(q.shape[:3], -math.inf, dtype=accumulate_dtype(q.dtype))
-            return q.new_zeros((*q.shape[:3], v.shape[3])), lse_BHS
-        # The CPU op reads a strided last dim as if it were dense: wrong numbers, no error.
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        return self.block(q, k, v, causal, q.shape[3] ** -0.5 if scale is None else scale)
-
-    def backward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor | None,
-        lse: Tensor,
-        dout: Tensor,
-        *,
-        causal: bool,
-        scale: float | None = None,
-        delta: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        self._check(q, k, v, causal, scale)
-        self._check_results(q, v, out, lse, dout, delta)
+        rows = Rows(out, lse, dout, delta)
+        self._check_rows(q, v, rows)
         if q.shape[:3].numel() == 0 or k.shape[2] == 0:
             return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
         # A gradient that comes from sum() is one number expanded: stride 0 everywhere.
-        q, k, v, dout = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, dout))
-        if out is not None and out.stride(-1) != 1:
-            out = out.contiguous()
-        scale = q.shape[3] ** -0.5 if scale is None else scale
-        return self.block_backward(q, k, v, out, lse, dout, delta, causal, scale)
+        q, k, v, dout = (_unit_strided(x) for x in (q, k, v, dout))
+        rows = rows._replace(out=None if out is None else _unit_strided(out), dout=dout)
+        return self.block_backward(q, k, v, rows, causal, q.shape[3] ** -0.5 if scale is None else scale)
 
-    def _check_results(
-        self, q: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, dout: Tensor, delta: Tensor | None
-    ) -> None:
-        rows, whole = q.shape[:3], (*q.shape[:3], v.shape[3])
-        if out is None and delta is None:
-            self._refuse("backward needs out or delta", "neither", "one of them", "Pass the merged out.")
-        for name, x, shape in (
-            ("out", out, whole),
-            ("dout", dout, whole),
-            ("lse", lse, rows),
-            ("delta", delta, rows),
-        ):
-            if x is not None and tuple(x.shape) != tuple(shape):
+    def _check_rows(self, q: Tensor, v: Tensor, rows: Rows) -> None:
+        if rows.out is None and rows.delta is None:
+            self._reject("backward needs out or delta", "neither", "one of them", "Pass the merged out.")
+        acc, states = accumulate_dtype(q.dtype), tuple(q.shape[:3])
+        for name, x in rows._asdict().items():
+            if x is None:
+                continue
+            wide = name in ("out", "dout")
+            shape = (*states, v.shape[3]) if wide else states
+            if tuple(x.shape) != shape:
                 given = f"{name} {tuple(x.shape)}"
-                self._refuse(f"{name} does not fit q and v", given, tuple(shape), "Pass the forward's results.")
-        for name, x in (("out", out), ("dout", dout)):
-            if x is not None and x.dtype != q.dtype:
-                self._refuse(f"{name} must have q's dtype", x.dtype, q.dtype, f"Cast {name}.")
-        for name, x in (("lse", lse), ("delta", delta)):
-            if x is not None and x.dtype != accumulate_dtype(q.dtype):
-                self._refuse(f"{name} must not be rounded", x.dtype, accumulate_dtype(q.dtype), "Keep its dtype.")
+                self._reject(f"{name} does not fit q and v", given, shape, "Pass the forward's results.")
+            if wide and x.dtype != q.dtype:
+                self._reject(f"{name} must have q's dtype", x.dtype, q.dtype, f"Cast {name}.")
+            if not wide and x.dtype != acc:
+                self._reject(f"{name} must not be rounded", x.dtype, acc, "Keep its dtype.")
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> None:
         check_inputs(f"kernel '{self.name}'", q, k, v, scale)
         if not q.device == k.device == v.device or self.device not in (None, q.device.type):
             given = f"q {q.device}, k {k.device}, v {v.device}"
             remedy = "Move the tensors, or choose the kernel 'auto'."
-            self._refuse("the inputs' device does not fit", given, self.device or "one device", remedy)
+            self._reject("the inputs' device does not fit", given, self.device or "one device", remedy)
         length, dim, value_dim = q.shape[2], q.shape[3], v.shape[3]
         if value_dim != dim and not self.any_value_dim:
             remedy = "Choose the kernel 'reference', or pad v with zeros and cut the output."
-            self._refuse("the value dim must equal the head dim", value_dim, f"value dim {dim}", remedy)
+            self._reject("the value dim must equal the head dim", value_dim, f"value dim {dim}", remedy)
         if causal and length != k.shape[2]:
             remedy = "Attend to the earlier keys with causal=False and merge the two parts."
-            self._refuse("causal needs a square block", f"{length} x {k.shape[2]}", "S == T", remedy)
+            self._reject("causal needs a square block", f"{length} x {k.shape[2]}", "S == T", remedy)
 
-    def _refuse(self, message: str, given: object, allowed: object, remedy: str) -> NoReturn:
-        refuse(f"kernel '{self.name}'", message, given, allowed, remedy)
+    def _reject(self, message: str, given: object, allowed: object, remedy: str) -> NoReturn:
+        reject(f"kernel '{self.name}'", message, given, allowed, remedy)
+
+
+def _unit_strided(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def check_inputs(who: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
     """Raise UserError, in the name of ``who``, unless these can be q, k and v of one attention."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4:
-        refuse(who, "q, k and v need 4 dims", shapes, "(batch, heads, tokens, head dim)", "Reshape them.")
+        reject(who, "q, k and v need 4 dims", shapes, "(batch, heads, tokens, head dim)", "Reshape them.")
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         given = f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
-        refuse(who, "q, k and v need one float dtype", given, ", ".join(map(str, DTYPES)), "Cast them.")
+        reject(who, "q, k and v need one float dtype", given, ", ".join(map(str, DTYPES)), "Cast them.")
     if k.shape[:3] != v.shape[:3] or k.shape[0] != q.shape[0]:
-        refuse(who, "k and v do not belong together, or not to q", shapes, "one batch size", "Check k and v.")
+        reject(who, "k and v do not belong together, or not to q", shapes, "one batch size", "Check k and v.")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         remedy = "Pass k and v unrepeated, with a number of kv heads that divides the query heads."
-        refuse(who, "heads do not group", f"{q.shape[1]} over {k.shape[1]} kv heads", "a whole ratio", remedy)
+        reject(who, "heads do not group", f"{q.shape[1]} over {k.shape[1]} kv heads", "a whole ratio", remedy)
     if k.shape[3] != q.shape[3] or q.shape[3] == 0:
-        refuse(who, "q and k differ in head dim", shapes, "one head dim, 1 or more", "Check the projections.")
+        reject(who, "q and k differ in head dim", shapes, "one head dim, 1 or more", "Check the projections.")
     if scale is not None and not 0 < scale < math.inf:
-        refuse(who, "the scale must be positive", scale, "0 < scale < inf", "Leave it None for 1/sqrt(D).")
+        reject(who, "the scale must be positive", scale, "0 < scale < inf", "Leave it None for 1/sqrt(D).")
 
 
-def refuse(who: str, message: str, given: object, allowed: object, remedy: str) -> NoReturn:
+def reject(who: str, message: str, given: object, allowed: object, remedy: str) -> NoReturn:
     """Raise UserError in the name of ``who``."""
     raise UserError(f"{who}: {message}", given=given, allowed=allowed, remedy=remedy)
 

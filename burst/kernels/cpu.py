@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from burst.kernels.base import CheckedKernel, Kernel, stand_in
+from burst.kernels.base import Kernel, Rows
 
 LONG = 768  # queries; from here on the backward works in steps of 256, below in steps of 64 or 32
 VECTOR_LANES = 64  # elements; no CPU's vector of fp32 is longer (SVE's 2048 bits)
@@ -36,15 +36,7 @@ def attend(q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, causal: bool, scale: 
 
 
 def backward(
-    q_BHSD: Tensor,
-    k_BKTD: Tensor,
-    v_BKTD: Tensor,
-    out_BHSD: Tensor | None,
-    lse_BHS: Tensor,
-    dout_BHSD: Tensor,
-    delta_BHS: Tensor | None,
-    causal: bool,
-    scale: float,
+    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, rows: Rows, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Call the aten op with the whole softmax's out and lse; the gradients are dense as (B, S, H, D).
 
@@ -53,9 +45,7 @@ def backward(
 
     Source: ``_scaled_dot_product_flash_attention_for_cpu_backward``, which knows ``out`` but no delta.
     """
-    if out_BHSD is None:
-        assert delta_BHS is not None
-        out_BHSD = stand_in(dout_BHSD, delta_BHS)
+    out_BHSD, lse_BHS, dout_BHSD = rows.with_out(), rows.lse, rows.dout
     group = q_BHSD.shape[1] // k_BKTD.shape[1]
     if group == 1 or q_BHSD.shape[2] >= LONG or q_BHSD.dtype in (torch.float32, torch.float64):
         return _call(q_BHSD, k_BKTD, v_BKTD, out_BHSD, lse_BHS, dout_BHSD, causal, scale)
@@ -78,4 +68,4 @@ def _call(
     return dq, dk, dv
 
 
-KERNEL: Kernel = CheckedKernel("cpu", attend, backward, device="cpu", any_value_dim=False)
+KERNEL = Kernel("cpu", attend, backward, device="cpu", any_value_dim=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from burst.kernels import reference
-from burst.kernels.base import CheckedKernel, Kernel, stand_in
+from burst.kernels.base import Kernel, Rows
 
 ALIGN = 8  # elements; 16-byte loads of bf16, and a multiple of what fp32 needs
 FLASH_MAX_DIM = 256  # largest head dim that flash attention 2 is built for
@@ -45,15 +45,7 @@ def attend(q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, causal: bool, scale: 
 
 
 def backward(
-    q_BHSD: Tensor,
-    k_BKTD: Tensor,
-    v_BKTE: Tensor,
-    out_BHSE: Tensor | None,
-    lse_BHS: Tensor,
-    dout_BHSE: Tensor,
-    delta_BHS: Tensor | None,
-    causal: bool,
-    scale: float,
+    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, rows: Rows, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Call the backward of the op that ``attend`` takes, with the whole softmax's out and lse.
 
@@ -61,13 +53,10 @@ def backward(
     counterpart; neither takes delta.
     """
     if q_BHSD.dtype == torch.float64:
-        return reference.backward(q_BHSD, k_BKTD, v_BKTE, out_BHSE, lse_BHS, dout_BHSE, delta_BHS, causal, scale)
-    if out_BHSE is None:
-        assert delta_BHS is not None
-        out_BHSE = stand_in(dout_BHSE, delta_BHS)
+        return reference.backward(q_BHSD, k_BKTD, v_BKTE, rows, causal, scale)
     dim, value_dim, keys = q_BHSD.shape[3], v_BKTE.shape[3], k_BKTD.shape[2]
-    q, k, v, out, dout = (aligned(x) for x in (q_BHSD, k_BKTD, v_BKTE, out_BHSE, dout_BHSE))
-    lse_BHS = lse_BHS.contiguous()
+    q, k, v, out, dout = (aligned(x) for x in (q_BHSD, k_BKTD, v_BKTE, rows.with_out(), rows.dout))
+    lse_BHS = rows.lse.contiguous()
     # Without dropout nothing reads the random state, but the schemas ask for one.
     seed, offset = (torch.zeros(2, dtype=torch.uint64, device=q.device) for _ in range(2))
     if _takes_flash(q_BHSD, v_BKTE):
@@ -80,20 +69,9 @@ def backward(
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     # The op reads the lse in the padded form in which its forward writes it: +inf, so that padding weighs 0.
     lse_BHS = pad(lse_BHS, (0, -lse_BHS.shape[2] % LSE_ALIGN), value=math.inf)
+    wanted = [True, True, True, False]
     dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-        dout,
-        q,
-        k,
-        v,
-        None,
-        out,
-        lse_BHS,
-        seed[0],
-        offset[0],
-        0.0,
-        [True, True, True, False],
-        causal,
-        scale=scale,
+        dout, q, k, v, None, out, lse_BHS, seed[0], offset[0], 0.0, wanted, causal, scale=scale
     )
     if group > 1:  # summed wide: G bf16 terms in a row would lose bits
         dk, dv = (x.unflatten(1, (-1, group)).sum(2, dtype=torch.float32).to(x.dtype) for x in (dk, dv))
@@ -118,4 +96,4 @@ def _has_flash(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
 
 
-KERNEL: Kernel = CheckedKernel("cuda", attend, backward, device="cuda")
+KERNEL = Kernel("cuda", attend, backward, device="cuda")

@@ -17,7 +17,7 @@ from torch.nn.attention import activate_flash_attention_impl, current_flash_atte
 
 from burst.errors import UserError
 from burst.kernels import cuda
-from burst.kernels.base import CheckedKernel, Kernel
+from burst.kernels.base import Kernel, Rows
 
 # By the device's major capability: FA3 is written for Hopper, FA4 for Blackwell (on Hopper it may not split its work).
 CHOICES = {9: "FA3", 10: "FA4"}
@@ -44,19 +44,11 @@ def attend(q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, causal: bool, scale: 
 
 
 def backward(
-    q_BHSD: Tensor,
-    k_BKTD: Tensor,
-    v_BKTE: Tensor,
-    out_BHSE: Tensor | None,
-    lse_BHS: Tensor,
-    dout_BHSE: Tensor,
-    delta_BHS: Tensor | None,
-    causal: bool,
-    scale: float,
+    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, rows: Rows, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``cuda.backward``, by flash-attn's kernels."""
     _activate(q_BHSD.device)
-    return cuda.backward(q_BHSD, k_BKTD, v_BKTE, out_BHSE, lse_BHS, dout_BHSE, delta_BHS, causal, scale)
+    return cuda.backward(q_BHSD, k_BKTD, v_BKTE, rows, causal, scale)
 
 
 @cache
@@ -83,4 +75,4 @@ def _has_fa4() -> bool:
     return importlib.util.find_spec("cutlass") is not None
 
 
-KERNEL: Kernel = CheckedKernel("flash_attn", attend, backward, device="cuda")
+KERNEL = Kernel("flash_attn", attend, backward, device="cuda")

@@ -12,7 +12,7 @@ from burst.errors import UserError
 from burst.layouts.layout import layout
 from burst.planner.planner import plan
 from burst.planner.topology import Link, topology
-from burst.schedules.base import AttentionShape
+from burst.schedules import AttentionShape
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from burst.planner.timeline import Begin, Busy, Finish, TimelineEvent, replay
 from burst.planner.topology import Topology
-from burst.schedules.base import AttentionShape, Compute, Fold, Parcel, Post, Regroup, Schedule, ScheduleStep, Wait
+from burst.schedules import AttentionShape, Compute, Fold, Parcel, Post, Regroup, Schedule, ScheduleStep, Wait
 
 ACCUMULATE = 4  # bytes of a summed element (fp32)
 

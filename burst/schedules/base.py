@@ -1,25 +1,4 @@
-"""A schedule as data: what every rank computes, posts and waits for, in program order, and in which buffers.
-
-A **block** is the rows of one rank (of one head group's ranks in ``usp`` and ``ulysses``). A **slot** is a
-buffer (role, index). Index 0 is the rank's own: for input roles the caller's tensors, never overwritten; for
-result roles the accumulator that is the rank's answer at the end, empty before the first write. Index 1.. is
-workspace, allocated by the executor for the largest block that it holds (``Schedule.slot_blocks``).
-
-Roles and what one block of them holds (rows S of the block; heads of the rank's head group, all heads when
-there is none):
-    kv    keys (K, S, d) and values (K, S, dv), element type
-    q     queries (H, S, d), element type
-    qd    queries, dO (H, S, dv), element type; L and D (H, S), state type: the traveller of a Q-pass backward
-    qo    as qd with O (H, S, dv), element type, in place of D: for kernels that take O
-    part  a partial output (H, S, dv), partial type, with its L (H, S), state type: the result of pass-Q
-    out   the output and L of the rank's own queries; travels (without L, element type) only back from head
-          groups
-    dq    gradient of queries (H, S, d); in slots 1.. and on the wire in the gradient type
-    dkv   gradients of keys and values, likewise
-    qkv   queries, keys, values of one head group, element type (to the head group)
-    dout  dO of one head group, element type (to the head group)
-    dqkv  gradients of queries, keys, values of one head group, partial type (back from the head group)
-"""
+"""A schedule as data: what every rank computes, posts and waits for, in program order, and in which buffers."""
 
 from __future__ import annotations
 
@@ -27,162 +6,14 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from burst.layouts.layout import Layout
 from burst.layouts.masks import Piece
-
-Role = Literal["kv", "q", "qd", "qo", "part", "out", "dq", "dkv", "qkv", "dout", "dqkv"]
-Phase = Literal["forward", "backward"]
-INPUTS: tuple[Role, ...] = ("kv", "q", "qd", "qo")  # roles whose slot 0 is the caller's
-
-
-@dataclass(frozen=True, order=True)
-class Slot:
-    """A buffer of one rank."""
-
-    role: Role
-    index: int
-
-
-class Parcel(NamedTuple):
-    """One message on the wire: ``slot``'s content, which is ``block``, to or from ``peer``.
-
-    ``heads`` is None for roles that hold all heads of the rank's head group; for qkv, dout, out, dqkv it says
-    which head group's heads travel (index into ``Schedule.heads``), and ``block`` is then a rank: whose rows.
-    """
-
-    peer: int
-    slot: Slot
-    block: int
-    heads: int | None = None
-
-
-@dataclass(frozen=True)
-class Post:
-    """Start sends and receives as one exchange (one NCCL group); their buffers are taken until its ``Wait``.
-
-    ``name`` is unique in the rank's program. Posts of one channel run in program order and need a
-    communicator of their own on NCCL; the order of messages between two ranks is also the same at both ends
-    across channels. ``inter`` in a channel's name says that it crosses nodes in double rings.
-    """
-
-    name: int
-    channel: str
-    sends: tuple[Parcel, ...]
-    recvs: tuple[Parcel, ...]
-
-
-@dataclass(frozen=True)
-class Wait:
-    """Wait until all receives of the post have arrived and all its sends may be forgotten."""
-
-    name: int
-
-
-@dataclass(frozen=True)
-class Compute:
-    """Attend the queries of ``q_block`` in slot ``q`` to the keys of ``kv_block`` in slot ``kv``.
-
-    The mask is ``Schedule.pieces(q_block, kv_block)``, never empty here. Forward: ``results`` is one slot,
-    ``out`` or ``part``. Backward: ``q`` has role qd or qo (own: slot 0), ``results`` are a ``dq`` and a
-    ``dkv`` slot. A result slot of index 0 is added to (merged by lse for ``out``), one of index 1.. is
-    overwritten: rows that no piece touches become 0 (``part``: 0 with lse -inf).
-    """
-
-    q_block: int
-    kv_block: int
-    q: Slot
-    kv: Slot
-    results: tuple[Slot, ...]
-
-
-@dataclass(frozen=True)
-class Fold:
-    """Add ``source`` to ``target`` (``part`` into ``out``: merge by lse); both hold results of ``block``."""
-
-    source: Slot
-    target: Slot
-    block: int
-
-
-@dataclass(frozen=True)
-class Regroup:
-    """Local copies at the borders of a head group; ``slots[m]`` belongs to member m (own member: index 0).
-
-    ``qkv`` and ``dout``: rows of all members, this rank's head group -> the rank's working tensors (q, kv;
-    dO), in the local order of ``Schedule.blocks``. Own rows come from the caller's tensors, the others from
-    the slots. ``out`` and ``dqkv``: this rank's rows, heads of all head groups -> the caller's results. Own
-    head group's rows come from the working results, the others from the slots. Where several head groups
-    share a kv head, their ``dqkv`` are summed in member order, in the accumulator type. A slot of None brings
-    nothing (no rows or heads).
-    """
-
-    role: Role
-    slots: tuple[Slot | None, ...]
-
-
-ScheduleStep = Post | Wait | Compute | Fold | Regroup
-
-
-class Heads(NamedTuple):
-    """The heads that one member of a head group works on, in the caller's order; both ranges may be empty.
-
-    ``q_count`` is a whole multiple of ``kv_count``, grouped as kernels expect. Members may share a kv head.
-    """
-
-    q_start: int
-    q_stop: int
-    kv_start: int
-    kv_stop: int
-
-    @property
-    def q_count(self) -> int:
-        """Query heads."""
-        return self.q_stop - self.q_start
-
-    @property
-    def kv_count(self) -> int:
-        """Key and value heads."""
-        return self.kv_stop - self.kv_start
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """What bytes and FLOPs depend on besides the layout. Sizes in bytes an element."""
-
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    batch: int = 1
-    element_size: int = 2  # activations (e)
-    grad_size: int = 4  # gradients on the wire (eg)
-    state_size: int = 4  # L and D: fp32; 8 for fp64
-    partial_size: int = 2  # partial outputs of pass-Q and dqkv on the wire; 4 in the accurate mode
-
-    def row_bytes(self, role: Role, heads: Heads | None = None) -> int:
-        """Bytes of one token of a role, for the given heads (all when None). Source: burst.md 1.3 and 1.7."""
-        nq = self.q_heads if heads is None else heads.q_count
-        nk = self.kv_heads if heads is None else heads.kv_count
-        d, dv, e, eg = self.head_dim, self.value_dim, self.element_size, self.grad_size
-        size: dict[Role, int] = {
-            "kv": nk * (d + dv) * e,
-            "q": nq * d * e,
-            "qd": nq * ((d + dv) * e + 2 * self.state_size),
-            "qo": nq * ((d + 2 * dv) * e + self.state_size),
-            "part": nq * (dv * self.partial_size + self.state_size),
-            "out": nq * dv * e,
-            "dq": nq * d * eg,
-            "dkv": nk * (d + dv) * eg,
-            "qkv": (nq * d + nk * (d + dv)) * e,
-            "dout": nq * dv * e,
-            "dqkv": (nq * d + nk * (d + dv)) * self.partial_size,
-        }
-        return size[role] * self.batch
+from burst.schedules.payload import AttentionShape, Heads, Role
+from burst.schedules.steps import BORDER, Compute, Parcel, Phase, Post, ScheduleStep, Slot
 
 
 @dataclass(frozen=True)
@@ -198,7 +29,7 @@ class Schedule:
 
     name: str
     phase: Phase
-    travels: str  # what goes round: kv | q | qd | qo | none
+    travels: str  # what goes round: kv | q | qd
     shape: AttentionShape
     layout: Layout
     blocks: Layout
@@ -260,7 +91,7 @@ class Schedule:
 
     def rows(self, role: Role, block: int) -> int:
         """Rows of one block of a role (for qkv, dout, out, dqkv the block is a rank)."""
-        if role in ("qkv", "dout", "out", "dqkv"):
+        if role in BORDER:
             return self.layout.counts[block]
         return (self.key_blocks if role in ("kv", "dkv") else self.blocks).counts[block]
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 
-from burst.schedules.base import Parcel, Post, Schedule
+from burst.schedules.base import Schedule
+from burst.schedules.steps import Parcel, Post
 from burst.schedules.symbolic import Content, Pair, ScheduleError, SymbolicRank
 
 __all__ = ["ScheduleError", "check"]

@@ -6,19 +6,8 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from burst.layouts.layout import Layout
-from burst.schedules.base import (
-    Compute,
-    Fold,
-    Heads,
-    Parcel,
-    Phase,
-    Post,
-    Regroup,
-    Role,
-    ScheduleStep,
-    Slot,
-    Wait,
-)
+from burst.schedules.payload import Heads, Role
+from burst.schedules.steps import Compute, Fold, Parcel, Phase, Post, Regroup, ScheduleStep, Slot, Wait
 
 
 def head_split(q_heads: int, kv_heads: int, members: int) -> tuple[Heads, ...]:

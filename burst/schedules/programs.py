@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from burst.schedules.base import Compute, Fold, Parcel, Phase, Post, Role, ScheduleStep, Slot, Wait
+from burst.schedules.payload import Role
 from burst.schedules.routes import Grid, Hop, Needs
+from burst.schedules.steps import Compute, Fold, Parcel, Phase, Post, ScheduleStep, Slot, Wait
 
 # Moments within one step, in program order.
 POST, WORK, JOIN, RETURN, ARRIVE = range(5)

@@ -6,13 +6,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from burst.schedules.base import INPUTS, Compute, Fold, Parcel, Post, Regroup, Role, Schedule, Slot, Wait
+from burst.schedules.base import Schedule
+from burst.schedules.payload import Role
+from burst.schedules.steps import INPUTS, Compute, Fold, Parcel, Post, Regroup, Slot, Wait
 
 Pair = tuple[int, int]  # (query block, key block)
-WORKING: dict[Role, tuple[Role, ...]] = {
-    "qkv": ("q", "kv"),
-    "dout": ("qd", "qo"),
-}  # what a regrouping makes usable
+WORKING: dict[Role, tuple[Role, ...]] = {"qkv": ("q", "kv"), "dout": ("qd",)}  # what a regrouping makes usable
 
 
 class ScheduleError(AssertionError):

@@ -16,7 +16,7 @@ from apb.decode import decoder
 from apb.decode.base import Decoder
 from apb.decode.sampling import Sampling
 from apb.draft.spec import DraftSpec, own_head
-from apb.plan.memory import Answer
+from apb.plan.memory import Generation
 from apb.strategies import Strategy, strategy
 from burst.errors import UserError, choose, in_range
 
@@ -47,9 +47,9 @@ class DecodeSettings:
     draft: DraftSpec | None = None  # null where nothing is drafted with a head
 
     @property
-    def answer(self) -> Answer:
+    def answer(self) -> Generation:
         """What memory has to hold for it."""
-        return Answer(self.max_new_tokens, self.decoder.tree_tokens, self.placement == "gathered")
+        return Generation(self.max_new_tokens, self.decoder.tree_tokens, self.placement == "gathered")
 
 
 @dataclass(frozen=True)

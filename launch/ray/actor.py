@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     from apb.clusters.outcome import Outcome
-    from apb.host.host import Host, HostSpec
+    from apb.host.host import Host
+    from apb.host.messages import HostSpec
 
 # Events within this time travel together: a person sees no delay, and fifty trips a second are cheap.
 LINGER_S = 0.02

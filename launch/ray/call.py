@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from apb.clusters.outcome import Outcome
-from apb.host.host import OnEvent
+from apb.host.messages import OnEvent
 from burst.errors import HostFailure
 from launch.hosts.vigil import Vigil, beat_s
 

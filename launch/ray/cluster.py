@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from apb.clusters.outcome import intact, values
-from apb.host.host import HostSpec, OnEvent
+from apb.host.messages import HostSpec, OnEvent
 from burst.errors import HostFailure
 from launch.ray.actor import HostActor
 from launch.ray.call import Call

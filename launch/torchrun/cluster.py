@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from apb.clusters.outcome import Outcome, values
-from apb.host.host import Host, HostSpec, OnEvent
+from apb.host.host import Host
+from apb.host.messages import HostSpec, OnEvent
 from burst.errors import HostFailure, UserError
 from burst.transport import VirtualWorld
 from launch.torchrun.ranks import Call, Drop, ranks

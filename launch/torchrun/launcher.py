@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from apb.clusters import CLUSTERS, Cluster, Launcher
-from apb.host.host import HostSpec
+from apb.host.messages import HostSpec
 from burst.registry import option
 
 

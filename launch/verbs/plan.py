@@ -9,7 +9,7 @@ from apb.engine.engine import versions
 from apb.engine.setup import Setup, needed_bytes
 from apb.plan.bytes import bytes_by_kind
 from apb.plan.flops import critical_flops, prefill_flops
-from apb.plan.memory import Answer
+from apb.plan.memory import Generation
 from apb.plan.plan import PrefillPlan
 from apb.plan.report import host_rows, plan_document
 from apb.prompt.prompt import SEPARATOR, Prompt, Question, encode, make_prompt
@@ -88,7 +88,7 @@ def _blank_prompt(setup: Setup, settings: Settings) -> Prompt:
     return Prompt((0,) * settings.context_tokens, like.head, Question(before, (0,) * own, after, None), copied=copied)
 
 
-def _show(plan: PrefillPlan, answer: Answer, setup: Setup, settings: Settings, display: Display) -> None:
+def _show(plan: PrefillPlan, answer: Generation, setup: Setup, settings: Settings, display: Display) -> None:
     lengths = plan.lengths
     display.note(
         f"{settings.model}, {setup.spec.dtype} on {setup.spec.device}: {lengths.context:,} context tokens, "
@@ -133,7 +133,7 @@ def _compare(plan: PrefillPlan, setup: Setup, display: Display) -> None:
     )
 
 
-def _show_room(plan: PrefillPlan, answer: Answer, room: Room, display: Display) -> None:
+def _show_room(plan: PrefillPlan, answer: Generation, room: Room, display: Display) -> None:
     if room.available is None:
         display.note("Memory is not checked: the hosts may stand on other machines (set memory_gb).")
         return

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-import bench.report
 from bench.attention import peers
 from bench.attention.case import AttentionSettings
 from bench.attention.run import rows
+from bench.tools import output
 from launch.cli import main
 
 SMALL = ("bench.tokens=96", "bench.ranks=3", "bench.repeats=2", "bench.warmup=0")
@@ -87,7 +87,7 @@ def test_ranks_in_processes_are_timed() -> None:
 def test_results_are_kept_with_their_date(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(bench.report, "__file__", str(tmp_path / "report.py"))
+    monkeypatch.setattr(output, "RESULTS", tmp_path / "results")
     code, document, _ = run(capsys, "attention", *SMALL, "bench.backward=false", "bench.save=true")
     (kept,) = (tmp_path / "results").iterdir()
     assert code == 0 and kept.name == f"{document['conditions']['date']}-attention.json"

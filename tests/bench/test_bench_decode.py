@@ -15,13 +15,14 @@ from apb.draft.base import LayerShape
 from apb.draft.eagle import EagleHead
 from apb.draft.files import save
 from apb.draft.vocab import save as save_ranks
-from apb.host.host import HostSpec, load_adapter
+from apb.host.load import load_adapter
+from apb.host.messages import HostSpec
 from bench.decode.cli import loops, summary
 from bench.decode.links import LINKS, winners
 from bench.decode.measure import decoders, shape
 from bench.decode.questions import questions
-from bench.readme.rows import read
-from bench.readme.tables import decoders as decoder_tables
+from bench.report.rows import read
+from bench.report.tables import decoders as decoder_tables
 from burst.errors import UserError
 from tests.support.tiny import byte_tokenizer, llama_config
 

@@ -10,19 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-import bench.report
 from apb.compress import compressor
 from apb.costs import assumed
 from apb.strategies import strategy
 from bench.emulate.real import PinnedCluster
-from bench.prompts import lengths
-from bench.readme.cli import splice
-from bench.readme.rows import Row, read
-from bench.rows import Rows
+from bench.report.cli import splice
+from bench.report.rows import Row, read
 from bench.ruler.plots import comparable
 from bench.ruler.summary import table
 from bench.simulate.grid import crossings, replicas
-from bench.timing import ratio, spread
+from bench.tools import output
+from bench.tools.prompts import lengths
+from bench.tools.timing import ratio, spread
 from burst.errors import UserError
 from launch.verbs.prepare import cores
 from tests.support.tiny import tiny_llama
@@ -42,8 +41,8 @@ EMULATE = ("bench", "emulate", *TINY, *CPU, "bench.hosts=3", "bench.tokens=200",
 @pytest.fixture
 def results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Where dated rows go."""
-    monkeypatch.setattr(bench.report, "__file__", str(tmp_path / "bench" / "report.py"))
-    return tmp_path / "bench" / "results"
+    monkeypatch.setattr(output, "RESULTS", tmp_path / "results")
+    return tmp_path / "results"
 
 
 def kept(results: Path, kind: str) -> list[dict[str, Any]]:
@@ -177,7 +176,7 @@ def test_predictions_beside_real_processes(apb: Any, tmp_path: Path) -> None:
 
 
 def test_hosts_without_a_core_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from apb.host.host import HostSpec
+    from apb.host.messages import HostSpec
 
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
     with pytest.raises(UserError, match="a core of its own"):
@@ -304,20 +303,6 @@ def test_random_weights_of_a_folders_configuration(apb: Any, model: Path) -> Non
 def test_refused(apb: Any, words: tuple[str, ...], told: str) -> None:
     device = CPU if words[0] in ("emulate", "kernels", "throughput") else ()
     apb("bench", words[0], *(TINY if words[0] != "report" else ()), *device, *words[1:]).refused(told)
-
-
-def test_rows_survive_a_killed_run(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    rows = Rows(file)
-    rows.add("a", {"x": 1})
-    rows.add("b", {"x": 2})
-    rows.add("a", {"x": 3})
-    with file.open("a") as out:
-        out.write('{"key": "c", "x"')
-    again = Rows(file)
-    assert [row["x"] for row in again] == [3, 2] and "c" not in again
-    again.add("c", {"x": 4})
-    assert [row["x"] for row in Rows(file)] == [3, 2, 4]
 
 
 def test_spreads() -> None:

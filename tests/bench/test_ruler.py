@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.ruler.store import FILE
+from bench.ruler.cli import FILE
 from launch.cli import main
 from tests.support.tiny import saved_llama
 

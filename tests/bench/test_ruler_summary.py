@@ -15,12 +15,12 @@ from apb.engine.setup import Setup
 from apb.plan.bytes import sent_bytes
 from apb.plan.flops import critical_flops
 from apb.strategies import strategy
+from bench.ruler.answers import FullAnswers
 from bench.ruler.budget import fit
 from bench.ruler.measure import divergence
 from bench.ruler.plots import comparable, draw
 from bench.ruler.stats import holm, interval, sign_flip
-from bench.ruler.store import FILE, Store
-from bench.ruler.summary import chosen, comparisons, table
+from bench.ruler.summary import chosen, comparisons, latest, table
 from bench.ruler.variant import Variant, baselines
 from burst.errors import UserError
 from tests.support.tiny import byte_tokenizer, make_prompt, tiny_llama
@@ -230,15 +230,17 @@ def test_means_over_tasks_are_of_tasks_that_ask() -> None:
     assert comparable(texts) == texts
 
 
-def test_a_store_forgets_a_line_that_was_cut_off(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    for i in range(2):
-        store.add(f"k{i}", row("full", i, -1.0))
-    store.put_full("k0", torch.ones(2, 3))
-    file = tmp_path / FILE
-    file.write_text(file.read_text()[:-30])
-    again = Store(tmp_path)
-    assert "k0" in again and "k1" not in again and again.full("k1") is None
-    again.add("k1", row("full", 1, -2.0))
-    assert [r["log_prob"] for r in Store(tmp_path).rows] == [-1.0, -2.0]
-    torch.testing.assert_close(again.full("k0"), torch.ones(2, 3))
+def test_answers_of_full_attention_are_found_again(tmp_path: Path) -> None:
+    for folder in (None, tmp_path):
+        kept = FullAnswers(folder)
+        kept.put("k0", torch.ones(2, 3))
+        again = kept if folder is None else FullAnswers(folder)
+        assert again.get("k1") is None
+        torch.testing.assert_close(again.get("k0"), torch.ones(2, 3))
+
+
+def test_of_a_sample_measured_twice_the_later_row_counts() -> None:
+    assert [r["log_prob"] for r in latest([row("full", 0, -1.0), row("star", 0, -2.0), row("full", 0, -3.0)])] == [
+        -3,
+        -2,
+    ]

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.verify.cases import HEADS, LAYOUTS, SCHEDULES, Case, compute, dense, inputs, matrix, run
 from burst.execution.attend import attention
 from burst.layouts.layout import layout
 from burst.planner.planner import plan
 from burst.planner.topology import MACHINES, Link, topology
 from burst.schedules import schedule
 from burst.transport import Transport, VirtualWorld, run_virtual
+from tests.support.attention_cases import HEADS, LAYOUTS, SCHEDULES, Case, compute, dense, inputs, matrix, run
 
 SIZES = [  # heads, head dim, value dim, batch
     ((4, 2), 32, 32, 3),

@@ -16,16 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing
 
-from bench.verify.burst import summary
-from bench.verify.cases import SCHEDULES, Case, compute, dense, inputs
-from bench.verify.faults import one as fault
-from bench.verify.runner import Recorder
 from burst.errors import HostFailure, UserError
 from burst.execution.attend import attention
 from burst.layouts.layout import layout
 from burst.transport import Transport, VirtualWorld, run_virtual
 from burst.transport.process_group import ProcessGroupTransport
 from burst.transport.virtual import VirtualTransport
+from tests.support.attention_cases import SCHEDULES, Case, compute, dense, inputs
+from tests.support.attention_faults import one as fault
 
 OTHERS: list[dict[str, Any]] = [
     {"n": 34},
@@ -177,21 +175,6 @@ def test_processes_that_die_or_disagree_are_noticed_by_all_others(seed: int) -> 
     assert row["ok"], row
 
 
-def test_the_certificate_says_what_was_measured_where(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path / "rows.jsonl")
-    errors = {"out_error": 2e-15, "grad_error": 3e-14}
-    recorder.sample("burst/exact/a", lambda: {"ok": False, "cases": 2, **errors, "failed": ["P3/ring"]})
-    recorder.sample("burst/fault/7", lambda: fault(3))
-    recorder.sample("burst/precision/a", lambda: {"ok": True, "times_one_device": {2: [1.0]}})
-    cost = {"times_bare": 1.01, "spread": [1.0, 1.02], "share_of_dense": 0.9, "dense_cpu_s": 0.1}
-    recorder.sample("burst/overhead/a", lambda: {"ok": True, **cost})
-    found = summary(Recorder(tmp_path / "rows.jsonl"))  # as a later run reads it
-    assert not found["ok"] and found["exact"]["failed"] == ["P3/ring"] and found["exact"]["cases"] == 2
-    assert (found["faults"]["runs"], found["faults"]["raised"], found["faults"]["hung"]) == (1, 1, 0)
-    assert found["overhead"]["burst/overhead/a"] == cost and found["exact"]["max_grad_error"] == 3e-14
-    assert all(sum(found[part]["commits"].values()) == 1 for part in ("exact", "precision", "overhead", "faults"))
-
-
 # -- processes -----------------------------------------------------------------------------------------------
 
 
@@ -231,10 +214,19 @@ def test_processes_over_gloo(world: int, tmp_path: Path) -> None:
             assert torch.equal(whole, x), case.key  # the transport does not show in the bits
 
 
-def test_the_example_matches_one_rank() -> None:
-    path = Path(__file__).parents[2] / "docs" / "examples" / "train_tiny.py"
-    spec = importlib.util.spec_from_file_location("train_tiny", path)
+def example(name: str) -> Any:
+    path = Path(__file__).parents[2] / "docs" / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    assert example.main(processes=False)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_training_example_matches_one_rank() -> None:
+    assert example("train_tiny").main(processes=False)
+
+
+@pytest.mark.parametrize("world, n_tokens", [(1, 5), (4, 50), (5, 7), (6, 3)])
+def test_the_plain_ring_gives_the_same_bits(world: int, n_tokens: int) -> None:
+    assert example("ring_loop").main(world, n_tokens)

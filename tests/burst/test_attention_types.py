@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.verify.cases import SCHEDULES, Case, compute, dense, inputs, run
 from burst.execution.attend import attention
 from burst.layouts.layout import layout
 from burst.transport import Transport, run_virtual
+from tests.support.attention_cases import SCHEDULES, Case, compute, dense, inputs, run
 
 
 def rms(got: Tensor, want: Tensor) -> float:

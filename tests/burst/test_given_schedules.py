@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.verify.cases import Case, dense, inputs
 from burst.errors import HostFailure, UserError
 from burst.execution.attend import attention
 from burst.layouts.layout import Layout, layout
 from burst.schedules import NAMES, AttentionShape, schedule
 from burst.transport import Message, Transport, VirtualWorld, run_virtual
+from tests.support.attention_cases import Case, dense, inputs
 
 N, WORLD, HEADS = 22, 4, (4, 2)
 LAYOUT = layout("zigzag", N, WORLD)

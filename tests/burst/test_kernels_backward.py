@@ -13,7 +13,7 @@ from torch import Tensor
 
 from burst.errors import UserError
 from burst.kernels import cuda, kernel
-from burst.kernels.base import row_sums, stand_in
+from burst.kernels.base import Rows, row_sums, stand_in
 from burst.kernels.merge import accumulate_dtype, merge
 
 # RMS of the error over the RMS of the fp64 gradient. The CPU op sums bf16 gradients of kv heads in bf16.
@@ -172,7 +172,7 @@ def test_cuda_calls_fit_torchs_schemas(
     q, k, v, dout = draw((9, 3), 17, 129, dim, dtype, value_dim, "meta")
     lse = torch.empty(2, 9, 17, device="meta", dtype=accumulate_dtype(dtype))
     for out, delta in ((dout, None), (None, lse)):
-        got = cuda.backward(q, k, v, out, lse, dout, delta, False, 0.125)
+        got = cuda.backward(q, k, v, Rows(out, lse, dout, delta), False, 0.125)
         for x, y in zip(got, (q, k, v), strict=True):
             assert x.shape == y.shape and x.dtype == y.dtype
 

@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apb.costs.lockstep import Await, Clock, Exchange, Relay, shift
-from apb.costs.lockstep import Work as All
+from apb.costs.lockstep import Await, Clock, Compute, Exchange, Relay, shift
 from burst.planner.timeline import Begin, Busy, Finish, TimelineEvent, interval, parts, replay
 from burst.planner.topology import Link, Machine, Topology
 from burst.planner.trace import TraceRecorder
@@ -38,7 +37,7 @@ def test_a_message_is_hidden_behind_the_work_between_start_and_finish() -> None:
     assert short.idle_s == (3.5, 2.5) and short.work_s == (1.0, 2.0)
     assert [(s.what, s.start, s.stop) for s in short.spans[1]] == [("work", 0, 1), ("wait", 1, 3.5), ("work", 3.5, 4.5)]
     both = interval(two(3.0), flat(2))
-    # Nothing hidden: waits for the message first. All hidden: only the sender's work stands before it.
+    # Nothing hidden: waits for the message first. Compute hidden: only the sender's work stands before it.
     assert (both.worst_s, both.ordered.total_s, both.best_s) == (3.5 + 3 + 1, 3.5 + 1, 4.0)
     assert both.exposed_s == 0.5
 
@@ -130,7 +129,7 @@ def programs(hosts: int, seconds: Any, sizes: Any, kind: str) -> tuple[list[list
     work = np.array(seconds)
     exchange = tuple(shift(hosts, k, lambda source, _: np.array(sizes, dtype=float)[source]) for k in range(1, hosts))
     start = Relay("x", np.array(sizes, dtype=float)) if kind == "relay" else Exchange("x", exchange)
-    return events, [All({"a": work}), start, All({"a": work[::-1].copy()}), Await("x")]
+    return events, [Compute({"a": work}), start, Compute({"a": work[::-1].copy()}), Await("x")]
 
 
 @settings(max_examples=60, deadline=None)

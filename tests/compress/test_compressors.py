@@ -11,10 +11,10 @@ import torch
 from apb.compress import COMPRESSORS, Compressor, compressor
 from apb.compress.heads import Head, RetainingHeads, save
 from apb.strategies import STRATEGIES, strategy
-from bench.twin import Select, twin
 from burst.errors import UserError
 from tests.support import scorers, tiny
 from tests.support.tiny import make_prompt, tiny_engine, tiny_llama
+from tests.support.twin import Select, twin
 
 TAKING = [name for name in STRATEGIES if strategy(name).takes_compressor and name != "auto"]  # auto is one of them
 LENGTHS = (211, 5, 6)

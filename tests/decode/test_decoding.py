@@ -14,11 +14,11 @@ from apb.decode.autoregressive import Autoregressive
 from apb.decode.base import DecodeRequest
 from apb.decode.sampling import Sampling
 from apb.engine.requests import prefill_request
-from apb.host.host import Host, HostSpec, PrefillRequest
+from apb.host.host import Host
+from apb.host.messages import HostSpec, PrefillRequest
 from apb.kv.cache import HostCache, Tail
 from apb.kv.layer import LayerKV
 from apb.plan.bytes import bytes_by_kind
-from bench.twin import twin
 from burst.errors import UserError
 from burst.kernels import kernel
 from burst.kernels.merge import merge
@@ -27,6 +27,7 @@ from tests.support import tiny
 from tests.support.asking import HOSTS, SAMPLED, decoded, engine, ids, model, prompt
 from tests.support.pool import Rank, shared_pool
 from tests.support.tiny import byte_tokenizer
+from tests.support.twin import twin
 
 # -- over shards ----------------------------------------------------------------------------------------
 

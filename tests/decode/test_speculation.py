@@ -20,7 +20,8 @@ from apb.decode.placement import Links, gathered_bytes, gathering_pays
 from apb.decode.speculate import WORD_BYTES, decision_words, speculate, verify
 from apb.decode.tree import Tree, root_only
 from apb.engine.requests import prefill_request
-from apb.host.host import Host, HostSpec, PrefillRequest
+from apb.host.host import Host
+from apb.host.messages import HostSpec, PrefillRequest
 from apb.kv.cache import HostCache, Tail
 from apb.kv.layer import LayerKV
 from apb.plan.bytes import TOKEN_BYTES, partial_bytes

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from apb.engine.metrics import measured
-from apb.host.host import HostReport
+from apb.host.messages import HostReport
 from burst.errors import UserError
 from tests.support.asking import HOSTS, SAMPLED, decoded, engine, ids, prompt
 

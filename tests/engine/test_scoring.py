@@ -11,10 +11,10 @@ import torch
 from apb.models.adapter import Adapter
 from apb.prompt.prompt import Prompt, Question
 from apb.strategies import strategy
-from bench.twin import twin
 from burst.errors import UserError
 from tests.support import tiny
 from tests.support.tiny import TinyEngine, byte_tokenizer, random_ids, tiny_engine
+from tests.support.twin import twin
 
 HOSTS = 3
 GIVEN = random_ids(70, 9, vocab=250)  # longer than a chunk of the scorer

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from apb.draft import load, vocab
-from apb.host.host import HostSpec, load_adapter
+from apb.host.load import load_adapter
+from apb.host.messages import HostSpec
 from tests.support.tiny import VOCAB, saved_llama
 
 pytest_plugins = ("tests.support.command",)

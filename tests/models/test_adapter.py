@@ -18,10 +18,10 @@ from apb.models.adapter import Adapter
 from apb.models.checks import check_config
 from apb.models.shape import model_shape
 from apb.strategies import strategy
-from bench.twin import twin
 from burst.errors import UserError
 from tests.support import tiny
 from tests.support.tiny import adapt, build, make_prompt, tiny_engine
+from tests.support.twin import twin
 
 COMMON: dict[str, Any] = {
     "hidden_size": 48,

@@ -17,7 +17,7 @@ from apb.decode.tree import root_only
 from apb.draft import files
 from apb.draft.spec import DraftSpec
 from apb.engine.requests import prefill_request
-from apb.plan.memory import NOTHING, Answer, host_memory
+from apb.plan.memory import NOTHING, Generation, host_memory
 from apb.plan.plan import PrefillPlan
 from apb.prompt.prompt import Prompt
 from apb.strategies import strategy
@@ -70,12 +70,14 @@ def test_a_trees_rows_are_in_the_plan() -> None:
     e = engine(2)
     plan, handle = e.setup.plan(prompt()), e.prefill(prompt())
     e.generate(handle, max_new_tokens=3)
-    shape, tree = plan.shape, Answer(30, len(TREE))
-    one, many = (host_memory(plan, 1, Answer(30, rows)) for rows in (1, len(TREE)))
+    shape, tree = plan.shape, Generation(30, len(TREE))
+    one, many = (host_memory(plan, 1, Generation(30, rows)) for rows in (1, len(TREE)))
     assert many["kv"] - one["kv"] == (len(TREE) - 1) * shape.kv_row_bytes * shape.layers
     assert host_memory(plan, 0, tree)["kv"] == host_memory(plan, 0)["kv"]  # they lie on the host that decides
     wide = dataclasses.replace(plan, shape=dataclasses.replace(shape, vocab=10**6))
-    more = host_memory(wide, 1, tree)["activations"] - host_memory(wide, 1, Answer(30, len(TREE) - 1))["activations"]
+    more = (
+        host_memory(wide, 1, tree)["activations"] - host_memory(wide, 1, Generation(30, len(TREE) - 1))["activations"]
+    )
     assert more > 10**6 * shape.element_size  # every row has its logits
 
     def run(t: Transport) -> int:
@@ -98,7 +100,7 @@ def test_a_draft_heads_weights_and_rows_are_in_the_plan(window: int | None, adap
     plan, handle = e.setup.plan(prompt()), e.prefill(prompt())
     e.generate(handle, max_new_tokens=20, decode=Eagle2(depth=3, width=4, tokens=12))
     assert plan.draft is not None
-    bare, answer = dataclasses.replace(plan, draft=None), Answer(20, 12)
+    bare, answer = dataclasses.replace(plan, draft=None), Generation(20, 12)
     draft = e.cluster.host(1)._caches[handle.id].draft
     rows = draft.rows() if draft is not None else None
     assert draft is not None and rows is not None
@@ -131,7 +133,7 @@ def test_the_shipped_heads_size_is_known_before_it_is_loaded() -> None:
 def test_a_gathered_cache_stands_beside_what_it_was(hosts: int) -> None:
     e = engine(hosts, "full" if hosts == 1 else "apb")
     plan = e.setup.plan(prompt())
-    sharded, gathered = (host_memory(plan, hosts - 1, Answer(5, gathered=g))["kv"] for g in (False, True))
+    sharded, gathered = (host_memory(plan, hosts - 1, Generation(5, gathered=g))["kv"] for g in (False, True))
     row = plan.shape.kv_row_bytes * plan.shape.layers
     assert gathered - sharded == (0 if hosts == 1 else (149 + 11) * row)
     assert host_memory(plan, 0, NOTHING) == host_memory(plan, 0)

@@ -13,11 +13,11 @@ from apb.engine.requests import prefill_request
 from apb.plan.shapes import PromptLengths
 from apb.prompt.prompt import Prompt, Question, with_question_first
 from apb.strategies import strategy
-from bench.twin import twin
 from burst.errors import UserError
 from tests.plan.test_plans import SHAPE
 from tests.support import tiny
 from tests.support.tiny import byte_tokenizer, make_prompt, tiny_engine, tiny_llama
+from tests.support.twin import twin
 
 pytest_plugins = ("tests.support.command",)
 

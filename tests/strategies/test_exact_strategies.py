@@ -19,11 +19,11 @@ from apb.plan.report import plan_document
 from apb.plan.shapes import PromptLengths
 from apb.plan.steps import AttendAll
 from apb.strategies import strategy
-from bench.twin import Twin, twin
 from burst.errors import UserError
 from tests.plan.test_plans import SHAPE
 from tests.support import tiny
 from tests.support.tiny import make_prompt, tiny_engine, tiny_llama
+from tests.support.twin import Twin, twin
 
 EXACT = ("ring", "burst", "allgather", "ulysses", "usp")
 HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1), "odd": (6, 3)}

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from apb.compress.heads import Head, RetainingHeads
 from apb.compress.retaining import Retaining
-from apb.decode.eagle2 import Eagle2, _Drafter
+from apb.decode.eagle2 import Eagle2, _TreeDrafter
 from apb.decode.tree import capacity
 from apb.draft.cache import DraftCache
 from apb.draft.draft import Draft
@@ -145,7 +145,7 @@ def test_a_tree_grows_without_waiting() -> None:
     like = draft.head.target.embedding_WE
     rows = LayerKV(*(like.new_empty(1, 2, 30, 16) for _ in range(2)))
     cache = DraftCache(draft, rows, range(30), 30, None)
-    drafter = _Drafter(Eagle2(depth=4, width=3, tokens=10), cache, None, HeadSteps(draft.head))
+    drafter = _TreeDrafter(Eagle2(depth=4, width=3, tokens=10), cache, None, HeadSteps(draft.head))
     out_BSE, log_probs_FV = like.new_empty(1, 1, 64), like.new_empty(1, len(like)).float()
     with torch.inference_mode(), NoUploads(), NoValues():
         pool = drafter._grow(out_BSE, log_probs_FV, 30, 4)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from apb.compress import compressor
 from apb.engine.requests import prefill_request
-from apb.host.host import Host, HostSpec, PrefillRequest
+from apb.host.host import Host
+from apb.host.messages import HostSpec, PrefillRequest
 from apb.plan.bytes import passing_bytes
 from apb.plan.plan import PrefillPlan
 from apb.prompt.prompt import Prompt

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from apb.compress import compressor
-from apb.host.host import Host, HostSpec, PrefillRequest
+from apb.host.host import Host
+from apb.host.messages import HostSpec, PrefillRequest
 from apb.plan.bytes import bytes_by_kind, prefill_bytes
 from apb.plan.flops import critical_flops, prefill_flops
 from apb.plan.plan import PrefillPlan

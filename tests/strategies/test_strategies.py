@@ -15,10 +15,10 @@ from apb.plan.plan import PrefillPlan
 from apb.plan.shapes import ModelShape
 from apb.plan.steps import Attend
 from apb.strategies import strategy
-from bench.twin import Sizes, Twin, sizes, twin
 from burst.errors import UserError
 from tests.support import tiny
 from tests.support.tiny import make_prompt, tiny_engine, tiny_llama
+from tests.support.twin import Sizes, Twin, sizes, twin
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.twin import Seen
+from tests.support.twin import Seen
 
 Turn = Callable[[Tensor, int, int], Tensor]  # rotated queries or keys (heads, S, D), positions, layer
 

@@ -17,7 +17,8 @@ from apb.clusters.virtual import VirtualCluster
 from apb.compress import Compressor, compressor
 from apb.engine.engine import Engine
 from apb.engine.setup import Setup
-from apb.host.host import Host, HostSpec
+from apb.host.host import Host
+from apb.host.messages import HostSpec
 from apb.models.adapter import Adapter
 from apb.models.shape import model_shape
 from apb.prompt.prompt import Prompt, Question

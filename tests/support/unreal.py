@@ -13,18 +13,19 @@ from apb.compress import compressor
 from apb.draft.spec import DraftSpec
 from apb.engine.requests import prefill_request
 from apb.engine.setup import Setup
-from apb.host.host import Host, HostSpec
+from apb.host.host import Host
+from apb.host.messages import HostSpec
 from apb.models.adapter import Adapter
 from apb.plan.draft import Handoff
 from apb.plan.plan import PrefillPlan
 from apb.prompt.prompt import Prompt
 from apb.strategies import strategy
 from burst.kernels import cuda
-from burst.kernels.base import CheckedKernel
+from burst.kernels.base import Kernel
 from burst.transport import Transport, VirtualWorld
 from tests.support.tiny import byte_tokenizer
 
-KERNEL = CheckedKernel("cuda", cuda.attend, cuda.backward)  # without its check that tensors are on a GPU
+KERNEL = Kernel("cuda", cuda.attend, cuda.backward)  # without its check that tensors are on a GPU
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:

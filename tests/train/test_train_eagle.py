@@ -18,11 +18,11 @@ from apb.draft import DraftHead, load, vocab
 from apb.draft.eagle import EagleHead
 from apb.train import eagle
 from apb.train.answers import FIRST, KEPT, REPEATED, Answer, answer
-from apb.train.eagle import Job, finished, train
-from apb.train.features import Sample, read, read_ids, write
+from apb.train.eagle import EagleJob, finished, train
+from apb.train.features import FeatureSample, read, read_ids, write
 from apb.train.folder import digest
 from apb.train.questions import _SECTIONS, KINDS, Questions, _part
-from apb.train.tutor import Recipe, Tutor
+from apb.train.tutor import Tutor, TutorRecipe
 from apb.train.unroll import Divergence, unroll, visible
 from apb.train.walk import TreeSize, _Answers, accepted_length, walk
 from burst.errors import UserError
@@ -195,7 +195,7 @@ def drafted(head: DraftHead, hidden: Tensor, ids: list[int], at: int, size: Tree
     return {path for _, path in sorted(pool, key=lambda c: -c[0])[: size.tokens - 1]}
 
 
-def walked(head: DraftHead, sample: Sample, size: TreeSize) -> int:
+def walked(head: DraftHead, sample: FeatureSample, size: TreeSize) -> int:
     """Return the number of steps, with trees written out."""
     ids, at, steps = sample.ids_S.tolist(), sample.prompt - 1, 0
     while at + 1 < len(ids) - 1:
@@ -206,7 +206,7 @@ def walked(head: DraftHead, sample: Sample, size: TreeSize) -> int:
     return steps
 
 
-def followed(head: DraftHead, seed: int, tokens: int) -> Sample:
+def followed(head: DraftHead, seed: int, tokens: int) -> FeatureSample:
     """Return an answer that goes on as the head guesses, or nearly: else nothing would ever be accepted."""
     rng = random.Random(seed)
     hidden = torch.randn(
@@ -218,7 +218,7 @@ def followed(head: DraftHead, seed: int, tokens: int) -> Sample:
         out = chain(head, hidden[: at + 1], ids[1:], list(range(at + 1)), 0)
         ids.append(int(head.ids_V[head.logits(out[None, None])[0, 0].topk(4).indices[rng.choice((0, 0, 0, 1, 3))]]))
         hidden[at + 1] = out + 0.02 * hidden[at + 1]  # nearly what the head expects, so that guesses hold for a while
-    return Sample("general", "", 4, torch.tensor(ids, dtype=torch.int32), hidden, False)
+    return FeatureSample("general", "", 4, torch.tensor(ids, dtype=torch.int32), hidden, False)
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -262,13 +262,13 @@ def test_a_vocabulary_of_its_own_for_each_answer() -> None:
 # -- the whole of it ------------------------------------------------------------------------------------
 
 
-def job(**changes: Any) -> Job:
-    recipe = Recipe(epochs=4, batch=300, vocab=100, negatives=20, unrolled=0.5, depth=2)
-    made = Job("tiny", digest(TEXT), prompts=5, held_out=2, longest=16, window=32, dtype="float32", recipe=recipe)
+def job(**changes: Any) -> EagleJob:
+    recipe = TutorRecipe(epochs=4, batch=300, vocab=100, negatives=20, unrolled=0.5, depth=2)
+    made = EagleJob("tiny", digest(TEXT), prompts=5, held_out=2, longest=16, window=32, dtype="float32", recipe=recipe)
     return dataclasses.replace(made, **changes)
 
 
-def run(folder: Path, made: Job, on_progress: Callable[[str, int, int], None] = lambda *_: None) -> Any:
+def run(folder: Path, made: EagleJob, on_progress: Callable[[str, int, int], None] = lambda *_: None) -> Any:
     return train(made, tiny_llama(torch.float32), byte_tokenizer(), (1,), TEXT, folder, on_progress)
 
 
@@ -325,7 +325,7 @@ def test_training_lowers_the_loss_and_lengthens_the_walk(tmp_path: Path) -> None
     samples = read(tmp_path / "f.safetensors")
     ranked = vocab.rank(vocab.count(read_ids(tmp_path / "f.safetensors"), VOCAB), ())
     losses: list[float] = []
-    recipe = Recipe(epochs=60, batch=200, lr=1e-2, vocab=400, noise=0.0, unrolled=0.0)
+    recipe = TutorRecipe(epochs=60, batch=200, lr=1e-2, vocab=400, noise=0.0, unrolled=0.0)
     tutor = Tutor(recipe, target, samples, ranked, 32, 2)
     before = accepted_length(walk(tutor.head, samples, TreeSize()))
     head = tutor.run(tmp_path / "checkpoint.pt", 1000, lambda done, total, loss: losses.append(loss))
@@ -340,8 +340,8 @@ def test_training_goes_on_from_a_head_with_biases() -> None:
     start = EagleHead(dataclasses.replace(fresh._shape, qkv_bias=True), target, fc_bias=True, window=None, sinks=0)
     made = answer(adapter, [random_ids(6, seed=1)], [0.0], longest=12, stop_ids=(), seed=0, features=True)
     assert made[0].features_SE is not None
-    sample = Sample("general", "", 6, torch.tensor(made[0].ids[:-1]), made[0].features_SE, False)
-    tutor = Tutor(Recipe(epochs=1), target, [sample], torch.arange(VOCAB), 32, 2, start)
+    sample = FeatureSample("general", "", 6, torch.tensor(made[0].ids[:-1]), made[0].features_SE, False)
+    tutor = Tutor(TutorRecipe(epochs=1), target, [sample], torch.arange(VOCAB), 32, 2, start)
     begun = dict(tutor.head.state_dict())
     assert (tutor.head.window, tutor.head.sinks) == (32, 2)
     torch.testing.assert_close(begun, dict(start.state_dict()))
@@ -351,7 +351,7 @@ def test_training_goes_on_from_a_head_with_biases() -> None:
 @pytest.mark.parametrize("bad", [{"epochs": 0}, {"lr": float("nan")}, {"unrolled": 1.5}, {"depth": 0}])
 def test_recipes_out_of_range_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(UserError):
-        Recipe(**bad)
+        TutorRecipe(**bad)
 
 
 @pytest.mark.parametrize("bad", [{"prompts": 0}, {"longest": 2}, {"window": 1}, {"sinks": -1}, {"seed": -1}])

@@ -21,12 +21,12 @@ from apb.compress.heads import load
 from apb.models.adapter import Adapter
 from apb.plan.split import blocks
 from apb.strategies import strategy
-from apb.train.fit import Recipe, fit
+from apb.train.fit import FitRecipe, fit
 from apb.train.folder import digest
-from apb.train.labels import Layout, observe
-from apb.train.prompts import FAMILIES, Prompts, Sample
+from apb.train.labels import PromptLayout, observe
+from apb.train.prompts import FAMILIES, LabelPrompt, Prompts
 from apb.train.recall import Recall
-from apb.train.retaining import Job, finished, train
+from apb.train.retaining import RetainingJob, finished, train
 from apb.train.shards import margin, top_count
 from burst.errors import UserError
 from burst.kernels import kernel
@@ -38,8 +38,8 @@ TEXT = "\n\n".join(
 )
 
 
-def sample(context: int = 60, before: int = 0, behind: int = 0) -> Sample:
-    return Sample(make_prompt(context), tiny.random_ids(4, 9), "any", before, behind)
+def sample(context: int = 60, before: int = 0, behind: int = 0) -> LabelPrompt:
+    return LabelPrompt(make_prompt(context), tiny.random_ids(4, 9), "any", before, behind)
 
 
 # -- prompts --------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ class Written:
 
     needs_projections = False
 
-    def __init__(self, adapter: Adapter, made: Sample, embedded: bool) -> None:
+    def __init__(self, adapter: Adapter, made: LabelPrompt, embedded: bool) -> None:
         prompt = made.prompt
         assert prompt.question is not None
         copy = prompt.question.ids if embedded else ()
@@ -131,7 +131,7 @@ def test_labels_are_the_largest_logits_of_question_and_answer(embedded: bool, ga
     want = Written(adapter, made, embedded)
     with torch.inference_mode():
         adapter.run(torch.tensor(want.ids), torch.tensor(want.positions), want)
-    layout = Layout.of(made, embedded=embedded)
+    layout = PromptLayout.of(made, embedded=embedded)
     assert layout.ids == want.ids and list(layout.positions) == want.positions
     found: list[tuple[Tensor, Tensor]] = []
     observe(adapter, kernel("reference"), made, embedded=embedded, on_layer=lambda i, x, y: found.append((x, y)))
@@ -189,7 +189,7 @@ def test_the_network_finds_what_a_linear_map_cannot() -> None:
     y = margin(torch.stack([importance, -importance])).T
     found = {}
     for method in ("ridge", "mlp"):
-        head = fit(Recipe(method=method, hidden=32, lr=1e-2, weight_decay=0.0), 0, x, y, lambda done, total: None)
+        head = fit(FitRecipe(method=method, hidden=32, lr=1e-2, weight_decay=0.0), 0, x, y, lambda done, total: None)
         recall = Recall()
         recall.add(method, "plain", "any", head(x).T, y.T)
         found[method] = recall.mean(method, "plain")
@@ -199,20 +199,20 @@ def test_the_network_finds_what_a_linear_map_cannot() -> None:
 @pytest.mark.parametrize("bad", [{"method": "magic"}, {"hidden": 0}, {"epochs": 0}, {"lr": float("nan")}])
 def test_recipes_out_of_range_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(UserError):
-        Recipe(**bad)
+        FitRecipe(**bad)
 
 
 # -- the whole of it ------------------------------------------------------------------------------------
 
 
-def job(method: str = "mlp") -> Job:
-    recipe = Recipe(method=method, hidden=8, epochs=2, batch=64)  # type: ignore[arg-type]
-    return Job(
+def job(method: str = "mlp") -> RetainingJob:
+    recipe = FitRecipe(method=method, hidden=8, epochs=2, batch=64)  # type: ignore[arg-type]
+    return RetainingJob(
         "tiny", digest(TEXT), prompts=4, held_out=2, shortest=400, longest=500, keep=60, dtype="float32", recipe=recipe
     )
 
 
-def run(folder: Path, made: Job, on_progress: Callable[[str, int, int], None] = lambda *_: None) -> Any:
+def run(folder: Path, made: RetainingJob, on_progress: Callable[[str, int, int], None] = lambda *_: None) -> Any:
     adapter = tiny_llama(torch.float32)
     return train(made, adapter, kernel("reference"), byte_tokenizer(), TEXT, folder, on_progress)
 
@@ -312,6 +312,6 @@ def stop(phase: str, done: int, total: int) -> None:
 
 
 def test_a_hidden_width_that_cannot_hold_the_start_is_refused(tmp_path: Path) -> None:
-    small = dataclasses.replace(job(), recipe=Recipe(hidden=3))
+    small = dataclasses.replace(job(), recipe=FitRecipe(hidden=3))
     with pytest.raises(UserError, match="hidden=3"):
         run(tmp_path, small)

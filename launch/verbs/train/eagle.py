@@ -14,9 +14,9 @@ from apb.draft import Target, load
 from apb.draft.eagle import EagleHead
 from apb.draft.files import find, weights_file
 from apb.engine.engine import versions
-from apb.train.eagle import Job, Trained, finished, train
+from apb.train.eagle import EagleJob, TrainedEagle, finished, train
 from apb.train.folder import digest
-from apb.train.tutor import Recipe
+from apb.train.tutor import TutorRecipe
 from burst.errors import UserError, in_range
 from launch.config.settings import typed
 from launch.terminal.arguments import Arguments
@@ -55,7 +55,7 @@ def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> di
     in_range("threads", settings.threads, settings.threads >= 1, "1 or more")
     text = corpus(arguments)
     where = place(settings.model, settings.device, settings.dtype, display)
-    job = Job(
+    job = EagleJob(
         model=settings.model,
         text_sha256=digest(text),
         prompts=settings.prompts,
@@ -67,7 +67,7 @@ def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> di
         sinks=settings.sinks,
         seed=settings.seed,
         dtype=where.dtype,
-        recipe=Recipe(
+        recipe=TutorRecipe(
             epochs=settings.epochs,
             batch=settings.batch,
             lr=settings.lr,
@@ -108,7 +108,7 @@ def _begin(start: str, target: Target) -> EagleHead:
     return head
 
 
-def _train(job: Job, where: Place, settings: _Settings, text: str, folder: Path, display: Display) -> Trained:
+def _train(job: EagleJob, where: Place, settings: _Settings, text: str, folder: Path, display: Display) -> TrainedEagle:
     from apb.models.loading import generation_stop_ids, load_tokenizer
     from apb.train.frequency import stop_tokens
 
@@ -120,7 +120,7 @@ def _train(job: Job, where: Place, settings: _Settings, text: str, folder: Path,
         return train(job, adapter, tokenizer, stops, text, folder, on_progress, start)
 
 
-def _shown(trained: Trained, job: Job, display: Display) -> dict[str, Any]:
+def _shown(trained: TrainedEagle, job: EagleJob, display: Display) -> dict[str, Any]:
     found = trained.accepted
     columns = ["prompts", f"{found['vocab']:,} most frequent ids", "with the prompt's", "all ids", "left out"]
     rows = []

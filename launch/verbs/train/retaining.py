@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from apb.compress.heads import load
 from apb.engine.engine import versions
-from apb.train.fit import Recipe
+from apb.train.fit import FitRecipe
 from apb.train.folder import digest
-from apb.train.retaining import Job, Trained, finished, train
+from apb.train.retaining import RetainingJob, TrainedHeads, finished, train
 from burst.errors import in_range
 from launch.config.settings import typed
 from launch.terminal.arguments import Arguments
@@ -47,8 +47,8 @@ def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> di
     in_range("threads", settings.threads, settings.threads >= 1, "1 or more")
     text = corpus(arguments)
     where = place(settings.model, settings.device, settings.dtype, display)
-    recipe = Recipe(settings.method, settings.hidden, settings.epochs, lr=settings.lr, seed=settings.seed)
-    job = Job(
+    recipe = FitRecipe(settings.method, settings.hidden, settings.epochs, lr=settings.lr, seed=settings.seed)
+    job = RetainingJob(
         model=settings.model,
         text_sha256=digest(text),
         prompts=settings.prompts,
@@ -68,7 +68,7 @@ def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> di
     return _shown(trained, job, display)
 
 
-def _train(job: Job, where: Place, threads: int, text: str, folder: Path, display: Display) -> Trained:
+def _train(job: RetainingJob, where: Place, threads: int, text: str, folder: Path, display: Display) -> TrainedHeads:
     from apb.models.loading import load_tokenizer
     from burst.kernels import kernel
 
@@ -78,7 +78,7 @@ def _train(job: Job, where: Place, threads: int, text: str, folder: Path, displa
         return train(job, adapter, chosen, load_tokenizer(where.path), text, folder, on_progress)
 
 
-def _shown(trained: Trained, job: Job, display: Display) -> dict[str, Any]:
+def _shown(trained: TrainedHeads, job: RetainingJob, display: Display) -> dict[str, Any]:
     rows = [[scorer, f"{row['plain']:.3f}", f"{row['embedded']:.3f}"] for scorer, row in trained.recall.items()]
     display.table("Held-out recall of the true top 10%", ["scorer", "plain anchor", "question embedded"], rows)
     written = trained.file.stat().st_size

@@ -53,7 +53,8 @@ class Place:
 
     def load(self, dtype: str, threads: int, display: Display) -> Adapter:
         """Load the model in a type."""
-        from apb.host.host import HostSpec, load_adapter
+        from apb.host.load import load_adapter
+        from apb.host.messages import HostSpec
 
         if self.device == "cpu":
             torch.set_num_threads(threads)

@@ -1,0 +1,1 @@
+"""Tools that benchmarks share: rows on disk, conditions, times, prompts, prose, output."""

@@ -1,0 +1,97 @@
+"""What one block of a role holds: the tensors of one message, and the bytes of its rows.
+
+Roles travel between ranks or stay in a rank's slots. ``kv``, ``q`` and ``qd`` are inputs: keys and values, queries, and
+the traveller of a Q-pass backward (queries, dO, and the two numbers a row that its backward needs). ``part`` is the
+result of pass-Q: a partial output with its lse. ``out`` has the output of the rank's own queries; its lse does not
+travel. ``dq`` and ``dkv`` are gradients. ``qkv`` and ``dout`` go to head groups, ``out`` and ``dqkv`` come back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Role = Literal["kv", "q", "qd", "part", "out", "dq", "dkv", "qkv", "dout", "dqkv"]
+
+
+class Part(NamedTuple):
+    """One tensor of a block: (batch, heads, rows, dim), without a dim for states.
+
+    ``kind`` is its type: ``element`` that of the inputs, ``gradient`` that of gradients on their way, ``state`` that
+    of lse and delta, ``partial`` that of partial outputs and of gradients on their way back from head groups.
+    """
+
+    name: str
+    heads: Literal["q", "kv"]
+    dim: Literal["head", "value", None]
+    kind: Literal["element", "gradient", "state", "partial"]
+
+
+_Q, _K, _V = Part("q", "q", "head", "element"), Part("k", "kv", "head", "element"), Part("v", "kv", "value", "element")
+_LSE, _DELTA = Part("lse", "q", None, "state"), Part("delta", "q", None, "state")
+_OUT, _DOUT = Part("out", "q", "value", "element"), Part("dout", "q", "value", "element")
+_DQ, _DK, _DV = (_Q._replace(name="dq"), _K._replace(name="dk"), _V._replace(name="dv"))
+
+# In the message's order: the widest type first, so that all tensors are aligned.
+PAYLOAD: dict[Role, tuple[Part, ...]] = {
+    "kv": (_K, _V),
+    "q": (_Q,),
+    "qd": (_LSE, _DELTA, _Q, _DOUT),
+    "part": (_LSE, _OUT._replace(kind="partial")),
+    "out": (_OUT,),
+    "dq": (_DQ._replace(kind="gradient"),),
+    "dkv": (_DK._replace(kind="gradient"), _DV._replace(kind="gradient")),
+    "qkv": (_Q, _K, _V),
+    "dout": (_DOUT,),
+    "dqkv": tuple(part._replace(kind="partial") for part in (_DQ, _DK, _DV)),
+}
+
+
+class Heads(NamedTuple):
+    """The heads that one member of a head group works on, in the caller's order; both ranges may be empty.
+
+    ``q_count`` is a whole multiple of ``kv_count``, grouped as kernels expect. Members may share a kv head.
+    """
+
+    q_start: int
+    q_stop: int
+    kv_start: int
+    kv_stop: int
+
+    @property
+    def q_count(self) -> int:
+        """Query heads."""
+        return self.q_stop - self.q_start
+
+    @property
+    def kv_count(self) -> int:
+        """Key and value heads."""
+        return self.kv_stop - self.kv_start
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What bytes and FLOPs depend on besides the layout. Sizes in bytes an element."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    batch: int = 1
+    element_size: int = 2  # activations (e)
+    grad_size: int = 4  # gradients on the wire (eg)
+    state_size: int = 4  # L and D: fp32; 8 for fp64
+    partial_size: int = 2  # partial outputs of pass-Q and dqkv on the wire; 4 in the accurate mode
+
+    def row_bytes(self, role: Role, heads: Heads | None = None) -> int:
+        """Bytes of one token of a role, for the given heads (all when None). Source: burst.md 1.3 and 1.7."""
+        size = {
+            "element": self.element_size,
+            "gradient": self.grad_size,
+            "state": self.state_size,
+            "partial": self.partial_size,
+        }
+        n_q, n_kv = (self.q_heads, self.kv_heads) if heads is None else (heads.q_count, heads.kv_count)
+        dims = {"head": self.head_dim, "value": self.value_dim, None: 1}
+        parts = PAYLOAD[role]
+        return self.batch * sum((n_q if p.heads == "q" else n_kv) * dims[p.dim] * size[p.kind] for p in parts)
