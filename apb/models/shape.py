@@ -36,19 +36,20 @@ def model_shape(config: Any, dtype: torch.dtype) -> ModelShape:
 def _counted(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> ModelShape:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     outside = {id(p) for m in (embedding, head) for p in m.parameters()}
-    visited = getattr(config, "num_experts_per_tok", None) or 1
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
-    total = linear = 0
+    visited, total, linear, inner = _visited(config), 0, 0, 0
     for name, parameter in model.named_parameters():
         total += parameter.numel()
         if id(parameter) not in outside and parameter.dim() > 1:
-            share = visited / experts if ".experts." in name else 1.0
-            linear += round(parameter.numel() * share)
+            # All experts of a layer are one tensor; the down projection (E, hidden, inner) says how wide one is.
+            stacked = parameter.dim() == 3 and ".experts." in name
+            linear += round(parameter.numel() * visited / len(parameter)) if stacked else parameter.numel()
+            if stacked and "down" in name:
+                inner = max(inner, parameter.numel() // len(parameter) // config.hidden_size)
     q_heads = config.num_attention_heads
     return ModelShape(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
-        intermediate=_intermediate(config, visited),
+        intermediate=max(_widest_mlp(model), visited * inner) or int(config.intermediate_size),
         q_heads=q_heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or q_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // q_heads,
@@ -58,6 +59,7 @@ def _counted(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> ModelSh
         total_params=total,
         element_size=dtype.itemsize,
         max_positions=position_limit(config),
+        expert_row_bytes=visited * _expert_bytes(config.hidden_size, inner, dtype.itemsize) if inner else 0,
     )
 
 
@@ -87,9 +89,29 @@ def rope_parameters(config: Any) -> list[dict[str, Any]]:
     return nested or ([found] if found else [])
 
 
-def _intermediate(config: Any, visited: int) -> int:
-    expert = getattr(config, "moe_intermediate_size", None)
-    return expert * visited if expert else int(config.intermediate_size)
+def _visited(config: Any) -> int:
+    """Return how many experts a token visits."""
+    names = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k")
+    return next((found for name in names if (found := getattr(config, name, None))), 1)
+
+
+def _widest_mlp(model: PreTrainedModel) -> int:
+    """Return the width of the widest plain MLP, a shared expert or a dense layer; 0 where there is none."""
+    inner = [m.in_features for name, m in model.named_modules() if _is_down(name) and isinstance(m, nn.Linear)]
+    return max(inner, default=0)
+
+
+def _is_down(name: str) -> bool:
+    return name.rpartition(".")[2] in ("down_proj", "w2", "fc2", "output_linear", "dense_4h_to_h")
+
+
+def _expert_bytes(hidden: int, inner: int, element_size: int) -> int:
+    """Return the bytes that live at once for one token in one expert, as transformers groups tokens by expert.
+
+    Its hidden state, gate and up in one tensor, the activation and the product; later the projection back, weighted and
+    in the old order; six whole numbers of 8 bytes for sorting throughout.
+    """
+    return max(hidden + 4 * inner, 4 * hidden) * element_size + 6 * 8
 
 
 def _weights(module: nn.Module | None) -> int:

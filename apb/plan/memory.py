@@ -92,7 +92,7 @@ def _row_bytes(plan: PrefillPlan) -> int:
     """
     s = plan.shape
     attention = (3 * s.q_heads + 4 * s.kv_heads) * s.head_dim * s.element_size + 2 * s.q_heads * s.head_dim * 4
-    return (4 * s.hidden + 2 * s.head_dim) * s.element_size + max(3 * s.intermediate * s.element_size, attention)
+    return (4 * s.hidden + 2 * s.head_dim) * s.element_size + max(s.mlp_row_bytes, attention)
 
 
 def whole_row_bytes(plan: PrefillPlan, rank: int) -> int:

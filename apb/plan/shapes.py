@@ -12,7 +12,7 @@ class ModelShape:
 
     layers: int
     hidden: int
-    intermediate: int  # widest projection per token (all visited experts together)
+    intermediate: int  # widest MLP of a token; experts are as wide as all that are visited, together
     q_heads: int
     kv_heads: int
     head_dim: int
@@ -22,6 +22,12 @@ class ModelShape:
     total_params: int
     element_size: int  # bytes
     max_positions: int
+    expert_row_bytes: int = 0  # of a token that lives at once in all experts it visits; 0 without experts
+
+    @property
+    def mlp_row_bytes(self) -> int:
+        """Bytes of one token that live at once in the widest MLP: gate, up and product, or the visited experts'."""
+        return max(3 * self.intermediate * self.element_size, self.expert_row_bytes)
 
     @property
     def kv_row_bytes(self) -> int:

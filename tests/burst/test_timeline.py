@@ -37,7 +37,7 @@ def test_a_message_is_hidden_behind_the_work_between_start_and_finish() -> None:
     assert short.idle_s == (3.5, 2.5) and short.work_s == (1.0, 2.0)
     assert [(s.what, s.start, s.stop) for s in short.spans[1]] == [("work", 0, 1), ("wait", 1, 3.5), ("work", 3.5, 4.5)]
     both = interval(two(3.0), flat(2))
-    # Nothing hidden: waits for the message first. Compute hidden: only the sender's work stands before it.
+    # Nothing hidden: waits for the message first. All hidden: only the sender's work stands before it.
     assert (both.worst_s, both.ordered.total_s, both.best_s) == (3.5 + 3 + 1, 3.5 + 1, 4.0)
     assert both.exposed_s == 0.5
 
