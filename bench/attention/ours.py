@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bench.attention.case import AttentionSettings, rms_error
 from burst.execution.attend import attention
-from burst.planner.planner import Candidate, plan
+from burst.planner.candidates import Candidate
+from burst.planner.planner import plan
 from burst.planner.topology import Topology, topology
 from burst.transport import Transport, VirtualWorld
 

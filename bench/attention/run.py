@@ -12,7 +12,7 @@ from bench.attention.case import AttentionSettings, dense, rms_error
 from bench.attention.ours import Ours, candidates
 from bench.attention.peers import PEERS, measure, not_run
 from bench.tools.timing import seconds
-from burst.planner.planner import Candidate
+from burst.planner.candidates import Candidate
 
 Row = dict[str, Any]
 

@@ -16,7 +16,7 @@ from apb.clusters.virtual import VirtualCluster
 from apb.host.messages import HostSpec, OnEvent
 from apb.models.adapter import Adapter
 from burst.kernels import Kernel
-from burst.planner.timeline import TimelineEvent
+from burst.planner.events import TimelineEvent
 from burst.planner.trace import TraceRecorder
 
 _here = threading.local()  # the recorder of the virtual rank that this thread is

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bench.tools.drawing import new_figure
-from burst.planner.timeline import Timeline
+from burst.planner.events import Timeline
 
 
 def draw(timelines: Mapping[str, Timeline], file: Path) -> list[str]:

@@ -17,7 +17,8 @@ from apb.plan.plan import PrefillPlan
 from apb.prompt.prompt import Prompt
 from bench.emulate.cluster import EmulatedCluster
 from bench.tools.timing import spread
-from burst.planner.timeline import Interval, TimelineEvent, interval, parts
+from burst.planner.events import Interval, TimelineEvent
+from burst.planner.timeline import interval, parts
 
 PARTS = ("linear", "attention", "selection", "other")
 

@@ -1,14 +1,14 @@
-"""``python -m burst.planner``: which schedule for these tokens on these machines, and why."""
+"""``python -m burst.planner``: the fastest schedule for these tokens on these machines, and the reasons."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, replace
 
-from burst.errors import UserError
+from burst.errors import UserError, in_range
 from burst.layouts.layout import layout
 from burst.planner.planner import plan
 from burst.planner.topology import Link, topology
@@ -58,28 +58,20 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def _plan(args: argparse.Namespace) -> tuple[dict[str, object], str]:
     for name in ("q_heads", "kv_heads", "head_dim", "value_dim", "batch", "element_bytes", "grad_bytes"):
-        value, option = getattr(args, name), "--" + name.replace("_", "-")
-        if value is not None and value < 1:
-            raise UserError(f"{option} must be positive", given=value, allowed="1 or more", remedy=f"Change {option}.")
+        value = getattr(args, name)
+        in_range("--" + name.replace("_", "-"), value, value is None or value >= 1, "1 or more")
     base = topology(args.ranks, args.nodes, args.machine).machine
-    links = {}
-    for name in ("intra", "inter"):
-        old: Link = getattr(base, name)
-        bandwidth, latency = getattr(args, f"{name}_bandwidth"), getattr(args, f"{name}_latency")
-        links[name] = Link(
-            old.bandwidth if bandwidth is None else bandwidth, old.latency if latency is None else latency
-        )
     machine = replace(
         base,
-        intra=links["intra"],
-        inter=links["inter"],
+        intra=Link(*_given((args.intra_bandwidth, args.intra_latency), astuple(base.intra))),
+        inter=Link(*_given((args.inter_bandwidth, args.inter_latency), astuple(base.inter))),
         flops=base.flops if args.flops is None else args.flops,
     )
     shape = AttentionShape(
         q_heads=args.q_heads,
         kv_heads=args.kv_heads,
         head_dim=args.head_dim,
-        value_dim=args.head_dim if args.value_dim is None else args.value_dim,
+        value_dim=args.value_dim or args.head_dim,
         batch=args.batch,
         element_size=args.element_bytes,
         grad_size=args.grad_bytes,
@@ -89,17 +81,15 @@ def _plan(args: argparse.Namespace) -> tuple[dict[str, object], str]:
     queries, keys = layout(args.layout, args.history or args.tokens, args.ranks), None
     if args.history:
         queries, keys = queries.extend(args.tokens)
-    made = plan(
-        queries,
-        shape,
-        topology(args.ranks, args.nodes, machine),
-        causal=not args.full,
-        window=args.window,
-        keys=keys,
-        backward=args.backward,
-    )
+    where = topology(args.ranks, args.nodes, machine)
+    options = {"causal": not args.full, "window": args.window, "backward": args.backward}
+    made = plan(queries, shape, where, keys=keys, **options)
     given = {"tokens": args.tokens, "history": args.history, "ranks": args.ranks, "nodes": args.nodes}
     return given | {"layout": args.layout} | made.to_dict(), made.table()
+
+
+def _given(values: Iterable[float | None], defaults: Iterable[float]) -> Iterator[float]:
+    return (default if value is None else value for value, default in zip(values, defaults, strict=True))
 
 
 if __name__ == "__main__":

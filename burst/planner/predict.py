@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from burst.planner.timeline import Begin, Busy, Finish, TimelineEvent, replay
+from burst.planner.events import Begin, Busy, Finish, TimelineEvent
+from burst.planner.timeline import replay
 from burst.planner.topology import Topology
 from burst.schedules import AttentionShape, Compute, Fold, Parcel, Post, Regroup, Schedule, ScheduleStep, Wait
 

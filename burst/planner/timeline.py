@@ -1,7 +1,4 @@
-"""Programs of work and messages put on a clock: when every rank is where, given links and the order of the calls.
-
-The programs are schedules (``burst.planner.predict``) or what a recorder saw a transport do (``burst.planner.trace``).
-"""
+"""Programs of work and messages put on a clock: where every rank is at any time, given links and the order of calls."""
 
 from __future__ import annotations
 
@@ -9,84 +6,9 @@ import heapq
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
 
+from burst.planner.events import Activity, Begin, Busy, Finish, Interval, Overlap, Timeline, TimelineEvent
 from burst.planner.topology import Topology
-
-# as the calls stand; every call waited for at once; messages that cost nothing
-Overlap = Literal["ordered", "none", "full"]
-
-
-class Busy(NamedTuple):
-    """Own work between two calls; ``parts`` names what some of the seconds went to."""
-
-    seconds: float
-    parts: tuple[tuple[str, float], ...] = ()
-
-
-class Begin(NamedTuple):
-    """Sends and receives, (peer, bytes) each, started together; messages between two ranks keep their order.
-
-    ``forward_to``: every receive is sent on to this rank as soon as it has arrived, without the caller.
-    """
-
-    name: int
-    sends: tuple[tuple[int, int], ...]
-    recvs: tuple[tuple[int, int], ...]
-    forward_to: int | None = None
-    label: str = ""
-
-
-class Finish(NamedTuple):
-    """Wait until the start of that name has received and sent everything."""
-
-    name: int
-
-
-TimelineEvent = Busy | Begin | Finish
-
-
-class Activity(NamedTuple):
-    """What a rank did from ``start`` to ``stop``, in seconds."""
-
-    start: float
-    stop: float
-    what: Literal["work", "wait"]
-    label: str
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """Seconds by rank: when it ended, how long it worked, how long its ports were busy, and what it did when."""
-
-    ends: tuple[float, ...]
-    work_s: tuple[float, ...]
-    port_s: tuple[float, ...]  # its busiest port, by link class and direction
-    spans: tuple[tuple[Activity, ...], ...]
-
-    @property
-    def total_s(self) -> float:
-        """Seconds until the last rank is done."""
-        return max(self.ends)
-
-    @property
-    def idle_s(self) -> tuple[float, ...]:
-        """Seconds that each rank does not work before the last one is done."""
-        return tuple(self.total_s - work for work in self.work_s)
-
-
-@dataclass(frozen=True)
-class Interval:
-    """One set of programs with all, the ordered, and no communication hidden.
-
-    ``best_s``: messages cost nothing, but are waited for, and no port is busy for longer. ``exposed_s``: what messages
-    add to the makespan as ordered.
-    """
-
-    best_s: float
-    ordered: Timeline
-    worst_s: float
-    exposed_s: float
 
 
 def replay(programs: Sequence[Iterable[TimelineEvent]], topology: Topology, overlap: Overlap = "ordered") -> Timeline:

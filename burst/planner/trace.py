@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from burst.planner.timeline import Begin, Busy, Finish, TimelineEvent
+from burst.planner.events import Begin, Busy, Finish, TimelineEvent
 from burst.transport.base import Handle, Message
 
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apb.costs.lockstep import Await, Clock, Compute, Exchange, Relay, shift
-from burst.planner.timeline import Begin, Busy, Finish, TimelineEvent, interval, parts, replay
+from burst.planner.events import Begin, Busy, Finish, TimelineEvent
+from burst.planner.timeline import interval, parts, replay
 from burst.planner.topology import Link, Machine, Topology
 from burst.planner.trace import TraceRecorder
 from burst.transport import Transport, VirtualWorld
