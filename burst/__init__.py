@@ -5,13 +5,4 @@ from burst.execution.attend import attention
 from burst.layouts.layout import Layout, layout
 from burst.transport import Transport, VirtualWorld, run_virtual
 
-__all__ = [
-    "HostFailure",
-    "Layout",
-    "Transport",
-    "UserError",
-    "VirtualWorld",
-    "attention",
-    "layout",
-    "run_virtual",
-]
+__all__ = ["HostFailure", "Layout", "Transport", "UserError", "VirtualWorld", "attention", "layout", "run_virtual"]

@@ -33,11 +33,7 @@ class Blocks:
         if self.accurate:
             q, k, v = _wide(q), _wide(k), _wide(v)
         for piece in pieces:
-            q_part, k_part, v_part = (
-                _rows(q, piece.q, piece),
-                _rows(k, piece.k, piece),
-                _rows(v, piece.k, piece),
-            )
+            q_part, k_part, v_part = (_rows(q, piece.q, piece), _rows(k, piece.k, piece), _rows(v, piece.k, piece))
             out, lse = self._attend(q_part, k_part, v_part, piece.causal)
             if piece.flip:
                 out, lse = out.flip(TOKENS), lse.flip(TOKENS)

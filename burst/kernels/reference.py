@@ -16,12 +16,7 @@ from burst.kernels.merge import accumulate_dtype
 
 
 def attend(
-    q_BHSD: Tensor,
-    k_BKTD: Tensor,
-    v_BKTE: Tensor,
-    causal: bool,
-    scale: float,
-    seen_ST: Tensor | None = None,
+    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, causal: bool, scale: float, seen_ST: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Compute softmax(scale q k^T) v and its lse in fp32 (fp64 for fp64); ``out`` is rounded to q's dtype.
 

@@ -88,13 +88,7 @@ class Layout:
         return torch.cat(list(parts), dim).index_select(dim, order.to(parts[0].device))
 
     def pieces(
-        self,
-        q_rank: int,
-        kv_rank: int,
-        *,
-        causal: bool = True,
-        window: int | None = None,
-        keys: Layout | None = None,
+        self, q_rank: int, kv_rank: int, *, causal: bool = True, window: int | None = None, keys: Layout | None = None
     ) -> tuple[Piece, ...]:
         """Mask of this layout's queries on ``q_rank`` against the keys on ``kv_rank``; empty: nothing to do.
 

@@ -91,12 +91,7 @@ def _between(q: Span, k: Span, causal: bool, window: int | None) -> Iterator[Pie
         lo = -((window - 1 - lead) // step)
     for p in _band(q.count, k.count, lo, hi):
         yield Piece(
-            p.q_start + q.offset,
-            p.q_stop + q.offset,
-            p.k_start + k.offset,
-            p.k_stop + k.offset,
-            p.causal,
-            p.flip,
+            p.q_start + q.offset, p.q_stop + q.offset, p.k_start + k.offset, p.k_stop + k.offset, p.causal, p.flip
         )
 
 

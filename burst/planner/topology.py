@@ -67,10 +67,7 @@ def topology(ranks: int, nodes: int | Sequence[int] = 1, machine: Machine | str 
     waits = (machine.intra.latency, machine.inter.latency, machine.call)
     if not all(x > 0 for x in speeds) or not all(x >= 0 for x in waits):  # a NaN is neither
         raise UserError(
-            "speeds must be positive",
-            given=machine,
-            allowed="above 0",
-            remedy="Check the bandwidths and FLOP/s.",
+            "speeds must be positive", given=machine, allowed="above 0", remedy="Check the bandwidths and FLOP/s."
         )
     if ranks < 1:
         raise UserError("a topology needs a rank", given=ranks, allowed="1 or more", remedy="Set more ranks.")

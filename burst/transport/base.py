@@ -151,14 +151,7 @@ class Transport(ABC):
         return nullcontext() if self.recorder is None else self.recorder.during(part)
 
     def relay(
-        self,
-        own: Tensor,
-        buffers: Sequence[Tensor],
-        *,
-        src: int | None,
-        dst: int | None,
-        kind: str,
-        step: str,
+        self, own: Tensor, buffers: Sequence[Tensor], *, src: int | None, dst: int | None, kind: str, step: str
     ) -> Handle:
         """Send ``own`` to ``dst`` and fill ``buffers`` from ``src`` in order, each forwarded to ``dst`` as it arrives.
 

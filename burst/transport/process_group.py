@@ -113,12 +113,7 @@ class ProcessGroupTransport(Transport):
         observer: TransportObserver | None = None,
     ) -> None:
         super().__init__(
-            dist.get_rank(),
-            dist.get_world_size(),
-            nodes=nodes,
-            device=device,
-            timeout_s=timeout_s,
-            observer=observer,
+            dist.get_rank(), dist.get_world_size(), nodes=nodes, device=device, timeout_s=timeout_s, observer=observer
         )
         self.on_gpu = dist.get_backend() == "nccl"
         if not self.on_gpu and self.device.type != "cpu":
