@@ -6,12 +6,9 @@ import importlib
 
 import torch
 
-from burst.errors import choose
-from burst.kernels.base import Kernel
+from burst.kernels.base import KERNELS, Kernel
 
-__all__ = ["Kernel", "kernel"]
-
-MODULES = {name: f"burst.kernels.{name}" for name in ("cpu", "cuda", "cudnn", "flash_attn", "reference")}
+__all__ = ["KERNELS", "Kernel", "kernel"]
 
 
 def kernel(name: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Kernel:
@@ -19,13 +16,11 @@ def kernel(name: str = "auto", device: torch.device | str = "cpu", dtype: torch.
 
     Modules load when they are asked for. Raises UserError for an unknown name.
     """
-    choose("kernel", name, ("auto", *MODULES))
     if name == "auto":
         name = torch.device(device).type
         if name not in ("cpu", "cuda") or (name == "cuda" and dtype == torch.float64):
             name = "reference"
         elif name == "cuda" and dtype in (torch.bfloat16, torch.float16):
-            flash_attn = importlib.import_module(MODULES["flash_attn"])
+            flash_attn = importlib.import_module("burst.kernels.flash_attn")
             name = "cuda" if flash_attn.best(torch.device(device)) is None else "flash_attn"
-    loaded: Kernel = importlib.import_module(MODULES[name]).KERNEL
-    return loaded
+    return KERNELS.get(name)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from burst.errors import UserError
 from burst.kernels.merge import accumulate_dtype
+from burst.registry import Registry
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -144,6 +145,21 @@ class Kernel:
 
     def _reject(self, message: str, given: object, allowed: object, remedy: str) -> NoReturn:
         reject(f"kernel '{self.name}'", message, given, allowed, remedy)
+
+
+KERNELS: Registry[Kernel] = Registry("kernel", "burst.kernels", "kernel")  # a backend a file, or another package's
+
+
+def backend(
+    name: str,
+    summary: str,
+    block: Forward,
+    block_backward: Backward,
+    device: str | None = None,
+    any_value_dim: bool = True,
+) -> Kernel:
+    """Enter a kernel under ``name`` and return it; ``summary`` is one line for people."""
+    return KERNELS.add(name, summary, Kernel(name, block, block_backward, device, any_value_dim))
 
 
 def _unit_strided(x: Tensor) -> Tensor:

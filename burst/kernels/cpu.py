@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from burst.kernels.base import Kernel, Rows
+from burst.kernels.base import Rows, backend
 
 LONG = 768  # queries; from here on the backward works in steps of 256, below in steps of 64 or 32
 VECTOR_LANES = 64  # elements; no CPU's vector of fp32 is longer (SVE's 2048 bits)
@@ -68,4 +68,4 @@ def _call(
     return dq, dk, dv
 
 
-KERNEL = Kernel("cpu", attend, backward, device="cpu", any_value_dim=False)
+KERNEL = backend("cpu", "torch's flash attention for CPUs", attend, backward, device="cpu", any_value_dim=False)

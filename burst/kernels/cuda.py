@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from burst.kernels import reference
-from burst.kernels.base import Kernel, Rows
+from burst.kernels.base import Rows, backend
 
 ALIGN = 8  # elements; 16-byte loads of bf16, and a multiple of what fp32 needs
 FLASH_MAX_DIM = 256  # largest head dim that flash attention 2 is built for
@@ -96,4 +96,4 @@ def _has_flash(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
 
 
-KERNEL = Kernel("cuda", attend, backward, device="cuda")
+KERNEL = backend("cuda", "torch's kernels for NVIDIA devices", attend, backward, device="cuda")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from burst.errors import UserError
 from burst.kernels import cuda
-from burst.kernels.base import Kernel
+from burst.kernels.base import backend
 
 MAX_DIM = 128  # of every device that it runs on; a multiple of 8
 
@@ -35,4 +35,6 @@ def attend(q_BHSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, causal: bool, scale: 
     return out, lse.squeeze(-1)
 
 
-KERNEL = Kernel("cudnn", attend, cuda.backward, device="cuda", any_value_dim=False)
+KERNEL = backend(
+    "cudnn", "cuDNN's attention, by torch's operator", attend, cuda.backward, device="cuda", any_value_dim=False
+)

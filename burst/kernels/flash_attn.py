@@ -17,7 +17,7 @@ from torch.nn.attention import activate_flash_attention_impl, current_flash_atte
 
 from burst.errors import UserError
 from burst.kernels import cuda
-from burst.kernels.base import Kernel, Rows
+from burst.kernels.base import Rows, backend
 
 # By the device's major capability: FA3 is written for Hopper, FA4 for Blackwell (on Hopper it may not split its work).
 CHOICES = {9: "FA3", 10: "FA4"}
@@ -75,4 +75,4 @@ def _has_fa4() -> bool:
     return importlib.util.find_spec("cutlass") is not None
 
 
-KERNEL = Kernel("flash_attn", attend, backward, device="cuda")
+KERNEL = backend("flash_attn", "flash-attn 3 or 4 where one is installed", attend, backward, device="cuda")

@@ -33,7 +33,7 @@ class Accumulator:
     ``out`` 0 and ``lse`` -inf and leaves the rest as it was; a NaN in a part stays visible in the result.
     **The first part is adopted, not copied**: it must stay as it is until the next one is added, and later parts may
     be merged into its memory. Use ``merge`` for tensors that must stay as they are. ``ready`` says whether there is a
-    part yet. On CUDA devices a merge is one Triton kernel (``burst/kernels/fused.py``) where Triton can run.
+    part yet. On CUDA devices a merge is one Triton kernel (``burst/kernels/fused/merge.py``) where Triton can run.
 
     Source: Ring Attention's merge in its sigmoid form, which cannot overflow, with a guard for empty parts.
     """
@@ -91,7 +91,7 @@ def _merge_pair(out_BHSE: Tensor, lse_BHS: Tensor, part_BHSE: Tensor, part_lse_B
     acc = lse_BHS.dtype
     differentiated = torch.is_grad_enabled() and (out_BHSE.requires_grad or part_BHSE.requires_grad)
     if out_BHSE.is_cuda and acc == torch.float32 and not differentiated and _has_triton():
-        from burst.kernels.fused import merge_pair
+        from burst.kernels.fused.merge import merge_pair
 
         return merge_pair(out_BHSE, lse_BHS, part_BHSE, part_lse_BHS)
     out_BHSE, part_BHSE = out_BHSE.to(acc), part_BHSE.to(acc)

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from burst.kernels.base import Kernel, Rows, row_sums
+from burst.kernels.base import Rows, backend, row_sums
 from burst.kernels.merge import accumulate_dtype
 
 
@@ -76,4 +76,4 @@ def _scores(q_BKRD: Tensor, k_BKTD: Tensor, shape: torch.Size, causal: bool, sca
     return scores_BHST
 
 
-KERNEL = Kernel("reference", attend, backward)
+KERNEL = backend("reference", "plain softmax, the oracle, on any device", attend, backward)

@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -16,6 +16,18 @@ from burst.errors import HostFailure
 from burst.transport.ledger import Ledger
 
 TransportObserver = Callable[[str, str, int], None]  # (event "post" | "arrive" | "wait" | "compute", step, peer)
+
+
+DEADLINE_S = 600.0  # of every operation, unless the transport is given another
+
+
+class TransportOptions(TypedDict, total=False):
+    """What every transport may be given beside its rank: see ``Transport``."""
+
+    nodes: Sequence[int] | None
+    device: torch.device | str
+    timeout_s: float
+    observer: TransportObserver | None
 
 
 class Message(NamedTuple):
@@ -94,7 +106,7 @@ class Transport(ABC):
         *,
         nodes: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
-        timeout_s: float = 600.0,
+        timeout_s: float = DEADLINE_S,
         observer: TransportObserver | None = None,
     ) -> None:
         assert 0 <= rank < world, (rank, world)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, Unpack
 
 import torch
 from torch import Tensor
 
 from burst.errors import HostFailure
-from burst.transport.base import Handle, Message, Transport, TransportObserver
+from burst.transport.base import Handle, Message, Transport, TransportObserver, TransportOptions
 
 T = TypeVar("T")
 
@@ -48,8 +48,8 @@ class _VirtualHandle(Handle):
 class VirtualTransport(Transport):
     """One rank of a VirtualWorld."""
 
-    def __init__(self, rank: int, world: VirtualWorld, **options: object) -> None:
-        super().__init__(rank, world.size, **options)  # type: ignore[arg-type]
+    def __init__(self, rank: int, world: VirtualWorld, **options: Unpack[TransportOptions]) -> None:
+        super().__init__(rank, world.size, **options)
         self._world = world
 
     def _exchange(
@@ -206,6 +206,13 @@ class VirtualWorld:
                 then()
 
 
-def run_virtual(world: int, fn: Callable[[Transport], T], **options: object) -> list[T]:
+def run_virtual(
+    world: int,
+    fn: Callable[[Transport], T],
+    *,
+    nodes: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+    observers: Sequence[TransportObserver | None] | None = None,
+) -> list[T]:
     """Run ``fn(transport)`` on every virtual rank of this process and return the results by rank."""
-    return VirtualWorld(world, **options).run(fn)  # type: ignore[arg-type]
+    return VirtualWorld(world, nodes=nodes, device=device, observers=observers).run(fn)

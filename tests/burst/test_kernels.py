@@ -6,14 +6,16 @@ Shapes: B batch, H query heads, K kv heads, S queries, T keys, D head dim, E val
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import burst
 from burst.errors import UserError
-from burst.kernels import Kernel, cuda, cudnn, flash_attn, kernel
+from burst.kernels import KERNELS, Kernel, cuda, cudnn, flash_attn, kernel
 from burst.kernels.merge import accumulate_dtype
 
 # (out, lse), absolute. bf16: the first causal rows are single N(0,1) values, rounded at up to 4.
@@ -285,3 +287,19 @@ def test_cuda_special_cases(dtype: torch.dtype) -> None:
     q, k, v = draw(queries=17, keys=17, dim=36, dtype=dtype, device="cuda")
     strided = [x.mT.contiguous().mT for x in (q, k, v)]
     assert_close(run(*strided, causal=True), run(q, k, v, causal=True), dtype)
+
+
+def test_a_kernel_of_ones_own_attends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KERNELS, "_found", dict(KERNELS._found))
+    KERNELS.add("mine", "the oracle under another name", replace(kernel("reference"), name="mine"))
+    where, x = burst.layout("zigzag", 9, 2), torch.randn(1, 2, 9, 8, dtype=torch.float64)
+
+    def rank(t: burst.Transport, name: str) -> Tensor:
+        own = where.shard(x, t.rank, 2)
+        return burst.attention(own, own, own, transport=t, layout=where, kernel=name)
+
+    mine, theirs = (burst.run_virtual(2, lambda t, name=name: rank(t, name)) for name in ("mine", "reference"))
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    with pytest.raises(UserError, match="unknown kernel 'mien'") as error:
+        kernel("mien")
+    assert "mine" in error.value.remedy

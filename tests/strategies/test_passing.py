@@ -22,7 +22,8 @@ from apb.strategies import strategy
 from burst.errors import HostFailure
 from burst.kernels import Kernel
 from burst.transport import Handle, Message, VirtualWorld
-from burst.transport.process_group import ProcessGroupTransport, _RelayHandle
+from burst.transport.handles import RelayHandle
+from burst.transport.process_group import ProcessGroupTransport
 from burst.transport.virtual import VirtualTransport
 from tests.support.pool import Pool, Rank, on_both
 from tests.support.tiny import make_prompt, tiny_engine, tiny_llama
@@ -171,7 +172,7 @@ class Delayed(ProcessGroupTransport):
         super().arrived(message, step)
 
 
-class _LazyRelay(_RelayHandle):
+class _LazyRelay(RelayHandle):
     """Blocks arrive by themselves, but go on only once the caller waits."""
 
     def _forward(self, message: Message) -> None:

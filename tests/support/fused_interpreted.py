@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from burst.kernels import kernel
-from burst.kernels.fused import merge_pair
+from burst.kernels.fused.merge import merge_pair
 
 # name: batch, query heads, kv heads, queries, keys of either part, dim, dtype
 SHAPES: dict[str, tuple[int, int, int, int, tuple[int, int], int, torch.dtype]] = {
