@@ -51,7 +51,7 @@ def rows(settings: AttentionSettings, tell: Callable[[str], None]) -> list[Row]:
     for each, work, count in zip(runs, works, sent, strict=True):
         out.append(_row(each.candidate, settings, dense_s, work) | {"sent_bytes": count})
         out[-1]["error"] = each.error(small, want)
-    out += [{"name": c.name, "not_run": c.refused} for c in found_plans if c.forward is None]
+    out += [{"name": c.name, "not_run": c.rejected} for c in found_plans if c.forward is None]
     return out + [_peer(name, settings, statistics.median(dense_s), tell) for name in PEERS]
 
 

@@ -44,7 +44,7 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend this rank's queries to the keys of all ranks: softmax(scale q k^T) v, exact, differentiable.
 
-    Every rank calls it with its own rows and the same options, and calls backward if any rank does; a rank
+    Every rank calls it with its own rows and the same options. All ranks call backward if any does. A rank
     without tokens takes part with S = 0. Together they get what one device would compute on the whole:
 
         lay = burst.layout("zigzag", n_tokens, transport.world)   # the same on every rank
@@ -57,8 +57,8 @@ def attention(
     Parameters
         q, k, v     (B, H, S, D), (B, K, S, D), (B, K, S, E); K divides H, keys are not repeated. fp64, fp32,
                     bf16 or fp16, any strides. Gradients have the same type and are summed in fp32 (fp64).
-        transport   how ranks reach each other: ``burst.run_virtual``, ``burst.transport.process_group``.
-        layout      which rank holds which tokens, and where documents end that are packed into the sequence.
+        transport   the connection of the ranks: ``burst.run_virtual``, ``burst.transport.process_group``.
+        layout      the ranks' tokens, and the ends of the documents that are packed into the sequence.
         schedule    ring, double_ring, burst, allgather, ulysses, usp; ``auto``: the one that is predicted to
                     be fastest; or a forward schedule made by ``burst.schedules.schedule`` for this call.
         causal      a query sees keys up to its own position, in its own document.
@@ -68,9 +68,9 @@ def attention(
                     rank's share, like that of any weight: sum it over ranks.
         keys        the layout of k and v where they hold history before ``layout``'s chunk; see
                     ``Layout.extend``.
-        forward     what travels: kv, or q (whose partial outputs come back); auto: kv, but with history
+        forward     the traveller: kv, or q (whose partial outputs come back); auto: kv, but with history
                     and in ``burst`` the cheaper of the two by bytes.
-        backward    what travels: kv (and its gradients), or q (with dO, two numbers a row, and dQ); auto: kv,
+        backward    the traveller: kv (and its gradients), or q (with dO, two numbers a row, and dQ); auto: kv,
                     but in ``burst`` the cheaper of the two by bytes.
         ulysses     ranks that share tokens by heads, for ``usp`` alone; the ranks of a node when None.
         topology    links and speeds that ``auto`` plans with; guessed from the transport when None.
@@ -82,8 +82,8 @@ def attention(
 
     Returns ``out`` (B, H, S, E) in q's dtype. The backward keeps q, k, v, out and lse, nothing of size S x N.
     Raises UserError for what does not fit together on this rank, HostFailure (rank, step, peer) when ranks
-    disagree or one of them fails. Ranks compare shapes, types, options and schedules before the first
-    message of every new kind of call. Under several threads that share a device (virtual ranks),
+    disagree or one of them fails. Ranks compare shapes, types, options (``return_lse`` too) and schedules before
+    the first message of every new kind of call. Under several threads that share a device (virtual ranks),
     ``burst.run_virtual`` sees to it that a backward does not wait inside the device's one autograd thread.
 
     Source: Ring Attention arXiv 2310.01889; BurstAttention arXiv 2403.09347; DeepSpeed-Ulysses arXiv
@@ -158,7 +158,7 @@ class _AttentionFunction(torch.autograd.Function):
 def _complete(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None, call: AttentionCall
 ) -> tuple[Tensor, Tensor]:
-    """Compute the first tokens' out and lse again and put them to those that were kept, in the old order."""
+    """Compute the first tokens' out and lse again and join them with the kept ones, in the old order."""
     assert call.again is not None and call.dropped is not None and call.kept is not None
     own = {name: x.index_select(2, call.dropped) for name, x in (("q", q), ("k", k), ("v", v))}
     run = Execution(call.again, call.transport, call.blocks, call.form, own, sinks=sinks, resume=True)

@@ -1,4 +1,4 @@
-"""What one block of a role holds, tensor by tensor, and the flat buffers in which it travels as one message.
+"""Tensors of one block of a role, and the flat buffers in which a block travels as one message.
 
 Shapes: B batch, H query heads, K kv heads, S rows of a block, D head dim, E value dim.
 """
@@ -47,7 +47,7 @@ class Form:
         return self.acc if self.accurate else self.dtype
 
     def shape(self) -> AttentionShape:
-        """Return what the schedules count bytes with."""
+        """Return the sizes that schedules count bytes with."""
         return AttentionShape(
             q_heads=self.q_heads,
             kv_heads=self.kv_heads,
@@ -113,7 +113,7 @@ class Scratch:
             return torch.empty(n, dtype=torch.uint8, device=device)
 
     def give(self, buffers: Iterable[Tensor]) -> None:
-        """Take buffers back; nobody may hold a view of them any more."""
+        """Take buffers back. Nobody may hold a view of them any more."""
         kept = [flat for flat in buffers if flat.device.type == "cpu"]
         self._free = (kept + self._free)[: self.KEPT]
 

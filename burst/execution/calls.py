@@ -1,4 +1,4 @@
-"""From the arguments of one attention call to what is run: checked sizes, schedules, the ranks' agreement.
+"""One attention call on one rank: checked sizes, schedules, the ranks' agreement.
 
 Shapes: B batch, H query heads, K kv heads, S own queries, T own keys, D head dim, E value dim.
 """
@@ -26,8 +26,8 @@ from burst.transport import Transport
 class AttentionCall:
     """One call on one rank. ``backward`` is None where no gradient is wanted.
 
-    ``again`` is the forward of the first tokens, whose outputs are not kept; ``dropped`` and ``kept`` are the
-    rows, int64, of the first and of the other tokens among those that this rank works on.
+    ``again`` is the forward of the first tokens, whose outputs are not kept. ``dropped`` and ``kept`` are the rows,
+    int64, of the first and of the other tokens among those that this rank works on.
     """
 
     transport: Transport

@@ -1,4 +1,4 @@
-"""Runs one rank's program: the only place where a schedule meets tensors.
+"""Execution of one rank's program: the only place where a schedule meets tensors.
 
 Shapes: B batch, H query heads, K kv heads, S rows of a block, D head dim, E value dim.
 """

@@ -1,4 +1,4 @@
-"""From a rank's own rows and all heads to all rows of a group and a few heads, and back.
+"""Copies between a rank's own rows of all heads and a head group's rows of a few heads.
 
 Shapes: B batch, h heads of one member, S own rows, W rows of the group, D head or value dim.
 """
@@ -15,7 +15,7 @@ from burst.schedules.base import Schedule
 from burst.schedules.payload import Heads, Role
 from burst.transport import Message, Transport
 
-Arrived = Sequence[Mapping[str, Tensor] | None]  # by member: what came from it; None: nothing, or the rank itself
+Arrived = Sequence[Mapping[str, Tensor] | None]  # by member: its tensors; None: nothing, or the rank itself
 
 ROWS = {"qkv": ("q", "k", "v"), "dout": ("dout",), "out": ("out",), "dqkv": ("dq", "dk", "dv")}
 OF_KEYS = ("k", "v", "dk", "dv")  # tensors with kv heads; all others have query heads

@@ -1,4 +1,4 @@
-"""The tensors of one rank's run of a schedule: the caller's, the working ones, and the memory of its slots.
+"""Tensors of one rank's run of a schedule: the caller's, the working ones, and the memory of its slots.
 
 Shapes: B batch, H query heads, K kv heads, S rows of a block, D head dim, E value dim.
 """
@@ -20,9 +20,10 @@ from burst.transport import Transport
 
 
 class SlotMemory:
-    """What each slot of one rank holds. ``caller`` has its own rows and all heads, ``working`` what it works on.
+    """The content of each slot of one rank.
 
-    The two differ in head groups only. ``written`` are the slots of index 0 that hold a sum.
+    ``caller`` has the rank's own rows of all heads, ``working`` the rows and heads that it works on. They differ in
+    head groups only. ``written`` are the slots of index 0 that hold a sum.
     """
 
     def __init__(self, schedule: Schedule, transport: Transport, form: Form, own: Mapping[str, Tensor]) -> None:
@@ -43,7 +44,7 @@ class SlotMemory:
         return self.working["delta"]
 
     def results(self) -> dict[str, Tensor]:
-        """Return the rank's result once all steps before the last exchange are done; what got no sum is 0."""
+        """Return the rank's result before the last exchange. A gradient without any sum is 0."""
         if self.schedule.phase == "forward":
             return {"out": self.working["out"]}
         for slot in (Slot("dq", 0), Slot("dkv", 0)):
@@ -81,14 +82,14 @@ class SlotMemory:
         return views(self._buffer(slot), self.form.fields(slot.role, self.schedule.rows(slot.role, block), self.heads))
 
     def arrived(self, role: Role, slots: Sequence[Slot | None]) -> list[dict[str, Tensor] | None]:
-        """Return what came from each member of the head group; None: nothing, or the rank itself."""
+        """Return the tensors that came from each member of the head group; None: nothing, or the rank itself."""
         return [
             None if slot is None or slot.index == 0 else views(self._buffer(slot), self._border(role, m))
             for m, slot in enumerate(slots)
         ]
 
     def release(self) -> None:
-        """Give the workspace back to the next call; nobody may hold a view of it any more."""
+        """Give the workspace back to the next call. Nobody may hold a view of it any more."""
         scratch_of(self.transport).give(self._taken)
 
     def _buffer(self, slot: Slot) -> Tensor:
@@ -114,7 +115,7 @@ class SlotMemory:
         return self.form.fields(parcel.slot.role, rows, heads)
 
     def _border(self, role: Role, member: int) -> Mapping[str, Field]:
-        """Return what comes from a member of the group: its rows and my heads, or my rows and its heads."""
+        """Return the fields of a member's message: its rows and my heads, or my rows and its heads."""
         first = self.rank - self.rank % self.schedule.members
         towards_heads = role in ("qkv", "dout")
         rows = self.schedule.layout.counts[first + member if towards_heads else self.rank]

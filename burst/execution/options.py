@@ -1,4 +1,4 @@
-"""The arguments of ``burst.attention`` and what is required of them.
+"""Arguments of ``burst.attention`` and their checks.
 
 Shapes: B batch, H query heads, K kv heads, S own queries, D head dim, E value dim.
 """

@@ -1,4 +1,4 @@
-"""Block kernels: what a backend offers, and the checks and special cases that all of them share.
+"""Block kernels: the two functions of a backend, and the checks and special cases that all backends share.
 
 Shapes: B batch, H query heads, K kv heads, S queries, T keys, D head dim, E value dim.
 """
@@ -21,7 +21,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Rows(NamedTuple):
-    """What a backward is given of its query rows; ``out`` and ``lse`` belong to the whole softmax.
+    """A backward's arguments by query row. ``out`` and ``lse`` belong to the whole softmax.
 
     One of ``out`` and ``delta`` may be missing: a backend that needs ``out`` makes it with ``stand_in``.
     """
@@ -32,7 +32,7 @@ class Rows(NamedTuple):
     delta: Tensor | None  # (B, H, S), the rows' sums of dout * out
 
     def with_out(self) -> Tensor:
-        """Return ``out``, or what may stand in for it."""
+        """Return ``out``, or the tensor that stands in for it."""
         if self.out is not None:
             return self.out
         assert self.delta is not None

@@ -84,7 +84,7 @@ def _takes_flash(q_BHSD: Tensor, v_BKTE: Tensor) -> bool:
 
 
 def aligned(x_BHSD: Tensor) -> Tensor:
-    """Pad the last dim with zeros, and copy what the kernels' vector loads could not read where it lies."""
+    """Pad the last dim with zeros, and copy what the kernels' vector loads could not read where it is stored."""
     if x_BHSD.shape[-1] % ALIGN:
         return pad(x_BHSD, (0, -x_BHSD.shape[-1] % ALIGN))
     if x_BHSD.storage_offset() % ALIGN or any(step % ALIGN for step in x_BHSD.stride()[:-1]):

@@ -1,6 +1,6 @@
-"""cuDNN's attention, by torch's own operator: on Hopper said to be faster than its flash operator. Only by name.
+"""cuDNN's attention, by torch's own operator: on Hopper said to be faster than its flash operator.
 
-It plans for every shape that it meets for the first time, which takes a while.
+``auto`` never takes it: it plans for every shape that it meets for the first time, which takes a while.
 
 Shapes: B batch, H query heads, K kv heads, S queries, T keys, D head dim.
 """

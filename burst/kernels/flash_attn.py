@@ -1,6 +1,6 @@
 """flash-attn 3 or 4 where one is installed: torch puts their kernels behind the flash operators that ``cuda`` calls.
 
-flash-attn 2 would add nothing, torch's own operators are built from it. Chosen for the whole process, as torch does it.
+flash-attn 2 would add nothing: torch's own operators are built from it. The choice holds for the whole process.
 
 Shapes: B batch, H query heads, K kv heads, S queries, T keys, D head dim, E value dim.
 """

@@ -1,4 +1,4 @@
-"""Layouts: who holds which tokens, and which of them see one another."""
+"""Layouts: the tokens of each rank, and the pairs of them that see one another."""
 
 from burst.layouts.layout import Layout, layout
 

@@ -1,4 +1,4 @@
-"""Layouts: which rank holds which tokens, in which order, and who may see whom.
+"""Layouts: the tokens of each rank in their local order.
 
 contiguous: rank r holds the r-th stretch. zigzag: each document is cut into 2P chunks, rank r holds chunks r
 and 2P-1-r, so that under a causal mask all ranks work alike. striped: rank r holds positions r mod P.
@@ -64,7 +64,7 @@ class Layout:
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
     def document_positions(self, rank: int) -> Tensor:
-        """Positions from each document's own start, int64 (S_rank,): what a rotary embedding wants."""
+        """Positions from each document's own start, int64 (S_rank,), for rotary embeddings."""
         starts = [torch.full((s.count,), self.cu_seqlens[s.document]) for s in self.spans[rank]]
         return self.positions(rank) - torch.cat(starts) if starts else self.positions(rank)
 

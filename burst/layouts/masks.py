@@ -1,8 +1,7 @@
 """The mask of a (query rank, source rank) pair as data: rectangles that a kernel knows, full or causal.
 
 Within one document a rank holds spans of positions with one step. Two spans of equal step see each other
-along a diagonal band ``lo <= j - i <= hi`` (row i, column j), whatever the layout, and a band is tiled into
-rectangles.
+along a diagonal band ``lo <= j - i <= hi`` (row i, column j) in every layout. A band is tiled into rectangles.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ class Piece(NamedTuple):
 
 
 def pieces(q_spans: Iterable[Span], k_spans: Iterable[Span], *, causal: bool, window: int | None) -> tuple[Piece, ...]:
-    """Compose the mask between two ranks' spans; every unmasked pair lies in exactly one piece.
+    """Compose the mask between two ranks' spans; every unmasked pair is in exactly one piece.
 
     ``window`` keys are seen by a causal query, itself included; without ``causal`` it sees keys closer than
     ``window``. A window of fewer positions than the step (striped) leaves single diagonals, and so one piece

@@ -1,1 +1,1 @@
-"""Prediction: clusters' topology, programs on a clock, and the schedule that would be fastest."""
+"""Prediction: topology, programs on a clock, and the schedule with the shortest predicted time."""

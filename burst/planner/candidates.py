@@ -1,4 +1,4 @@
-"""Schedules with their predicted times, the one to run first, as tables for people and for the JSON document."""
+"""Schedules with their predicted times, as a table for people and as a JSON document."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ TIE = 1.01  # predictions closer than this are one: the simpler schedule is take
 
 @dataclass(frozen=True)
 class Candidate:
-    """One schedule on this topology: what travels, how long it takes; ``refusal``: why it cannot run."""
+    """One schedule on this topology: its travellers and times, or why it cannot run (``rejection``)."""
 
     name: str
     forward: Prediction | None
     backward: Prediction | None
     travels: tuple[str, ...]  # forward, and backward when there is one
     ulysses: int | None = None  # ranks that share tokens by heads, in usp
-    refusal: UserError | None = field(default=None, compare=False)
+    rejection: UserError | None = field(default=None, compare=False)
 
     @property
-    def refused(self) -> str:
-        """Why it cannot run, in a few words; empty when it can."""
-        return "" if self.refusal is None else self.refusal.message
+    def rejected(self) -> str:
+        """The reason for which it cannot run, in a few words; empty when it can."""
+        return "" if self.rejection is None else self.rejection.message
 
     @property
     def phases(self) -> tuple[Prediction, ...]:
-        """The predictions that there are: none when refused."""
+        """The predictions that there are: none when rejected."""
         return tuple(p for p in (self.forward, self.backward) if p is not None)
 
     @property
     def ranks(self) -> int:
-        """Number of ranks; 0 when refused."""
+        """Number of ranks; 0 when rejected."""
         return len(self.forward.work_s) if self.forward else 0
 
     @property
     def total_s(self) -> float:
-        """Predicted seconds of all phases; infinite when refused."""
+        """Predicted seconds of all phases; infinite when rejected."""
         return sum(p.total_s for p in self.phases) if self.phases else float("inf")
 
     @property
@@ -51,7 +51,7 @@ class Candidate:
     def row(self, ideal_s: float) -> dict[str, Any]:
         """Return the candidate as one line of the table and of the JSON document."""
         if not self.phases:
-            return {"schedule": self.name, "refused": self.refused}
+            return {"schedule": self.name, "refused": self.rejected}
         return {
             "schedule": self.name,
             "travels": list(self.travels),
@@ -80,7 +80,7 @@ class Plan:
         return self.candidates[0]
 
     def reason(self) -> str:
-        """Say in one sentence why the chosen one was taken."""
+        """Return the reason for the choice, one sentence."""
         best = self.chosen
         others = [c for c in self.candidates[1:] if c.forward is not None]
         exposed = f"{best.exposed_s * 1e3:.3f} ms of {best.total_s * 1e3:.3f} ms are not hidden behind work"
@@ -110,7 +110,7 @@ class Plan:
         for c in self.candidates:
             row = c.row(self.ideal_s)
             if c.forward is None:
-                lines.append((c.name, f"cannot run: {c.refused}"))
+                lines.append((c.name, f"cannot run: {c.rejected}"))
                 continue
             name = c.name if c.ulysses is None else f"{c.name} {c.ulysses}x{c.ranks // c.ulysses}"
             times = f"{row['predicted_ms']:.3f}", f"{row['exposed_ms']:.3f}"

@@ -1,6 +1,6 @@
 """Programs of work and messages as data, and the times at which they happened.
 
-The programs are schedules (``burst.planner.predict``) or what a recorder saw a transport do (``burst.planner.trace``).
+Programs come from schedules (``burst.planner.predict``) or from a recorded transport (``burst.planner.trace``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Overlap = Literal["ordered", "none", "full"]
 
 
 class Busy(NamedTuple):
-    """Own work between two calls; ``parts`` names what some of the seconds went to."""
+    """Own work between two calls; ``parts`` are some of the seconds by purpose."""
 
     seconds: float
     parts: tuple[tuple[str, float], ...] = ()
@@ -42,7 +42,7 @@ TimelineEvent = Busy | Begin | Finish
 
 
 class Activity(NamedTuple):
-    """What a rank did from ``start`` to ``stop``, in seconds."""
+    """A rank's work or wait from ``start`` to ``stop``, in seconds."""
 
     start: float
     stop: float
@@ -52,7 +52,7 @@ class Activity(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """Seconds by rank: when it ended, how long it worked, how long its ports were busy, and what it did when."""
+    """Seconds by rank: its end, its work, the load of its ports, and its activities."""
 
     ends: tuple[float, ...]
     work_s: tuple[float, ...]

@@ -37,7 +37,7 @@ def plan(
     make = partial(schedule, layout=layout, shape=shape, nodes=topology.nodes, causal=causal, window=window, keys=keys)
     found = [_candidate(n, make, shape, topology, travels if backward else travels[:1]) for n in names]
     best = min(c.total_s for c in found)
-    why = min(found, key=lambda c: SIMPLEST.index(c.name)).refusal
+    why = min(found, key=lambda c: SIMPLEST.index(c.name)).rejection
     if best == float("inf") and why is not None:
         message = f"no schedule can run: {why.message}"
         raise UserError(message, given=why.given, allowed=why.allowed, remedy=why.remedy)
@@ -54,13 +54,13 @@ def _candidate(
     """Predict one schedule; ``usp`` with the best number of ranks that share tokens by heads."""
     # More members than query heads would leave ranks idle; all ranks together are ulysses.
     shares = [u for u in range(2, min(topology.world, shape.q_heads + 1)) if topology.world % u == 0]
-    best = Candidate(name, None, None, (), refusal=_no_groups(topology.world, shape.q_heads))
+    best = Candidate(name, None, None, (), rejection=_no_groups(topology.world, shape.q_heads))
     for ulysses in shares if name == "usp" else [None]:
         try:
             phases = zip(PHASES, travels, strict=False)
             made = [make(name, phase=phase, travels=wanted, ulysses=ulysses) for phase, wanted in phases]
         except UserError as error:
-            best = Candidate(name, None, None, (), refusal=error)
+            best = Candidate(name, None, None, (), rejection=error)
             continue
         timed = [predict(each, shape, topology) for each in made]
         chosen = tuple(each.travels for each in made)

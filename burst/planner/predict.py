@@ -1,4 +1,4 @@
-"""How long a schedule takes on a topology: its programs run on a clock, messages share each rank's links."""
+"""Predicted time of a schedule on a topology: its programs on a clock, with messages sharing each rank's links."""
 
 from __future__ import annotations
 

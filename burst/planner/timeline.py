@@ -1,4 +1,4 @@
-"""Programs of work and messages put on a clock: where every rank is at any time, given links and the order of calls."""
+"""Programs of work and messages on a clock, given links and the order of calls."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def replay(programs: Sequence[Iterable[TimelineEvent]], topology: Topology, over
     """Run the programs on a clock and return when everything happened.
 
     A message leaves once both ends have posted it. Each rank sends one message at a time per link class and receives
-    one at a time, at full bandwidth in both directions; a sender does not wait for a receiver's port, and of messages
-    that are ready together the nearest rank's goes first, as libraries rotate all-to-alls. A message arrives
+    one at a time, at full bandwidth in both directions. A sender does not wait for a receiver's port. Of messages that
+    are ready together the nearest rank's goes first, as libraries rotate all-to-alls. A message arrives
     ``latency`` after the receiver has had its last byte.
     Raises AssertionError when the programs wait for each other for ever.
     """
@@ -37,7 +37,7 @@ def interval(programs: Sequence[Sequence[TimelineEvent]], topology: Topology) ->
 
 
 def parts(program: Iterable[TimelineEvent]) -> dict[str, float]:
-    """Return the seconds of a program's work by what they went to; ``other`` is the rest."""
+    """Return the seconds of a program's work by purpose; ``other`` is the rest."""
     found: defaultdict[str, float] = defaultdict(float)
     for event in program:
         if isinstance(event, Busy):
@@ -69,7 +69,7 @@ class _End:
 
 @dataclass
 class _Wire:
-    """What two ranks have posted in one direction and not matched yet."""
+    """Messages that two ranks have posted in one direction and not matched yet."""
 
     sends: deque[_End] = field(default_factory=deque)
     recvs: deque[_End] = field(default_factory=deque)
@@ -160,7 +160,7 @@ class _Replay:
             heapq.heappush(self.queue, (max(send.ready, recv.ready), distance, self.count, send, recv))
 
     def _transfer(self, ready: float, send: _End, recv: _End) -> None:
-        """Give a message its place on both ports; wake who waits for it, and send it on where that is asked for."""
+        """Give a message its place on both ports, wake the ranks that wait for it, and forward it where asked to."""
         src, dst = send.post.rank, recv.post.rank
         done = arrived = ready
         if self.overlap != "full":

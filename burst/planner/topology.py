@@ -1,4 +1,4 @@
-"""What the planner knows about machines: who sits where, and how fast links, memory and kernels are."""
+"""Topology: the machine of each rank, and the speeds of links, memory and kernels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Machine:
     call: float
 
 
-# H100: 600 TFLOP/s bf16 flash, 360 GB/s NVLink, 50 GB/s a NIC (burst.md 1.1); latencies as NCCL's p2p has
+# H100: 600 TFLOP/s bf16 flash, 360 GB/s NVLink, 50 GB/s a NIC; latencies as NCCL's p2p has
 # them. CPU: two cores of a laptop over gloo; orders of magnitude only.
 MACHINES = {
     "cuda": Machine(Link(360e9, 5e-6), Link(50e9, 15e-6), 600e12, 2e12, 10e-6),
@@ -52,7 +52,7 @@ class Topology:
         return len(self.nodes)
 
     def link(self, a: int, b: int) -> Link:
-        """Return how rank a reaches rank b."""
+        """Return the link from rank a to rank b."""
         return self.machine.intra if self.nodes[a] == self.nodes[b] else self.machine.inter
 
 

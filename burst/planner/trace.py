@@ -1,7 +1,7 @@
-"""What one rank really did, as a program for ``burst.planner.timeline``: its work between two calls, and every call.
+"""Recording of one rank as a program for ``burst.planner.timeline``: every call, and the work between two calls.
 
 A recorder is given to a transport (``Transport.recorder``). Work is timed on the rank's own clock, on GPUs by CUDA
-events; what passes inside the transport's calls is left out.
+events. The time inside the transport's calls is left out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from burst.transport.base import Handle, Message
 
 
 class TraceRecorder:
-    """Records one rank. ``events`` is its program; ``during`` names parts of the work.
+    """A recorder of one rank. ``events`` is its program. ``during`` names parts of the work.
 
     Parts do not nest: the outer one counts. ``clock`` is in seconds, ``time.thread_time`` where work has one thread on
     a shared machine; on a GPU it is not read.
@@ -67,7 +67,7 @@ class TraceRecorder:
     def follow(
         self, call: Callable[[], Handle], sends: Sequence[Message], recvs: Sequence[Message], to: int | None, step: str
     ) -> Handle:
-        """Make a transport's call and record it; ``to``: where its receives are forwarded."""
+        """Make a transport's call and record it; its receives are forwarded to rank ``to``."""
         self._end()
         name, self._starts = self._starts, self._starts + 1
         sizes = [tuple((m.peer, m.tensor.numel() * m.tensor.element_size()) for m in ms) for ms in (sends, recvs)]

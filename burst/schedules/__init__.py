@@ -1,4 +1,4 @@
-"""Schedules: what every rank computes and sends, in which order, as data."""
+"""Schedules: every rank's computations and messages in program order, as data."""
 
 from burst.schedules.base import Schedule
 from burst.schedules.build import NAMES, cheapest_travel, head_groups, schedule

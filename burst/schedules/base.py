@@ -1,4 +1,4 @@
-"""A schedule as data: what every rank computes, posts and waits for, in program order, and in which buffers."""
+"""Schedules as data: every rank's steps in program order, and everything that they were made for."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Schedule:
 
     name: str
     phase: Phase
-    travels: str  # what goes round: kv | q | qd
+    travels: str  # role of the traveller: kv | q | qd
     shape: AttentionShape
     layout: Layout
     blocks: Layout
@@ -68,7 +68,7 @@ class Schedule:
         return found
 
     def places(self, rank: int, device: torch.device) -> tuple[Tensor, ...]:
-        """Where the rows of each member of a rank's head group stand in the group's local order, int64 (S,).
+        """Rows of each member of a rank's head group in the group's local order, int64 (S,).
 
         Kept on the device: a layer that moved them there would wait for it.
         """

@@ -1,4 +1,4 @@
-"""Schedules by name: which blocks travel which way, and every rank's program from that."""
+"""Making of schedules by name: the ways of the blocks, and every rank's program from them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def schedule(
 def cheapest_travel(phase: Phase, layout: Layout, shape: AttentionShape, keys: Layout | None = None) -> str:
     """Return what a ring sends the fewest bytes with: ``kv``, or ``q`` (forward) and ``qd`` (backward).
 
-    Per block: blocks make P-1 hops, sums of gradients P, partial outputs P-1. Source: burst.md 1.3 and 1.7.
+    Per block: blocks make P-1 hops, sums of gradients P, partial outputs P-1. Source: docs/schedules.md, bytes.
     """
     hops = layout.world - 1
     q_rows, kv_rows = sum(layout.counts), sum((keys or layout).counts)

@@ -2,7 +2,7 @@
 
 Messages are compared in the order in which each end posts them. Programs then run on symbols. A post makes
 progress only when all earlier posts of its channel are done and its counterparts have started, which is what
-NCCL does and stricter than gloo; since nothing depends on a race, one such run stands for all.
+NCCL does and stricter than gloo. Nothing depends on a race, so one such run stands for all.
 """
 
 from __future__ import annotations

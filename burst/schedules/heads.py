@@ -14,8 +14,8 @@ def head_split(q_heads: int, kv_heads: int, members: int) -> tuple[Heads, ...]:
     """Deal heads to members: whole kv heads while there are enough, else query heads of one kv head each.
 
     Every member's query heads group evenly over its kv heads, so any GQA kernel takes them. The busiest
-    member has ceil(K / members) kv heads, or ceil(H / K / floor(members / K)) query heads. Source: burst.md
-    1.7, K' = max(K, P).
+    member has ceil(K / members) kv heads, or ceil(H / K / floor(members / K)) query heads. Source: the bytes in
+    docs/schedules.md, K' = max(K, P).
     """
     group = q_heads // kv_heads
     if members <= kv_heads:

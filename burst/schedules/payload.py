@@ -1,4 +1,4 @@
-"""What one block of a role holds: the tensors of one message, and the bytes of its rows.
+"""Tensors of one block of a role, which are one message, and the bytes of its rows.
 
 Roles travel between ranks or stay in a rank's slots. ``kv``, ``q`` and ``qd`` are inputs: keys and values, queries, and
 the traveller of a Q-pass backward (queries, dO, and the two numbers a row that its backward needs). ``part`` is the
@@ -71,7 +71,7 @@ class Heads(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What bytes and FLOPs depend on besides the layout. Sizes in bytes an element."""
+    """Sizes that bytes and FLOPs depend on besides the layout; types in bytes an element."""
 
     q_heads: int
     kv_heads: int
@@ -84,7 +84,7 @@ class AttentionShape:
     partial_size: int = 2  # partial outputs of pass-Q and dqkv on the wire; 4 in the accurate mode
 
     def row_bytes(self, role: Role, heads: Heads | None = None) -> int:
-        """Bytes of one token of a role, for the given heads (all when None). Source: burst.md 1.3 and 1.7."""
+        """Bytes of one token of a role, for the given heads (all when None)."""
         size = {
             "element": self.element_size,
             "gradient": self.grad_size,

@@ -1,4 +1,4 @@
-"""Turn hops into programs: posts before the work that hides them, waits after it, slots by lifetime."""
+"""Programs from hops: posts before the work that hides them, waits after it, slots by lifetime."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Moment = tuple[int, int]  # (step, moment within it)
 
 @dataclass(frozen=True)
 class Traffic:
-    """What travels: blocks of role ``block`` along ``hops``; results of role ``result`` along ``returns``.
+    """Messages of a schedule: blocks of role ``block`` along ``hops``, results of role ``result`` along ``returns``.
 
     ``result`` is None in a pass-KV forward, whose results all stay.
     """
@@ -67,7 +67,7 @@ class _PostKey(NamedTuple):
 
 
 def program(rank: int, grid: Grid, needs: Needs, traffic: Traffic) -> tuple[ScheduleStep, ...]:
-    """Write the program of one rank; see ``routes`` for what a step is."""
+    """Write the program of one rank; ``routes`` defines its steps."""
     return _Writer(rank, grid, needs, traffic).write()
 
 

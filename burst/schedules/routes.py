@@ -1,7 +1,7 @@
-"""Who sends which block to whom and when: the ways that blocks spread and that results come home.
+"""Routes: the ways on which blocks spread and results come home.
 
-A block's home is the rank that owns it. Rank r uses block s in step ``Grid.step(r, s)``, the same whatever is
-skipped; only ranks that need a block ever receive it, so every other rank is passed over, not passed through.
+A block's home is the rank that owns it. Rank r uses block s in step ``Grid.step(r, s)``, whether or not other
+steps are skipped. Only ranks that need a block receive it: every other rank is passed over, not passed through.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Hop(NamedTuple):
 class Grid:
     """``rounds`` nodes with a ring of ``size`` ranks each; a flat ring is one node.
 
-    Source: burst.md 1.5: in round b and step t of it, rank (n, l) works on the block of (n - b, l - t).
+    Source: BurstAttention's double ring: in round b and step t of it, rank (n, l) works on the block of (n - b, l - t).
     """
 
     rounds: int
@@ -102,7 +102,7 @@ def chain(grid: Grid, needs: Needs) -> list[Hop]:
     """Let sums follow their blocks round the rings and come home, P hops when every rank contributes.
 
     The home's own contribution starts the sum of its node. That sum waits with the node's last contributor,
-    while the sums of the other nodes are added up from node to node; their total joins it there, and one hop
+    while the sums of the other nodes are added up from node to node. Their total joins it there. One hop
     inside the node takes it home. So J-1 hops cross nodes, J(I-1)+1 do not.
     """
     hops: list[Hop] = []

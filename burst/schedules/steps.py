@@ -96,8 +96,8 @@ class Regroup:
     dO), in the local order of ``Schedule.blocks``. Own rows come from the caller's tensors, the others from
     the slots. ``out`` and ``dqkv``: this rank's rows, heads of all head groups -> the caller's results. Own
     head group's rows come from the working results, the others from the slots. Where several head groups
-    share a kv head, their ``dqkv`` are summed in member order, in the accumulator type. A slot of None brings
-    nothing (no rows or heads).
+    share a kv head, their ``dqkv`` are summed in member order, in the accumulator type. A slot of None
+    brings nothing (no rows or heads).
     """
 
     role: Role

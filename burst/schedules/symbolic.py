@@ -1,4 +1,4 @@
-"""One rank's program run on symbols: every slot knows what it holds, and nothing may be used wrongly."""
+"""Symbolic run of one rank's program: every slot knows its content, and no step may use it wrongly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from burst.schedules.payload import Role
 from burst.schedules.steps import INPUTS, Compute, Fold, Parcel, Post, Regroup, Slot, Wait
 
 Pair = tuple[int, int]  # (query block, key block)
-WORKING: dict[Role, tuple[Role, ...]] = {"qkv": ("q", "kv"), "dout": ("qd",)}  # what a regrouping makes usable
+WORKING: dict[Role, tuple[Role, ...]] = {"qkv": ("q", "kv"), "dout": ("qd",)}  # roles that a regrouping makes usable
 
 
 class ScheduleError(AssertionError):
@@ -20,7 +20,7 @@ class ScheduleError(AssertionError):
 
 @dataclass(frozen=True)
 class Content:
-    """What a slot holds: a block; for results, the pairs summed so far; for dealt heads, whose heads."""
+    """Content of a slot: a block; of results, the pairs summed so far; of dealt heads, the member's number."""
 
     block: int
     pairs: frozenset[Pair] = frozenset()

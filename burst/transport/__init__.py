@@ -1,4 +1,4 @@
-"""Transports: how ranks reach each other."""
+"""Transports: messages between ranks."""
 
 from burst.transport.base import Gathered, Handle, Message, Transport
 from burst.transport.virtual import VirtualWorld, run_virtual

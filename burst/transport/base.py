@@ -1,4 +1,4 @@
-"""What every transport offers: one primitive (sends, receives, optional forwarding) and what is composed from it."""
+"""Transport: one primitive (sends, receives, optional forwarding), and the collectives composed from it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEADLINE_S = 600.0  # of every operation, unless the transport is given another
 
 
 class TransportOptions(TypedDict, total=False):
-    """What every transport may be given beside its rank: see ``Transport``."""
+    """Options of every transport; see ``Transport``."""
 
     nodes: Sequence[int] | None
     device: torch.device | str
@@ -142,7 +142,7 @@ class Transport(ABC):
     ) -> Handle:
         """Start point-to-point sends and receives; messages between two ranks keep their order.
 
-        Exchanges of different channels that ``open`` has seen may overtake each other where the backend can; so both
+        Exchanges of different channels that ``open`` has seen may overtake each other where the backend can. So both
         ends must name the same channel.
         """
         out, into = self._checked(sends, recvs, step)
@@ -211,9 +211,9 @@ class Transport(ABC):
         return self.exchange([Message(r, x) for r in peers], [], kind=kind, step=step)
 
     def agree(self, text: str, *, step: str, here: str = "") -> None:
-        """Check that all ranks hold the same description before the first send; raises HostFailure naming who differs.
+        """Check that all ranks hold the same description before the first send; HostFailure names those that differ.
 
-        ``here`` tells people what this rank holds. Costs 32 bytes to each peer (kind ``agree``).
+        ``here`` describes this rank to people. Costs 32 bytes to each peer (kind ``agree``).
         """
         digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
         digest = digest.to(self.device)

@@ -1,4 +1,4 @@
-"""Handles of what a process group has under way: one exchange, and a relay.
+"""Handles of a process group's exchanges and relays.
 
 A relay's receives are forwarded as they arrive, by a thread on CPU and by a side stream on GPU.
 """

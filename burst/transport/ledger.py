@@ -1,4 +1,4 @@
-"""The byte ledger: what was really sent, added up inside the transports' send calls."""
+"""Byte ledger: bytes really sent, added up inside the transports' send calls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Ledger:
-    """Counts the bytes and messages that one rank sends, by kind (what for) and link class (intra, inter).
+    """Bytes and messages that one rank has sent, by kind (their purpose) and link class (intra, inter).
 
     It never sees a plan: a difference between the two is a defect in one of them.
     """

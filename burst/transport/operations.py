@@ -22,7 +22,7 @@ from burst.transport.base import Message, Transport, TransportOptions
 
 
 class GroupOperations(Transport):
-    """What the handles of a process group need of their transport."""
+    """A transport with the operations that handles of a process group need."""
 
     def __init__(self, **options: Unpack[TransportOptions]) -> None:
         super().__init__(dist.get_rank(), dist.get_world_size(), **options)
@@ -49,7 +49,7 @@ class GroupOperations(Transport):
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time inside as waiting: the thread's, or on GPUs the stream's, which is known once it is done."""
+        """Count the time inside as waiting: the thread's, or on GPUs the stream's, known once the stream is done."""
         if not self.on_gpu:
             start = self.clock()
             yield

@@ -1,6 +1,6 @@
-"""N ranks in one process, one running at a time: deterministic, debuggable, and each rank's own work can be timed.
+"""Virtual ranks: N threads of one process, one running at a time: deterministic, and each rank's work can be timed.
 
-A rank is a thread that runs only while it holds the baton; it hands over after posting and while waiting, to the next
+A rank runs only while it holds the baton. It hands over after posting and while waiting, to the next
 rank in cyclic order that can go on. So every rank has posted before any computes, a deadlock is found at once rather
 than after a timeout, and no lock is needed: only one thread ever runs.
 """
@@ -171,7 +171,7 @@ class VirtualWorld:
             raise HostFailure(f"stopped because another host failed: {self._failure}", rank=rank, step=step)
 
     def _next(self, rank: int) -> int:
-        """Return the next blocked rank that can go on; none means a deadlock, which every rank is then told."""
+        """Return the next blocked rank that can go on. None means a deadlock, of which every rank is then told."""
         order = [(rank + k) % self.size for k in range(1, self.size + 1)]
         waiting = [r for r in order if r in self._blocked]
         if self._failure is None:
@@ -187,7 +187,7 @@ class VirtualWorld:
         return waiting[0]
 
     def match(self, src: int, dst: int, send: _Op | None = None, recv: _Op | None = None) -> None:
-        """Queue a send or a receive between two ranks and deliver what now has both ends, in order."""
+        """Queue a send or a receive between two ranks and deliver the messages that have both ends now, in order."""
         sends, recvs = self._sends[src, dst], self._recvs[src, dst]
         if send is not None:
             sends.append(send)

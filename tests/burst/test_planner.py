@@ -86,7 +86,7 @@ def test_choices_that_must_come_out() -> None:
     queries, keys = layout("zigzag", 126976, 8).extend(4096)
     chunk = plan(queries, GQA, where, keys=keys)
     assert chunk.chosen.travels == ("q",)
-    assert {c.name for c in chunk.candidates if c.refused} == {"ulysses", "usp"}
+    assert {c.name for c in chunk.candidates if c.rejected} == {"ulysses", "usp"}
     alone = plan(layout("zigzag", 100, 1), GQA, topology(1))
     assert alone.chosen.name == "ring" and alone.chosen.exposed_s == 0.0
     nothing = plan(layout("zigzag", 0, 2), GQA, topology(2))
@@ -95,7 +95,7 @@ def test_choices_that_must_come_out() -> None:
 
 def test_schedules_that_cannot_run_are_listed_with_the_reason() -> None:
     found = plan(layout("zigzag", 100, 3), GQA, topology(3, [0, 0, 1]))
-    refused = {c.name: c.refused for c in found.candidates if c.refused}
+    refused = {c.name: c.rejected for c in found.candidates if c.rejected}
     assert set(refused) == {"double_ring", "usp"} and "cannot run" in found.table()
     with pytest.raises(UserError, match="no schedule can run"):
         plan(layout("zigzag", 100, 3), GQA, topology(3, [0, 0, 1]), names=("double_ring",))

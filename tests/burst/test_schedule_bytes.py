@@ -64,7 +64,7 @@ def test_bytes_by_heads_are_the_formulas(world: int, members: int) -> None:
 
 
 def test_published_figures() -> None:
-    """N = 2^20 over 4 nodes of 8, bf16: GB a rank and layer. Source: burst.md 1.7, worked table."""
+    """N = 2^20 over 4 nodes of 8, bf16: GB a rank and layer. Source: the formulas of docs/schedules.md."""
     llama_7b = AttentionShape(32, 32, 128, 128)
     llama_8b = AttentionShape(32, 8, 128, 128)
     lay, nodes = layout("zigzag", 2**20, 32), spread(32, 4)
