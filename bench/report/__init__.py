@@ -1,1 +1,1 @@
-"""README's tables and figure, made from dated results."""
+"""Tables and figure of docs/results.md, made from dated results."""

@@ -1,13 +1,15 @@
-"""``apb bench report``: README's figure and tables, from the dated rows."""
+"""``apb bench report``: the figure and the tables of docs/results.md, from the dated rows."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.report.figure import draw
+from bench.report.findings import findings
 from bench.report.rows import read
 from bench.report.tables import decoders, emulated, growth, measured
 from bench.tools import output
@@ -38,11 +40,18 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
     in_range("bench.growth_block", asked.growth_block, asked.growth_block >= 64, "64 or more")
     folder = Path(asked.results) if asked.results else output.RESULTS
     rows = read(folder)
-    lines = [*emulated(rows["emulate"]), *measured(rows["throughput"]), *decoders(rows["decode"])]
-    lines += growth(base_setup(config, display), asked.growth_hosts, asked.growth_block)
+    tables = {
+        "Claims": findings(folder),
+        "Emulated hosts": emulated(rows["emulate"]),
+        "Measured hosts": measured(rows["throughput"]),
+        "Decoders": decoders(rows["decode"]),
+        "Growth": growth(base_setup(config, display), asked.growth_hosts, asked.growth_block),
+    }
+    lines = [line for title, table in tables.items() if table for line in ("", f"## {title}", *table)]
     panels = draw(rows, Path(asked.figure)) if asked.figure else []
     if panels:
-        lines = ["", f"![{', '.join(panels).capitalize()}]({asked.figure})", *lines]
+        shown = os.path.relpath(asked.figure, Path(asked.readme).parent) if asked.readme else asked.figure
+        lines = ["", f"![{', '.join(panels).capitalize()}]({shown})", *lines]
     text = "\n".join(lines).strip("\n")
     display.raw(text + "\n")
     if asked.readme:

@@ -1,4 +1,4 @@
-"""README's tables, in Markdown."""
+"""Tables of dated rows, in Markdown."""
 
 from __future__ import annotations
 

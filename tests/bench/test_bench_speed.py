@@ -14,7 +14,7 @@ from apb.compress import compressor
 from apb.costs import assumed
 from apb.strategies import strategy
 from bench.emulate.real import PinnedCluster
-from bench.report.cli import splice
+from bench.report.cli import BEGIN, END, splice
 from bench.report.rows import Row, read
 from bench.ruler.plots import comparable
 from bench.ruler.summary import table
@@ -112,9 +112,19 @@ def test_emulated_rows_and_their_report(apb: Any, results: Path, tmp_path: Path)
     assert text.startswith("before") and text.endswith("after\n") and "stale" not in text
     assert f"{over['median']:.2f}" in text and saved[0]["command"] in text and "**Emulated**" in text
     assert figure.read_text().startswith("<?xml") and "Decoders" not in text
-    assert f"![Speed-ups, where the time goes, time over tokens, time over hosts]({figure})" in text
+    assert "![Speed-ups, where the time goes, time over tokens, time over hosts](figure.svg)" in text
     report = ("bench", "report", f"bench.readme={readme}", f"bench.figure={figure}", "bench.growth_hosts=[2,4]")
     assert apb(*report).code == 0 and readme.read_text() == text
+
+
+def test_the_committed_results_are_those_of_the_committed_rows(apb: Any) -> None:
+    page = Path(__file__).parents[2] / "docs" / "results.md"
+    _, _, rest = page.read_text().partition(f"{BEGIN}\n\n")
+    image, _, written = rest.partition(f"\n\n{END}")[0].partition("\n\n")
+    assert image.endswith("(speed.svg)") and (page.parent / "speed.svg").exists()
+    command = "apb bench report bench.readme=docs/results.md bench.figure=docs/speed.svg"
+    assert command in page.read_text()
+    assert apb("bench", "report").document["text"] == written, f"run {command}"
 
 
 def test_growth_of_bytes_is_in_the_report(apb: Any, results: Path) -> None:
