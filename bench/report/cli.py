@@ -49,7 +49,7 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
     }
     lines = [line for title, table in tables.items() if table for line in ("", f"## {title}", *table)]
     panels = draw(rows, Path(asked.figure)) if asked.figure else []
-    if panels:
+    if asked.figure and panels:
         shown = os.path.relpath(asked.figure, Path(asked.readme).parent) if asked.readme else asked.figure
         lines = ["", f"![{', '.join(panels).capitalize()}]({shown})", *lines]
     text = "\n".join(lines).strip("\n")
