@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from apb.decode.base import Decoder
 from apb.draft.spec import DraftSpec
 from apb.engine.handle import Caches, KVHandle
+from apb.prompt.prompt import Prompt, Text
 from burst.errors import UserError
 
 
@@ -41,6 +44,39 @@ def check_alive(handle: KVHandle, engine: Caches, epoch: int) -> None:
             given=handle.id,
             allowed="caches prefilled since the hosts were restarted",
             remedy="Call engine.prefill again.",
+        )
+
+
+def check_unsettled(settled: Sequence[str]) -> None:
+    """Reject options beside a Setup, which has settled them; raises UserError."""
+    if settled:
+        raise UserError(
+            "a Setup has settled these options already",
+            given=", ".join(settled),
+            allowed="a Setup and a cluster",
+            remedy="Give them to Setup.make, or give the model's name instead of a Setup.",
+        )
+
+
+def check_one_question(context: Text | Prompt, query: Text | None) -> None:
+    """Reject a question beside a Prompt, which has its own; raises UserError."""
+    if isinstance(context, Prompt) and query is not None:
+        raise UserError(
+            "a Prompt has its own question",
+            given="a Prompt and a query",
+            allowed="a Prompt alone, or context and query",
+            remedy="Make the Prompt with the question, or fork the cache and ask there.",
+        )
+
+
+def check_tokens(token_ids: Sequence[int]) -> None:
+    """Reject an empty answer to score; raises UserError."""
+    if not token_ids:
+        raise UserError(
+            "there are no tokens to score",
+            given="none",
+            allowed="one or more",
+            remedy="Give the answer's token ids.",
         )
 
 

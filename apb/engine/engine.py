@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
-import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,45 +15,34 @@ from apb.clusters import Cluster, Launcher, launcher
 from apb.compress.base import Compressor
 from apb.decode import decoder as make_decoder
 from apb.decode.base import Decoder, DecodeRequest
-from apb.decode.placement import PLACEMENTS, Links, gathered_bytes, gathering_pays
+from apb.decode.placement import PLACEMENTS, Links
 from apb.decode.sampling import Sampling
 from apb.decode.score import Score
 from apb.decode.text import TextStream
 from apb.draft.spec import DraftSpec
+from apb.engine.calls import Calls
 from apb.engine.checks import (
     check_alive,
-    check_gather,
     check_head,
-    check_open,
+    check_one_question,
     check_question,
     check_rank,
+    check_tokens,
+    check_unsettled,
     nothing_pending,
 )
+from apb.engine.gathering import Gathering
 from apb.engine.handle import KVHandle
-from apb.engine.metrics import added, decoded, measured, prefilled, versions
+from apb.engine.metrics import decoded, measured, prefilled, versions
 from apb.engine.options import EngineOptions
 from apb.engine.requests import decode_requests, prefill_request
+from apb.engine.result import Result
 from apb.engine.setup import Setup
 from apb.prompt.prompt import Prompt, Question, Text, make_question, with_question_first
 from apb.strategies.base import Strategy
-from burst.errors import UserError, choose
+from burst.errors import choose
 
 __all__ = ["Engine", "Result", "versions"]
-
-
-# The numbers of caches, and those that nobody refers to any more (cache, epoch): several engines may share a cluster.
-_NUMBERS: weakref.WeakKeyDictionary[Cluster, itertools.count[int]] = weakref.WeakKeyDictionary()
-_DROPPED: weakref.WeakKeyDictionary[Cluster, deque[tuple[str, int]]] = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Result:
-    """An answer: its text (stop token and stop string left out), its token ids, and what everything cost."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str  # "stop" or "length"
-    metrics: dict[str, Any]
 
 
 class Engine:
@@ -66,10 +51,8 @@ class Engine:
     def __init__(self, setup: Setup, cluster: Cluster) -> None:
         self.setup = setup
         self.cluster = cluster
-        self._closed = False
-        self._numbers = _NUMBERS.setdefault(cluster, itertools.count())
-        self._dropped = _DROPPED.setdefault(cluster, deque())
-        self._links: Links | None = None
+        self._calls = Calls(cluster)
+        self._gathering = Gathering(setup, self._calls)
 
     @classmethod
     def launch(
@@ -112,13 +95,7 @@ class Engine:
         )
         if isinstance(model, Setup):
             settled = [f.name for f in dataclasses.fields(given) if getattr(given, f.name) != f.default]
-            if settled:
-                raise UserError(
-                    "a Setup has settled these options already",
-                    given=", ".join(settled),
-                    allowed="a Setup and a cluster",
-                    remedy="Give them to Setup.make, or give the model's name instead of a Setup.",
-                )
+            check_unsettled(settled)
             return cls(model, started.start(model.spec, model.hosts))
         setup = Setup.make(given if hosts is not None else dataclasses.replace(given, hosts=started.hosts))
         return cls(setup, started.start(setup.spec, setup.hosts))
@@ -144,20 +121,14 @@ class Engine:
         progress.
         """
         start = time.perf_counter()
-        if isinstance(context, Prompt) and query is not None:
-            raise UserError(
-                "a Prompt has its own question",
-                given="a Prompt and a query",
-                allowed="a Prompt alone, or context and query",
-                remedy="Make the Prompt with the question, or fork the cache and ask there.",
-            )
+        check_one_question(context, query)
         prompt = context if isinstance(context, Prompt) else self.setup.prompt(context, query, chat=chat)
         if question_first:
             prompt = with_question_first(self.setup.tokenizer, prompt)
         plan = self.setup.plan(prompt)
-        handle_id = f"cache-{next(self._numbers)}"
+        handle_id = self._calls.names.new()
         requests = [(prefill_request(handle_id, prompt, plan, self.setup.compressor, r),) for r in range(plan.hosts)]
-        reports = self._call("prefill", requests, _layers(on_layer))
+        reports = self._calls.each("prefill", requests, _layers(on_layer))
         asked = prompt.question if plan.question_len or prompt.copied else None
         names = {"model": self.model_path, "cluster": self.cluster.name}
         return KVHandle(
@@ -208,7 +179,7 @@ class Engine:
             (stop,) if isinstance(stop, str) else tuple(stop or ()),
         )
         self.setup.check_room(handle.next_position, max_new_tokens)
-        self._place(handle, placement, request)
+        self._gathering.place(handle, placement, request)
         stream = TextStream(self.setup.tokenizer, request.stop)
         first_token: list[float] = []
 
@@ -219,7 +190,7 @@ class Engine:
                 on_token(piece)
 
         handle.interrupted = True  # until the answer is whole, however it ends
-        reports = self._call("generate", decode_requests(handle, request, self.cluster.hosts), on_event)
+        reports = self._calls.each("generate", decode_requests(handle, request, self.cluster.hosts), on_event)
         handle.interrupted = False
         rest = stream.finish()
         if rest and on_token is not None:
@@ -248,8 +219,8 @@ class Engine:
             prompt, generated, ids = dataclasses.replace(prompt, question=question), [], question.query_ids
             self.setup.check_ids(ids)
             self.setup.check_room(len(prompt.token_ids), 0)
-        new_id = f"cache-{next(self._numbers)}"
-        reports = self._call("fork", [(handle.id, new_id, ids)] * self.cluster.hosts)
+        new_id = self._calls.names.new()
+        reports = self._calls.all("fork", handle.id, new_id, ids)
         metrics = handle.metrics | {"query_tokens": prompt.lengths.query, "forked": True}
         if query is not None:
             metrics |= measured(reports, time.perf_counter() - start)
@@ -259,13 +230,12 @@ class Engine:
         """Merge a cache on host ``rank``; the given handle stays usable. Raises UserError where it does not fit."""
         self._alive(handle)
         check_rank(rank, self.cluster.hosts)
-        check_gather(rank, gathered_bytes(self.setup.shape, handle.next_position, 0, 1), self._available(rank))
-        return self._gather(handle, rank)
+        return self._gathering.gather(handle, rank)
 
     def logits(self, handle: KVHandle) -> Tensor:
         """Return the next token's logits (V,); raises UserError before a question or after generating."""
         self._alive(handle)
-        logits: Tensor | None = self._call("logits", [(handle.id,)] * self.cluster.hosts)[handle.owner]
+        logits: Tensor | None = self._calls.all("logits", handle.id)[handle.owner]
         if logits is None:
             raise nothing_pending()
         return logits
@@ -280,33 +250,27 @@ class Engine:
         if handle.prompt.question is None or handle.generated:
             raise nothing_pending()
         ids = tuple(int(i) for i in token_ids)
-        if not ids:
-            raise UserError(
-                "there are no tokens to score",
-                given="none",
-                allowed="one or more",
-                remedy="Give the answer's token ids.",
-            )
+        check_tokens(ids)
         self.setup.check_ids(ids)
         self.setup.check_room(handle.next_position, len(ids))
-        found: Score | None = self._call("score", [(handle.id, ids, first)] * self.cluster.hosts)[handle.owner]
+        found: Score | None = self._calls.all("score", handle.id, ids, first)[handle.owner]
         assert found is not None
         return found
 
     def release(self, handle: KVHandle) -> None:
         """Free a cache on all hosts; may be called twice."""
-        gone = self._closed or handle.released or handle.epoch != self.cluster.epoch
+        gone = self._calls.closed or handle.released or handle.epoch != self.cluster.epoch
         if handle.engine is self and not gone:
-            self._call("release", [(handle.id,)] * self.cluster.hosts)
+            self._calls.all("release", handle.id)
         handle.released = True
 
     def dropped(self, handle_id: str, epoch: int) -> None:
         """Note a cache that nobody refers to any more; the next call frees it on all hosts."""
-        self._dropped.append((handle_id, epoch))
+        self._calls.names.dropped.append((handle_id, epoch))
 
     def close(self) -> None:
         """End the hosts; may be called twice."""
-        self._closed = True
+        self._calls.closed = True
         self.cluster.close()
 
     def __enter__(self) -> Self:
@@ -319,55 +283,7 @@ class Engine:
 
     def links(self) -> Links:
         """Return what exchanges between the hosts cost, measured once: the slowest host's."""
-        if self._links is None:
-            found = self._call("links", [()] * self.cluster.hosts)
-            self._links = Links(
-                max(x.latency_s for x in found),
-                min(x.bytes_per_s for x in found),
-                min(x.read_bytes_per_s for x in found),
-            )
-        return self._links
-
-    # -- how ------------------------------------------------------------------------------------------------------
-
-    def _call(self, method: str, per_host: Sequence[tuple[Any, ...]], on_event: Any = None) -> list[Any]:
-        check_open(self._closed, method)
-        noted = [self._dropped.popleft() for _ in range(len(self._dropped))]
-        unused = tuple(handle_id for handle_id, epoch in noted if epoch == self.cluster.epoch)
-        if unused:
-            self.cluster.call("release", [unused] * self.cluster.hosts)
-        return self.cluster.call(method, per_host, on_event)
-
-    def _place(self, handle: KVHandle, wanted: str, request: DecodeRequest) -> None:
-        """Move a cache to its deciding host where that is wanted, or (auto) pays."""
-        shards = handle.shards
-        if len(shards) == 1 or wanted == "sharded":
-            return
-        new_tokens, tree_tokens = request.max_new_tokens, request.decoder.tree_tokens
-        if wanted == "auto" and not gathering_pays(self.links(), self.setup.shape, shards, new_tokens, tree_tokens):
-            return
-        need = gathered_bytes(self.setup.shape, handle.next_position, new_tokens, tree_tokens)
-        available = self._available(handle.owner)
-        if wanted == "auto" and need > available:
-            return
-        check_gather(handle.owner, need, available)
-        there = self._gather(handle, handle.owner)
-        self._call("release", [(handle.id,)] * self.cluster.hosts)
-        handle.id, handle.blocks, handle.metrics = there.id, there.blocks, there.metrics
-        there.released = True  # its cache is the handle's now
-
-    def _gather(self, handle: KVHandle, rank: int) -> KVHandle:
-        new_id = f"cache-{next(self._numbers)}"
-        reports = self._call("gather", [(handle.id, new_id, rank)] * self.cluster.hosts)
-        blocks = ((rank, len(handle.prompt.context_ids)),)
-        metrics = added(handle.metrics, reports) | {"gathered_on": rank}
-        generated = list(handle.generated)
-        return dataclasses.replace(handle, id=new_id, blocks=blocks, owner=rank, generated=generated, metrics=metrics)
-
-    def _available(self, rank: int) -> int:
-        """Return the bytes that are free on a host."""
-        found: int = self._call("available", [()] * self.cluster.hosts)[rank]
-        return found
+        return self._gathering.links()
 
     def _alive(self, handle: KVHandle) -> None:
         check_alive(handle, self, self.cluster.epoch)

@@ -216,7 +216,7 @@ def test_a_cache_is_gathered_only_where_it_fits(monkeypatch: pytest.MonkeyPatch,
     e = engine(3)
     handle, shape = e.prefill(prompt()), e.setup.shape
     want = e.generate(handle.fork(), max_new_tokens=8).token_ids
-    e._links = Links(1.0 if slow else 1e-9, 1e12, 1e12)
+    e._gathering._links = Links(1.0 if slow else 1e-9, 1e12, 1e12)
     need = gathered_bytes(shape, 149 + 11, 8, Lookup().tokens)
     assert need > (149 + 11 + 8) * shape.kv_row_bytes * shape.layers
     for free in (need - 1, need):

@@ -60,5 +60,5 @@ def test_a_released_handle_is_not_released_again() -> None:
     handle = e.prefill(prompt(), chat=False)
     handle.release()
     del handle
-    assert not e._dropped and set(held(e)) == {0}
+    assert not e._calls.names.dropped and set(held(e)) == {0}
     e.close()
