@@ -215,7 +215,7 @@ class Engine:
         if query is not None:
             question = query
             if not isinstance(question, Question):
-                question = make_question(self.setup.tokenizer, question, chat=prompt.chat)
+                question = make_question(self.setup.tokenizer, question, chat=prompt.chat, after=prompt)
             prompt, generated, ids = dataclasses.replace(prompt, question=question), [], question.query_ids
             self.setup.check_ids(ids)
             self.setup.check_room(len(prompt.token_ids), 0)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from apb.draft import vocab
 from apb.prompt.prompt import encode
+from apb.prompt.template import render
 from burst.errors import UserError
 
 _PIECE = 50_000  # characters that are tokenised at once
@@ -26,7 +27,7 @@ def stop_tokens(tokenizer: Any, generation_ids: Sequence[int]) -> tuple[int, ...
     found = list(generation_ids)
     if getattr(tokenizer, "chat_template", None):
         said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _TURN}]
-        _, _, after = tokenizer.apply_chat_template(said, tokenize=False).partition(_TURN)
+        _, _, after = render(tokenizer, [said], add_generation_prompt=False)[0].partition(_TURN)
         ending = encode(tokenizer, after.lstrip(), special=True)[:1]
         found += [i for i in ending if i in tokenizer.all_special_ids]
     return tuple(dict.fromkeys(found))

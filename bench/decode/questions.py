@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -10,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apb.prompt.prompt import Prompt, Question, make_prompt, make_question
+from apb.prompt.conversation import make_conversation
+from apb.prompt.prompt import Prompt, Question, make_prompt
 from apb.train.questions import KINDS, Questions
 from bench.tools.prose import prose
 from burst.errors import UserError, choose
@@ -37,10 +37,11 @@ class Asked:
     def prompt(self, tokenizer: Any) -> Prompt:
         """Return the prompt in the chat template."""
         if not self.context:  # every prefill has a context: all of the question but its last token
-            made = make_prompt(tokenizer, self.text, None, chat=True)
-            tail = make_question(tokenizer, (0,), chat=True).after
-            question = Question((), made.context_ids[-1:], tail, None)
-            return dataclasses.replace(made, context_ids=made.context_ids[:-1], question=question)
+            made = make_conversation(tokenizer, [{"role": "user", "content": self.text}])
+            assert made.question is not None
+            ids, tail = made.token_ids, made.question.after
+            last = len(ids) - len(tail) - 1
+            return Prompt(ids[:last], made.head, Question((), ids[last : last + 1], tail, None), chat=True)
         ids = tokenizer(prose(), add_special_tokens=False)["input_ids"]
         if len(ids) < self.context:
             raise UserError(

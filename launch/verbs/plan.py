@@ -12,7 +12,7 @@ from apb.plan.flops import critical_flops, prefill_flops
 from apb.plan.memory import Generation
 from apb.plan.plan import PrefillPlan
 from apb.plan.report import host_rows, plan_document
-from apb.prompt.prompt import SEPARATOR, Prompt, Question, encode, make_prompt
+from apb.prompt.prompt import Prompt, Question, make_prompt, separator
 from burst.errors import UserError
 from launch.config.settings import Settings, settle
 from launch.terminal.arguments import Arguments
@@ -72,8 +72,7 @@ def _blank_prompt(setup: Setup, settings: Settings) -> Prompt:
     assert like.question is not None and settings.context_tokens is not None
     before, after = like.question.before, like.question.after
     own = settings.query_tokens - len(before) - len(after)
-    separator = len(encode(setup.tokenizer, SEPARATOR, special=False))
-    copied = own + separator if settings.question_first else 0
+    copied = own + len(separator(setup.tokenizer)) if settings.question_first else 0
     for key, given, least in (
         ("context_tokens", settings.context_tokens, like.head + copied + 1),
         ("query_tokens", settings.query_tokens, len(before) + len(after) + 1),
