@@ -39,7 +39,7 @@ from apb.engine.requests import decode_requests, prefill_request
 from apb.engine.result import Result
 from apb.engine.setup import Setup
 from apb.prompt.prompt import Prompt, Question, Text, make_question, with_question_first
-from apb.strategies.base import Strategy
+from apb.strategies import STRATEGIES, Strategy
 from burst.errors import choose
 
 __all__ = ["Engine", "Result", "versions"]
@@ -97,7 +97,11 @@ class Engine:
             settled = [f.name for f in dataclasses.fields(given) if getattr(given, f.name) != f.default]
             check_unsettled(settled)
             return cls(model, started.start(model.spec, model.hosts))
-        setup = Setup.make(given if hosts is not None else dataclasses.replace(given, hosts=started.hosts))
+        if hosts is None:
+            own = (STRATEGIES.get(strategy) if isinstance(strategy, str) else strategy).default_hosts
+            there = started.started if own is None else None
+            given = dataclasses.replace(given, hosts=started.hosts or there)
+        setup = Setup.make(given)
         return cls(setup, started.start(setup.spec, setup.hosts))
 
     @property
