@@ -2,6 +2,8 @@
 
     python docs/examples/ask.py                                          # the embedded model, a short text
     python docs/examples/ask.py --model org/name --document book.txt --question "Who wrote the letter?"
+
+The first run fetches the embedded model.
 """
 
 from __future__ import annotations
