@@ -26,7 +26,7 @@ from burst.transport import Gathered, Handle, Message, Transport
 
 @dataclass
 class _LayerState:
-    """What one layer has at hand while its steps run; lists by the host's own blocks."""
+    """State of one layer while its steps run; lists are by the host's own blocks."""
 
     number: int
     q_BHSD: Tensor

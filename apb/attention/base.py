@@ -13,7 +13,7 @@ from apb.kv.layer import Projections
 
 
 class Attention(Protocol):
-    """What stands in for a model's attention: called once per layer with rotated queries and keys.
+    """A stand-in for a model's attention, called once per layer with rotated queries and keys.
 
     What it is given is its own until it returns: it may write its output over the queries, and what it keeps it copies.
     """

@@ -32,7 +32,7 @@ class CacheAttention:
 
     @property
     def decides(self) -> bool:
-        """Whether this host is the owner."""
+        """True on the owner, the host that decides tokens."""
         return self._transport.rank == self._cache.owner
 
     def __call__(

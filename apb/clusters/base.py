@@ -1,4 +1,4 @@
-"""What a cluster is: some hosts that execute the same call together."""
+"""Clusters: hosts that execute the same call together, and the launchers that start them."""
 
 from __future__ import annotations
 

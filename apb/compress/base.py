@@ -1,4 +1,4 @@
-"""What a compressor is: scores for a block's tokens, of which the highest are passed on.
+"""Compressors: scores for a block's tokens, of which the highest are passed on.
 
 Shapes: B batch, H query heads, K kv heads, S block tokens, Q question tokens, D head dim, E projection width.
 """

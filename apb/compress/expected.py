@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from apb.compress.base import COMPRESSORS, Candidates, Compressor
-from burst.errors import UserError
+from burst.errors import in_range
 from burst.registry import option
 
 _SAMPLED = 16  # future positions that the mean rotation is taken over; it is smooth in the position
@@ -29,13 +29,7 @@ class Expected(Compressor):
     future: int = option(64, "tokens behind the context over whose positions the rotation is averaged")
 
     def __post_init__(self) -> None:
-        if self.future < 1:
-            raise UserError(
-                "there must be something to expect",
-                given=f"compress.future={self.future}",
-                allowed="1 or more",
-                remedy="Raise compress.future.",
-            )
+        in_range("compress.future", self.future, self.future >= 1, "1 or more")
 
     def score(self, block: Candidates) -> Tensor:
         """Return scores (B, K, S), fp32 (fp64 for fp64 models)."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from apb.compress.base import COMPRESSORS, Candidates, Compressor
 from apb.compress.pool import check_window, mean_pool
-from burst.errors import UserError
+from burst.errors import in_range
 from burst.registry import option
 
 
@@ -28,13 +28,7 @@ class SnapKV(Compressor):
 
     def __post_init__(self) -> None:
         check_window(self.window)
-        if self.observers < 1:
-            raise UserError(
-                "someone must observe",
-                given=f"compress.observers={self.observers}",
-                allowed="1 or more",
-                remedy="Raise compress.observers.",
-            )
+        in_range("compress.observers", self.observers, self.observers >= 1, "1 or more")
 
     def score(self, block: Candidates) -> Tensor:
         """Return scores (B, K, S), fp32."""

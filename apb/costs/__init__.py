@@ -1,4 +1,4 @@
-"""What a plan would cost on given devices and a given network, without running it."""
+"""Costs: time, bytes and memory of a plan on given devices and a given network, without running it."""
 
 from apb.costs.cost import Cost, cost
 from apb.costs.network import Network

@@ -48,7 +48,7 @@ def _meeting(step: Together) -> Meeting:
 
 
 def _meetings(plan: PrefillPlan) -> list[Meeting]:
-    """What hosts do together, in the order of the host that does most of it."""
+    """Return the steps that hosts take together, in the order of the host that takes most of them."""
     own = ([_meeting(s) for s in host.steps if isinstance(s, Together)] for host in plan.host_plans)
     return max(own, key=len)
 

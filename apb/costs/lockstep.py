@@ -52,7 +52,7 @@ ClockStep = Compute | Exchange | Relay | Await
 
 
 class Clock:
-    """Where all hosts are, and what they did so far.
+    """The time of every host, and its work and bytes so far.
 
     Two clocks in one, as arrays (2, hosts): messages are waited for where the steps say, or at once.
     """
@@ -71,7 +71,7 @@ class Clock:
 
     @property
     def ends(self) -> Seconds:
-        """When the last host is done, on both clocks."""
+        """Time at which the last host is done, on both clocks."""
         found: Seconds = self.now.max(axis=1)
         return found
 

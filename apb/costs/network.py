@@ -1,11 +1,11 @@
-"""How hosts are joined: link classes with bandwidth and latency, and who shares a machine."""
+"""Networks between hosts: link classes with bandwidth and latency, and who shares a machine."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
 
-from burst.errors import UserError
+from burst.errors import in_range
 from burst.planner.topology import Link, Machine, Topology
 
 
@@ -27,13 +27,8 @@ class Network:
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
             least = 0.0 if field.name.endswith("_us") else 1e-9
-            if not (math.isfinite(value) and value >= least):
-                raise UserError(
-                    f"network.{field.name} is out of range",
-                    given=value,
-                    allowed="0 or more" if not least else "more than 0",
-                    remedy=f"Change network.{field.name}.",
-                )
+            fine = math.isfinite(value) and value >= least
+            in_range(f"network.{field.name}", value, fine, "0 or more" if not least else "more than 0")
 
     def nodes(self, hosts: int) -> tuple[int, ...]:
         """Return the machine of every host."""

@@ -1,4 +1,4 @@
-"""How fast a host's device is: measured (``apb bench kernels``) or given, from a JSON file; or assumed."""
+"""Rates of a host's device: measured (``apb bench kernels``) or given, from a JSON file; or assumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One token at a time over a cache that may lie on many hosts: the owner decides, all follow."""
+"""One token at a time over a cache on one or many hosts: the owner decides, all follow."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""What every way of decoding starts from and returns, and the forward pass of new tokens over a cache."""
+"""Decoders: requests and answers, the state while decoding, and the forward pass of new tokens over a cache."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ _TOKEN_BITS = 32  # where a token is told alone, how it ends the answer stands a
 
 @dataclass(frozen=True)
 class DecodeRequest:
-    """What to generate, and how: at most ``max_new_tokens``, ended earlier by a stop token or a stop string.
+    """Request for an answer of at most ``max_new_tokens`` tokens, ended earlier by a stop token or a stop string.
 
     ``history``: all tokens so far, int64 (N,), for decoders that read them; on the owner only.
     Raises UserError when there is nothing to generate, or for an empty stop string.
@@ -62,7 +62,7 @@ class DecodeRequest:
 
 @dataclass
 class Drafting:
-    """What speculation did, counted on the host that drafts."""
+    """Counts of speculation, taken on the host that drafts."""
 
     steps: int = 0  # verifications
     decided: int = 0  # tokens they decided, the bonus token of each included
@@ -79,7 +79,7 @@ class Drafting:
 
 @dataclass
 class Decoded:
-    """What came out; the same on every host except the times, which each host reads from its own clock."""
+    """A decoded answer, the same on every host except the times, which each host reads from its own clock."""
 
     token_ids: list[int]
     finish_reason: str  # "stop" (stop token or string) or "length"
@@ -89,7 +89,7 @@ class Decoded:
 
 @dataclass
 class Decoding:
-    """What a host has at hand while it decodes.
+    """State of one host while it decodes.
 
     The owner has a ``stream`` when there are stop strings to look for.
     """
@@ -108,7 +108,7 @@ class Decoding:
 
     @property
     def decides(self) -> bool:
-        """Whether this host is the owner."""
+        """True on the owner, the host that decides tokens."""
         return self.transport.rank == self.cache.owner
 
     def choose(self, logits_V: Tensor, position: int) -> int:
@@ -171,7 +171,7 @@ class Decoder(ABC):
 
     @property
     def needs_history(self) -> bool:
-        """Whether the owner wants the tokens so far."""
+        """True for decoders that read all tokens so far."""
         return False
 
     @property
@@ -224,10 +224,3 @@ def forward(
         cache.draft.observe(features.value_SF, token_ids, start)
     cache.logits = logits_SV[-1]
     return logits_SV if all_logits else None
-
-
-def refused(option: str, given: Any, allowed: str) -> UserError:
-    """Return the error for a decoder's option that is out of range."""
-    return UserError(
-        f"decode.{option} is out of range", given=given, allowed=allowed, remedy=f"Change decode.{option}."
-    )

@@ -15,15 +15,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from apb.decode.base import DECODERS, Decoded, Decoder, Decoding, refused
-from apb.decode.lookup import Matcher
+from apb.decode.base import DECODERS, Decoded, Decoder, Decoding
+from apb.decode.lookup import Matcher, check_tokens
 from apb.decode.speculate import speculate
 from apb.decode.stride import Stride
 from apb.decode.tree import Pool, Tree, build, capacity, expand, rerank, root_only
 from apb.draft.cache import DraftCache
 from apb.draft.steps import HeadSteps
 from apb.kv.layer import LayerKV
-from burst.errors import UserError, choose
+from burst.errors import UserError, choose, in_range
 from burst.kernels.reference import attend
 from burst.registry import option
 
@@ -54,10 +54,9 @@ class Eagle2(Decoder):
 
     def __post_init__(self) -> None:
         for name in ("depth", "width"):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
-                raise refused(name, value, "a whole number, 1 or more")
-        if not isinstance(self.tokens, int) or self.tokens < 2:
-            raise refused("tokens", self.tokens, "a whole number, 2 or more: the last decided token and its drafts")
+            value = getattr(self, name)
+            in_range(f"decode.{name}", value, isinstance(value, int) and value >= 1, "a whole number, 1 or more")
+        check_tokens(self.tokens)
         choose("value of decode.tree:", self.tree, ("fixed", "auto"))
         most = 1 + capacity(self.depth, self.width)
         if self.tokens > most:
@@ -70,7 +69,7 @@ class Eagle2(Decoder):
 
     @property
     def needs_history(self) -> bool:
-        """Whether prompt lookup is merged."""
+        """True where prompt lookup is merged into the tree."""
         return self.lookup
 
     @property
@@ -80,7 +79,7 @@ class Eagle2(Decoder):
 
     @property
     def step_sizes(self) -> frozenset[int]:
-        """A root alone, and a whole tree; none where sizes follow times: those of graphs lie on another line."""
+        """A root alone, and a whole tree; none where sizes follow measured times, which graphs would change."""
         return frozenset() if self.tree == "auto" else frozenset({1, self.tokens})
 
     def generate(self, decoding: Decoding) -> Decoded:
@@ -146,7 +145,7 @@ class _TreeDrafter:
 
 
 class _Keys:
-    """What draft nodes attend to: decided tokens' rows, all seen, then the rows of every node expanded so far."""
+    """Keys of draft nodes: decided tokens' rows, all seen, then the rows of every node expanded so far."""
 
     def __init__(self, decided: LayerKV) -> None:
         self._k_BKTD, self._v_BKTD = decided.k_BKTD, decided.v_BKTD

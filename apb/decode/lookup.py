@@ -11,13 +11,20 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from apb.decode.base import DECODERS, Decoded, Decoder, Decoding, refused
+from apb.decode.base import DECODERS, Decoded, Decoder, Decoding
 from apb.decode.speculate import speculate
 from apb.decode.tree import Tree, root_only
+from burst.errors import in_range
 from burst.registry import option
 
 LONGEST_MATCH = 16  # a longer one tells no more
 PLACES = 64  # earlier places that are looked at; text that repeats itself has thousands
+
+
+def check_tokens(tokens: int) -> None:
+    """Raise UserError for trees without room for a draft."""
+    fine = isinstance(tokens, int) and tokens >= 2
+    in_range("decode.tokens", tokens, fine, "a whole number, 2 or more: the last decided token and its drafts")
 
 
 @DECODERS.register("lookup", "drafts are the tokens that followed the same words earlier in prompt and answer")
@@ -32,10 +39,9 @@ class Lookup(Decoder):
     match: int = option(2, "tokens that must repeat")
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tokens, int) or self.tokens < 2:
-            raise refused("tokens", self.tokens, "a whole number, 2 or more: the last decided token and its drafts")
-        if not isinstance(self.match, int) or not 1 <= self.match <= LONGEST_MATCH:
-            raise refused("match", self.match, f"a whole number, 1 to {LONGEST_MATCH}")
+        check_tokens(self.tokens)
+        fine = isinstance(self.match, int) and 1 <= self.match <= LONGEST_MATCH
+        in_range("decode.match", self.match, fine, f"a whole number, 1 to {LONGEST_MATCH}")
 
     @property
     def needs_history(self) -> bool:

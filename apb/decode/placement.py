@@ -1,4 +1,4 @@
-"""Where to decode: over the shards as they lie, or on one host after gathering them there.
+"""Placement of decoding: over the shards where they are, or on one host after gathering them there.
 
 Over shards every host attends to its own part, and every layer waits for a message; on one host nothing is sent, but
 all keys are read there, and first they must come.
@@ -26,7 +26,7 @@ EXPECTED_LENGTH = 2.5
 
 @dataclass(frozen=True)
 class Links:
-    """What exchanges between all hosts at once, and reading memory, cost: seconds, and bytes a second."""
+    """Measured links: seconds and bytes a second of an exchange between all hosts at once, and of reading memory."""
 
     latency_s: float
     bytes_per_s: float  # into one host
@@ -61,7 +61,7 @@ def gathering_pays(links: Links, shape: ModelShape, shards: tuple[int, ...], new
 def gathered_bytes(shape: ModelShape, cached: int, new_tokens: int, tree_tokens: int) -> int:
     """Return the bytes that a host needs free to gather a cache of ``cached`` tokens and go on from there.
 
-    What it holds of the cache is freed only when all of it is here, and a layer's parts lie beside their whole.
+    What it holds of the cache is freed only when all of it is here, and a layer's parts stand beside their whole.
     """
     row = shape.kv_row_bytes
     return (cached + new_tokens + tree_tokens - 1) * row * shape.layers + 2 * cached * row

@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits: greedy, or by a random number that depends on seed and position alone."""
+"""Sampling: the next token from logits, greedy or by a random number that depends on seed and position alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from burst.errors import UserError
+from burst.errors import in_range
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,7 @@ class Sampling:
             ("seed", self.seed, isinstance(self.seed, int) and 0 <= self.seed < 2**64, "whole: 0 to 2**64 - 1"),
         ]
         for name, value, fine, allowed in checks:
-            if not fine:
-                raise UserError(
-                    f"decode.{name} is out of range", given=value, allowed=allowed, remedy=f"Change decode.{name}."
-                )
+            in_range(f"decode.{name}", value, fine, allowed)
 
     def choose(self, logits_V: Tensor, position: int) -> int:
         """Return the token at ``position``.

@@ -1,4 +1,4 @@
-"""How likely given tokens are after a cache: the teacher-forced side of decoding."""
+"""Scoring: log-probabilities of given tokens after a cache, teacher-forced."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Speculation over a cache that may lie on many hosts: draft a tree, verify it on all shards at once, keep a path.
+"""Speculation over a cache on one or many hosts: draft a tree, verify it on all shards at once, keep a path.
 
-Every host runs the tree's tokens. Their queries see every shard without a mask; the few keys of the tree itself lie on
+Every host runs the tree's tokens. Their queries see every shard without a mask; the few keys of the tree itself are on
 the owner, which masks them; partial outputs are merged by their LSE as in any decoding. The owner walks the tree and
 drafts the next one, and tells both in one message a step. Only the owner has rows to keep or drop.
 

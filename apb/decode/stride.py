@@ -1,4 +1,4 @@
-"""How many draft tokens are worth verifying, from the head's confidence and measured times."""
+"""Number of draft tokens worth verifying, by the head's confidence and measured times."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ WINDOW, SINKS = 512, 4  # tokens: what heads see whose file does not say; publis
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """What a draft head shares with its target model; nothing here is copied.
+    """Parts of the target model that a draft head shares; nothing is copied.
 
     ``rotate(x_BHSD, positions)`` turns queries or keys to their positions, (S,) or (B, S), as the target does, and
     ``rotation(parameters)`` makes a function that does so by other RoPE parameters (transformers' names); it raises
@@ -52,7 +52,7 @@ class Target:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.embedding_WE.device
 
 

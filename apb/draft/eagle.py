@@ -76,7 +76,7 @@ class EagleHead(SharedVocab):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What the published configuration says of this head."""
+        """Published configuration keys of this head."""
         s = self._shape
         return {
             "architectures": ["LlamaForCausalLM"],

@@ -107,7 +107,7 @@ def save(file: Path, head: EagleHead, about: Mapping[str, str], dtype: torch.dty
 def configuration(path: Path) -> dict[str, Any]:
     """Return the configuration of the head in ``path``, its window, sinks and RoPE parameters among it.
 
-    Raises UserError for one that cannot be read, or asks for positions that are not honoured.
+    Raises UserError for one that cannot be read, or asks for unsupported positions.
     """
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -141,7 +141,7 @@ def configuration(path: Path) -> dict[str, Any]:
 def _rope(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the RoPE parameters that a configuration names; None: the target's.
 
-    Published heads were trained with their own. Raises TypeError or ValueError for what is not honoured.
+    Published heads were trained with their own. Raises TypeError or ValueError for unsupported values.
     """
     key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     found = config.get(key) or {}

@@ -1,4 +1,4 @@
-"""What a draft head takes over from a prefill: its own keys and values, made where the tokens are.
+"""Hand-over of a prefill to a draft head: its own keys and values, made where the tokens are.
 
 Features never travel. Every host makes the rows of its own tokens; only those inside the head's window, and its sinks,
 go to the host that will draft: at most ``window`` + ``sinks`` rows of one layer, however long the context is.

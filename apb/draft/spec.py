@@ -1,4 +1,4 @@
-"""Which draft head an engine has, said before any weights are loaded."""
+"""Specification of an engine's draft head, before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from apb.draft.vocab import bitmap, check
 from apb.draft.vocab import load as load_ranks
 from apb.plan.draft import Handoff
 from apb.plan.shapes import ModelShape
-from burst.errors import UserError
+from burst.errors import UserError, in_range
 from burst.registry import option
 
 
@@ -58,13 +58,8 @@ class DraftSpec:
 
     def __post_init__(self) -> None:
         for name, value in (("window", self.window), ("vocab", self.vocab)):
-            if value not in (None, "auto") and (not isinstance(value, int) or value < 1):
-                raise UserError(
-                    f"decode.{name} is out of range",
-                    given=value,
-                    allowed="a whole number, 1 or more, auto, or null",
-                    remedy=f"Change decode.{name}.",
-                )
+            fine = value in (None, "auto") or (isinstance(value, int) and value >= 1)
+            in_range(f"decode.{name}", value, fine, "a whole number, 1 or more, auto, or null")
 
     def handoff(self, shape: ModelShape, stop_ids: Sequence[int]) -> Handoff:
         """Return what hosts hand over to the one that drafts; raises UserError for files that cannot be used."""

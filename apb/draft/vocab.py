@@ -123,7 +123,7 @@ def load(file: Path, vocab: int, stop_ids: Sequence[int]) -> Tensor:
             found = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
         raise _damaged(file, f"cannot be read ({error})") from error
-    except Exception as error:  # unpickling refuses in many ways, some by private types
+    except Exception as error:  # unpickling fails in many ways, some by private types
         raise _damaged(file, f"is no plain list ({type(error).__name__})") from error
     if isinstance(found, list) and all(type(i) is int for i in found):
         found = torch.tensor(found, dtype=torch.int64)

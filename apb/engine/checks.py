@@ -1,4 +1,4 @@
-"""What an engine refuses before it asks its hosts for anything."""
+"""Checks that an engine makes before it asks its hosts for anything."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def check_gather(rank: int, need: int, available: int) -> None:
             f"the gathered cache does not fit on host {rank}",
             given=f"{need / 1e9:.3f} GB beside what that host holds",
             allowed=f"{available / 1e9:.3f} GB free there",
-            remedy="Decode where the cache lies (decode.placement=sharded, or auto), or release other caches.",
+            remedy="Decode where the cache is (decode.placement=sharded, or auto), or release other caches.",
         )
 
 

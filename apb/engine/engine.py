@@ -164,8 +164,8 @@ class Engine:
 
         Ends at the model's stop tokens, at a ``stop`` string, or after ``max_new_tokens``. ``decode``: a name, or what
         ``apb.decode.decoder(name, ...)`` makes; with the same seed all give the same tokens. ``placement``: sharded
-        decodes over the hosts' parts as they lie; gathered moves them to the deciding host first, where the handle then
-        lies; auto takes what measured links and the longest answer make cheaper. ``on_token(piece)`` gets the text as
+        decodes over the hosts' parts where they are; gathered moves them, and the handle, to the deciding host first;
+        auto takes what measured links and the longest answer make cheaper. ``on_token(piece)`` gets the text as
         it comes. Raises UserError when there is no question yet, no room for that many tokens, or no draft head for a
         decoder that needs one.
         """

@@ -1,4 +1,4 @@
-"""What a prefill returns: a cache that lies on the hosts, and what is known of it here."""
+"""Handles: references to caches on the hosts, which prefills and forks return."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Caches(Protocol):
 
 @dataclass
 class KVHandle:
-    """A KV cache on the engine's hosts. Its tokens' KV lies where ``locate`` says; ``metrics`` tell what it cost.
+    """A KV cache on the engine's hosts. ``locate`` says where a token's KV is; ``metrics`` say what it cost.
 
     A handle that nobody refers to any more is released with the engine's next call.
 

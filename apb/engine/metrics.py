@@ -1,4 +1,4 @@
-"""What a prefill and an answer cost: what all hosts report, put together under the JSON document's keys."""
+"""Metrics of prefills and answers: the hosts' reports under the keys of the JSON document."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def measured(reports: Sequence[HostReport], elapsed_s: float) -> dict[str, Any]:
     """Return what one call cost: sums and maxima over the hosts; ``elapsed_s`` is the caller's own time."""
     return _sent(reports) | {
         "prefill_s": max(r.wall_s for r in reports),
-        "query_s": min(r.query_s for r in reports),  # of the host that comes to it last; the others wait in theirs
+        "query_s": min(r.query_s for r in reports),  # of the host that starts it last; the others wait in theirs
         "request_s": elapsed_s,
         "host_work_s": [r.work_s for r in reports],
         "peak_rss_bytes": max(r.peak_rss_bytes for r in reports),

@@ -1,4 +1,4 @@
-"""What every host is asked to do, cut out of a prompt and its plan."""
+"""Requests to hosts, cut out of a prompt and its plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is settled before weights are loaded: model, strategy, compressor, hosts; prompts, plans and checks."""
+"""Setup before weights are loaded: model, strategy, compressor and hosts settled; prompts, plans and checks."""
 
 from __future__ import annotations
 

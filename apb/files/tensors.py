@@ -62,7 +62,7 @@ def _state(file: Path, damaged: Damaged, device: str) -> dict[str, Tensor]:
             state = torch.load(file, map_location=device, weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # unpickling refuses in many ways, some by private types
+    except Exception as error:  # unpickling fails in many ways, some by private types
         raise damaged(file, f"it is no plain state dict ({type(error).__name__})") from error
     if not isinstance(state, Mapping):
         raise damaged(file, "it is no state dict")

@@ -31,7 +31,7 @@ class Graph(Protocol):
 
 
 class Capture(Protocol):
-    """How work is captured."""
+    """A way of capturing work."""
 
     @property
     def session(self) -> Any:
@@ -73,7 +73,7 @@ class CudaCapture:
 class Pieces(Generic[T]):
     """``fn(*inputs, cut)`` as graphs between its calls of ``cut``; calls with inputs of the same shapes replay them.
 
-    What ``attend`` is given and the result lie in memory that all graphs of one ``capture`` share: they are valid until
+    The inputs of ``attend`` and the result are in memory that all graphs of one ``capture`` share: they are valid until
     anything else of that capture runs, these pieces or others. What is to last has to be copied.
     """
 

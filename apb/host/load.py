@@ -11,7 +11,7 @@ from apb.models.adapter import Adapter
 def load_adapter(spec: HostSpec) -> Adapter:
     """Load the model that ``spec`` names, adapted, and its draft head.
 
-    Raises UserError for what cannot be loaded or honoured.
+    Raises UserError for unsupported models and files that cannot be loaded.
     """
     from apb.models.loading import generation_stop_ids, load_config, load_model, random_model
     from apb.models.placement import torch_dtype

@@ -17,7 +17,7 @@ OnEvent = Callable[[dict[str, Any]], None]  # {"kind": "layer", "done", "total"}
 
 @dataclass(frozen=True)
 class HostSpec:
-    """What every host needs to start; travels to remote hosts as it is."""
+    """Specification of a host, sent to remote hosts as it is."""
 
     model_path: str
     dtype: str  # a concrete type: "float32", "bfloat16", "float16", "float64"
@@ -45,7 +45,7 @@ class PrefillRequest:
 
     @property
     def agreement(self) -> str:
-        """What must be alike on all hosts: all but the tokens that each gets for itself."""
+        """Description of everything that must be alike on all hosts: all but each host's own tokens."""
         scorer = self.compressor
         options = {f.name: repr(getattr(scorer, f.name)) for f in fields(scorer) if f.compare} if scorer else {}
         shared = (self.handle, scorer and scorer.name, options, self.question_delta, self.query_ids)
@@ -54,7 +54,7 @@ class PrefillRequest:
 
 @dataclass
 class HostReport:
-    """What one host says after a call. ``query_s``: how much of ``wall_s`` was the question's own pass."""
+    """Report of one host after a call. ``query_s``: seconds of ``wall_s`` that the question's own pass took."""
 
     work_s: float  # its own compute, waiting for peers left out
     wall_s: float  # first layer to the end of the call

@@ -1,4 +1,4 @@
-"""What the operating system says about this process's memory, and about what is free."""
+"""Memory of this process and free memory, as the operating system reports them."""
 
 from __future__ import annotations
 

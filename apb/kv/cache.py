@@ -96,7 +96,7 @@ class DraftRows(Protocol):
 
 @dataclass
 class HostCache:
-    """What one host knows of one cache. ``members`` hold parts of its context; the owner's tail grows."""
+    """One host's part of one cache. ``members`` hold parts of its context; the owner's tail grows."""
 
     context: list[LayerKV]  # by layer; shared between forks, never written to; empty when not a member
     members: tuple[int, ...]

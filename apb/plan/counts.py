@@ -1,4 +1,4 @@
-"""What exact attention over hosts computes, sends and holds in one layer, in closed form.
+"""Work, bytes and buffers of exact attention over hosts in one layer, in closed form.
 
 ``burst``'s schedules write every message out, of which a thousand hosts have a million; tests hold the two together.
 Arrays have one number a host, or (in ``_ring``) one a block.
@@ -76,7 +76,7 @@ def _ring(blocks: Layout, *, straight: bool) -> tuple[Numbers, Numbers, Numbers]
         return pairs, rows * needs_HB.sum(axis=0), needs_HB @ rows
     end_B = np.where(needs_HB, turn_HB, 0).max(axis=0)
     passed = ((needs_HB | (holder == block)) & (turn_HB < end_B[None])) @ rows
-    # Received blocks lie in two buffers in turn, each as long as the longest block that it holds.
+    # Received blocks fill two buffers in turn, each as long as the longest block that it holds.
     odd = needs_HB & (turn_HB % 2 == 1)
     held = sum(np.where(each, rows[None], 0).max(axis=1) for each in (odd, needs_HB & ~odd))
     return pairs, passed, np.asarray(held)

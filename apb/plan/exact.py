@@ -17,7 +17,7 @@ from burst.schedules import AttentionShape, Schedule, head_groups, schedule
 
 @dataclass(frozen=True)
 class Spread:
-    """Which of burst's layouts and schedules attends. ``ulysses``: hosts that share tokens by heads, in ``usp``."""
+    """The layout and schedule of burst that attends. ``ulysses``: hosts that share tokens by heads, in ``usp``."""
 
     schedule: str
     layout: str

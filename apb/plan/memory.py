@@ -1,4 +1,4 @@
-"""What a host's memory must hold, from the plan's numbers: weights, KV, and what lives at once.
+"""Memory of a host, from the plan's numbers: weights, KV, and everything else that lives at once.
 
 What freed memory leaves unused is not counted: C's allocator on Linux may keep as much again (``docs/log.md``).
 """
@@ -12,7 +12,7 @@ from apb.plan.plan import PrefillPlan
 
 @dataclass(frozen=True)
 class Generation:
-    """What is to be generated from a prefill: at most ``new_tokens``, in trees of ``tree_tokens`` rows, root included.
+    """An answer to be generated: at most ``new_tokens`` tokens, in trees of ``tree_tokens`` rows, root included.
 
     ``gathered``: the cache is moved to the deciding host first.
     """
@@ -41,10 +41,10 @@ def _kv(plan: PrefillPlan, rank: int, answer: Generation) -> int:
     row = s.kv_row_bytes * s.layers
     if rank != plan.hosts - 1:
         return block * row
-    # A tree's rows lie behind the tail until its walk; its root is the last token decided.
+    # A tree's rows stand behind the tail until its walk; its root is the last token decided.
     later = plan.lengths.query + answer.new_tokens
     rows = block + later + answer.tree_tokens - 1
-    if answer.gathered and plan.hosts > 1:  # the cache as it lay is freed when it is here as a whole
+    if answer.gathered and plan.hosts > 1:  # the shards are freed when all of them are here
         rows += plan.lengths.context + plan.lengths.query
     return rows * row + (plan.draft.cache_bytes(plan.lengths.context, later) if plan.draft is not None else 0)
 

@@ -54,7 +54,7 @@ class HostPlan:
 
     @property
     def alone(self) -> bool:
-        """Whether the block sees nothing but itself and no layer waits for other hosts."""
+        """True where the block sees nothing but itself and no layer waits for other hosts."""
         sees_itself = all(isinstance(s, Attend) and s.keys == ("block",) for s in self.steps)
         return sees_itself and not self.anchor_len and len(self.spans) == 1
 
@@ -96,7 +96,7 @@ class PrefillPlan:
 
     @cached_property
     def blocks(self) -> tuple[tuple[int, int], ...]:
-        """Where the context lies: (host, tokens) of every block in position order."""
+        """The owner of every block, in position order: (host, tokens)."""
         held = sorted((start, stop, h.rank) for h in self.host_plans for start, stop in h.spans)
         return tuple((rank, stop - start) for start, stop, rank in held)
 
@@ -110,7 +110,7 @@ class PrefillPlan:
 
     @cached_property
     def shared_anchor(self) -> GatherAnchor | None:
-        """How the anchor is shared; None when every host that sees one runs all of it."""
+        """The sharing of the anchor; None when every host that sees one runs all of it."""
         return next((step for step in self.host_plans[-1].steps if isinstance(step, GatherAnchor)), None)
 
     def question_rows(self, rank: int) -> tuple[int, int]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the costs depend on. Bytes per element are those of the activations; ``linear_params`` is what one token
-    multiplies with outside embedding and head (for a mixture of experts: the experts it visits)."""
+    """Sizes of a model that costs depend on. Bytes per element are those of activations. ``linear_params`` are those
+    that one token multiplies with outside embedding and head, of the experts those that it visits."""
 
     layers: int
     hidden: int

@@ -1,4 +1,4 @@
-"""How a context is cut into contiguous blocks."""
+"""Split of a context into contiguous blocks."""
 
 from __future__ import annotations
 

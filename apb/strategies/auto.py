@@ -50,7 +50,7 @@ class Auto(Strategy):
     ) -> list[tuple[PrefillPlan, Cost]]:
         """Return every plan that can run on these hosts with its cost; raises UserError where none can."""
         rates: Rates = assumed(self.machine) if self.rates is None else load(Path(self.rates))
-        found, refusal = [], None
+        found, rejection = [], None
         network = Network("given", *(getattr(self, field.name) for field in fields(Network)[1:]))
         for name in STRATEGIES:
             if name == self.name:
@@ -58,15 +58,15 @@ class Auto(Strategy):
             each: Strategy = STRATEGIES.make(name, {})
             asks = compressor is not None and compressor.needs_question and lengths.question == 0
             if each.takes_compressor and asks:
-                continue  # refused where such a compressor is chosen for itself
+                continue  # rejected where such a compressor is chosen for itself
             try:
                 plan = each.plan(lengths, hosts, shape, compressor if each.takes_compressor else None)
             except UserError as error:
-                refusal = error
+                rejection = error
                 continue
             if plan.exact or not self.exact:
                 found.append((plan, cost(plan, rates, network)))
         if not found:
-            assert refusal is not None
-            raise refusal
+            assert rejection is not None
+            raise rejection
         return found

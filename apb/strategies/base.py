@@ -1,4 +1,4 @@
-"""What a prefill strategy is: a frozen set of options and a pure plan."""
+"""Prefill strategies: frozen sets of options that make plans."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from burst.registry import Registry
 
 @dataclass(frozen=True)
 class Strategy(ABC):
-    """How a context is spread over hosts and what each block attends to; its fields are its options."""
+    """A way to spread a context over hosts, and the keys that each block attends to; its fields are its options."""
 
     name: ClassVar[str]
     takes_compressor: ClassVar[bool] = False

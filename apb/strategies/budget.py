@@ -21,14 +21,14 @@ MakePlan = Callable[[int | None, int | None], PrefillPlan]  # of an anchor's and
 def anchor_limits(lengths: PromptLengths, first: int) -> tuple[int, int]:
     """Return the least and the greatest l_a; ``first``: tokens of block 0, which holds the anchor's context tokens.
 
-    Raises UserError where the context's own copy of the question does not lie within block 0.
+    Raises UserError where the context's own copy of the question is not within block 0.
     """
     if not lengths.copied:
         return min(lengths.head, first) + lengths.question, first + lengths.question
     least = lengths.head + lengths.copied
     if least > first:
         raise UserError(
-            "the question before the document does not lie within the first block, so anchors cannot show it",
+            "the question before the document is not within the first block, so anchors cannot show it",
             given=f"{least} tokens up to the question's end, of which the first block holds {first}",
             allowed="questions within the first block",
             remedy="Use fewer hosts, or question_first=false.",

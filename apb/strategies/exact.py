@@ -1,4 +1,4 @@
-"""What the exact strategies share: every position attends to all earlier ones, by one of burst's schedules."""
+"""Exact strategies: every position attends to all earlier ones, by one of burst's schedules."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Exact(Strategy):
         self, lengths: PromptLengths, hosts: int, shape: ModelShape, compressor: Compressor | None = None
     ) -> PrefillPlan:
         """Return the plan; raises UserError for more hosts than tokens, or an unknown layout."""
-        blocks(lengths.context, hosts)  # refuses what no strategy can take
+        blocks(lengths.context, hosts)  # rejects what no strategy can take
         choose("layout", self.layout, get_args(LayoutName))
         spread = self.spread(lengths.context, hosts, shape)
         return PrefillPlan(

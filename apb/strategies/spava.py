@@ -80,7 +80,7 @@ class Spava(Strategy):
             return at_cost(self, lengths, hosts, shape, compressor)
         choose("value of strategy.lengths:", self.lengths, get_args(Lengths))
         n = lengths.context
-        blocks(n, hosts)  # refuses what no strategy can take
+        blocks(n, hosts)  # rejects what no strategy can take
         count = min(2 * hosts, n) if hosts > 1 else 1
         spans = blocks(n, count)
         held = [tuple(b for b in (r, 2 * hosts - 1 - r) if b < count) for r in range(hosts)]

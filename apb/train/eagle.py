@@ -21,11 +21,12 @@ from apb.models.adapter import Adapter
 from apb.train import features
 from apb.train.answers import FIRST
 from apb.train.features import FeatureSample
-from apb.train.folder import OnProgress, claim, within
+from apb.train.folder import OnProgress, claim
 from apb.train.interview import Interview
 from apb.train.questions import KINDS, Questions
 from apb.train.tutor import Tutor, TutorRecipe
 from apb.train.walk import TreeSize, accepted_length, walk
+from burst.errors import in_range
 
 _SAMPLES, _HELD_OUT, _CHECKPOINT, _UNMEASURED = "samples", "held_out", "checkpoint.pt", "unmeasured.safetensors"
 HEAD, RANKED, ANSWERS = "head.safetensors", "head.freq.safetensors", "answers.safetensors"
@@ -42,7 +43,7 @@ _GAP = 40  # training answers on which the gap to held-out ones is measured
 
 @dataclass(frozen=True)
 class EagleJob:
-    """What is trained from what. ``prompts`` and ``held_out`` (of each kind) are counts, ``longest`` is an answer's
+    """Inputs of a training run. ``prompts`` and ``held_out`` (of each kind) are counts, ``longest`` is an answer's
     length in tokens, ``behind`` the most tokens of text that every second file's questions stand behind; hashes stand
     for the text and for the head that training goes on from."""
 
@@ -61,13 +62,15 @@ class EagleJob:
 
     def __post_init__(self) -> None:
         for key in ("prompts", "held_out"):
-            within(key, getattr(self, key), getattr(self, key) >= 1, "1 or more")
-        within("longest", self.longest, self.longest >= 8, "8 or more")
-        within("behind", self.behind, self.behind >= 0, "0 or more")
-        within("window", self.window, self.window >= 8, "8 or more")
+            in_range(key, getattr(self, key), getattr(self, key) >= 1, "1 or more")
+        in_range("longest", self.longest, self.longest >= 8, "8 or more")
+        in_range("behind", self.behind, self.behind >= 0, "0 or more")
+        in_range("window", self.window, self.window >= 8, "8 or more")
         most = FIRST - 1 if self.behind else self.sinks  # a first token's row holds the next token, too
-        within("sinks", self.sinks, 0 <= self.sinks <= most, f"0 to {most} with behind" if self.behind else "0 or more")
-        within("seed", self.seed, self.seed >= 0, "0 or more")
+        in_range(
+            "sinks", self.sinks, 0 <= self.sinks <= most, f"0 to {most} with behind" if self.behind else "0 or more"
+        )
+        in_range("seed", self.seed, self.seed >= 0, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def train(
     questions = Questions(text, job.seed)
     before = interview.encode(questions.text) if job.behind else ()
     room = max(0, min(len(before), adapter.shape.max_positions - job.longest - _ROOM))
-    within("behind", job.behind, job.behind <= room, f"0 to {room}, by the text's tokens and the model's positions")
+    in_range("behind", job.behind, job.behind <= room, f"0 to {room}, by the text's tokens and the model's positions")
     claim(folder, asdict(job))
     files = _ask(job, interview, questions, before, folder / _SAMPLES, on_progress)
     passage = interview.encode(questions.held_out_text)[-job.behind :] if job.behind else ()
@@ -170,7 +173,7 @@ def _ask(
 
 
 def _stands_behind(job: EagleJob, number: int) -> bool:
-    """Whether the questions of a file stand behind a long text."""
+    """True where the questions of a file stand behind a long text."""
     return job.behind > 0 and number % 2 == 0
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apb.compress.heads import Head
-from burst.errors import UserError, choose
+from burst.errors import UserError, choose, in_range
 
 Method = Literal["mlp", "ridge"]
 _FAR = 3.0  # standard deviations: ridge's squares would spend themselves on the few tokens beyond
@@ -23,7 +23,7 @@ _FAR = 3.0  # standard deviations: ridge's squares would spend themselves on the
 
 @dataclass(frozen=True)
 class FitRecipe:
-    """How a layer's head is fitted.
+    """Settings of fitting one layer's head.
 
     Ridge regression predicts the margins; ``penalty`` is its share of the mean squared input. The network starts as
     ridge's map and minimises binary cross-entropy against ``sigmoid(margin / softness)``: a token is to be found as
@@ -46,10 +46,7 @@ class FitRecipe:
         choose("method", self.method, ("mlp", "ridge"))
         for key in ("hidden", "epochs", "batch", "lr"):
             value = getattr(self, key)
-            if not (value > 0 and math.isfinite(value)):
-                raise UserError(
-                    f"{key} is out of range", given=f"{key}={value}", allowed="more than 0", remedy=f"Change {key}."
-                )
+            in_range(key, value, value > 0 and math.isfinite(value), "more than 0")
 
 
 def fit(recipe: FitRecipe, layer: int, x_NE: Tensor, margin_NK: Tensor, on_step: Callable[[int, int], None]) -> Head:

@@ -1,4 +1,4 @@
-"""A folder that one training job works in, found again by the same settings and refused to others."""
+"""A folder that one training job works in, found again by the same settings and closed to others."""
 
 from __future__ import annotations
 
@@ -38,9 +38,3 @@ def claim(folder: Path, mine: Mapping[str, Any]) -> None:
             allowed=", ".join(f"{key}={theirs.get(key)}" for key in differing),
             remedy="Choose another out=DIR, or the settings it was begun with.",
         )
-
-
-def within(key: str, value: object, fine: bool, allowed: str) -> None:
-    """Raise UserError unless a setting's value is ``fine``."""
-    if not fine:
-        raise UserError(f"{key} is out of range", given=f"{key}={value}", allowed=allowed, remedy=f"Change {key}.")

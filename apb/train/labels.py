@@ -1,4 +1,4 @@
-"""What a frozen model says of a prompt whose answer is known: its projections, and how important each token was.
+"""Labels from a frozen model and a prompt with a known answer: projections, and the importance of each token.
 
 Shapes: B batch (1), S tokens run, H query heads, K kv heads, G = H / K, T document tokens, R query and answer tokens,
 D head dim, E width of the concatenated q, k and v projections.

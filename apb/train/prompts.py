@@ -38,7 +38,7 @@ class LabelPrompt:
 
 @dataclass(frozen=True)
 class Material:
-    """What one prompt is made from: ``rng`` decides everything, ``budget`` is the document's length in characters."""
+    """Ingredients of one prompt: ``rng`` decides everything, ``budget`` is the document's length in characters."""
 
     rng: random.Random
     budget: int

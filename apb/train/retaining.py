@@ -13,9 +13,10 @@ from apb.compress.heads import Head, RetainingHeads, load, save
 from apb.models.adapter import Adapter
 from apb.train import shards
 from apb.train.fit import FitRecipe, Method, fit
-from apb.train.folder import OnProgress, claim, within
+from apb.train.folder import OnProgress, claim
 from apb.train.prompts import Prompts
 from apb.train.recall import measure
+from burst.errors import in_range
 from burst.kernels import Kernel
 
 _SAMPLES, _LAYERS, _HEADS = "samples", "layers", "heads.safetensors"
@@ -23,7 +24,7 @@ _SAMPLES, _LAYERS, _HEADS = "samples", "layers", "heads.safetensors"
 
 @dataclass(frozen=True)
 class RetainingJob:
-    """What is trained from what. Counts are of prompts; lengths in tokens; the text's hash stands for the text."""
+    """Inputs of a training run. Counts are of prompts; lengths in tokens; the text's hash stands for the text."""
 
     model: str
     text_sha256: str
@@ -38,9 +39,9 @@ class RetainingJob:
 
     def __post_init__(self) -> None:
         for key in ("prompts", "held_out", "keep"):
-            within(key, getattr(self, key), getattr(self, key) >= 1, "1 or more")
-        within("shortest", self.shortest, 20 <= self.shortest <= self.longest, f"20 to longest={self.longest}")
-        within("seed", self.seed, self.seed >= 0, "0 or more")
+            in_range(key, getattr(self, key), getattr(self, key) >= 1, "1 or more")
+        in_range("shortest", self.shortest, 20 <= self.shortest <= self.longest, f"20 to longest={self.longest}")
+        in_range("seed", self.seed, self.seed >= 0, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -143,4 +144,4 @@ def _fit(
 
 def _check_room(token_ids: tuple[int, ...], positions: int) -> None:
     given = f"{len(token_ids)} tokens in one prompt"
-    within("longest", given, len(token_ids) < positions, f"below {positions} positions")
+    in_range("longest", given, len(token_ids) < positions, f"below {positions} positions")

@@ -19,7 +19,7 @@ from apb.draft.base import Target
 from apb.draft.eagle import EagleHead
 from apb.train.features import FeatureSample
 from apb.train.unroll import Divergence, unroll
-from burst.errors import UserError
+from burst.errors import in_range
 
 _CLIP = 1.0  # largest gradient norm
 _SLOW = 0.1  # of the learning rate, for queries and keys
@@ -28,8 +28,8 @@ _POOL = 16  # batches whose samples are sorted by length among themselves, so th
 
 @dataclass(frozen=True)
 class TutorRecipe:
-    """How a head is trained: SmoothL1 on features and KL on the ``vocab`` most frequent ids with ``negatives`` drawn
-    from the others; Muon (AdamW for the norm) with linear warm-up and cosine decay; the last part of the steps is
+    """Settings of training a head: SmoothL1 on features and KL on the ``vocab`` most frequent ids with ``negatives``
+    drawn from the others; Muon (AdamW for the norm) with linear warm-up and cosine decay; the last part of the steps is
     unrolled on the head's own features.
 
     Source: EAGLE (arXiv 2401.15077) section 4 for the two losses and the noise, EAGLE-3 (arXiv 2503.01840) for
@@ -52,17 +52,8 @@ class TutorRecipe:
     def __post_init__(self) -> None:
         for key in ("epochs", "batch", "lr", "vocab", "depth"):
             value = getattr(self, key)
-            if not (value > 0 and math.isfinite(value)):
-                raise UserError(
-                    f"{key} is out of range", given=f"{key}={value}", allowed="more than 0", remedy=f"Change {key}."
-                )
-        if not 0.0 <= self.unrolled <= 1.0:
-            raise UserError(
-                "unrolled is out of range",
-                given=f"unrolled={self.unrolled}",
-                allowed="a share of the steps, 0 to 1",
-                remedy="Change unrolled.",
-            )
+            in_range(key, value, value > 0 and math.isfinite(value), "more than 0")
+        in_range("unrolled", self.unrolled, 0.0 <= self.unrolled <= 1.0, "a share of the steps, 0 to 1")
 
 
 class Tutor:

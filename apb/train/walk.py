@@ -44,7 +44,7 @@ def accepted_length(walked: Sequence[Walked]) -> float:
 
 
 class _Answers:
-    """What the head makes of all true features at once: keys and values of every pair, and outputs as roots."""
+    """Results of the head over all true features at once: keys and values of every pair, and outputs as roots."""
 
     def __init__(self, head: DraftHead, samples: Sequence[FeatureSample], hidden: int) -> None:
         self.head = head
