@@ -23,7 +23,7 @@ BENCHES = {
 
 
 def main(arguments: Arguments, config: Mapping[str, Any], display: Display) -> dict[str, Any]:
-    """Run the benchmark that the configuration names; raises UserError when it names none."""
+    """Run the benchmark that the configuration names. Raises UserError when it names none."""
     chosen = config.get("bench")
     if not chosen:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What is measured: one size of causal attention, its inputs, and the plain dense call on one device.
+"""One size of causal attention, its inputs, and the plain dense call on one device.
 
 Shapes: H query heads, K kv heads, N tokens, D head dim.
 """
@@ -38,7 +38,7 @@ class AttentionSettings:
     save: bool
 
     def checked(self) -> AttentionSettings:
-        """Return the settings with ``auto`` resolved; raises UserError for what cannot be measured."""
+        """Return the settings with ``auto`` resolved. Raises UserError for what cannot be measured."""
         for key in ("tokens", "ranks", "nodes", "q_heads", "kv_heads", "head_dim", "repeats", "error_tokens"):
             if getattr(self, key) < 1:
                 raise _out_of_range(key, getattr(self, key), "1 or more")

@@ -39,7 +39,7 @@ class Ours:
         return [tuple(where.shard(x, r, 2) for x in whole) for r in range(self.settings.ranks)]
 
     def run(self, parts: Parts) -> tuple[Parts, list[float]]:
-        """Attend once; returns every rank's out (and dq, dk, dv) and own work in seconds."""
+        """Attend once and return every rank's out (and dq, dk, dv) and own work in seconds."""
         s = self.settings
         where = s.tokens_of(sum(part[0].shape[2] for part in parts))
 

@@ -28,7 +28,7 @@ TIMEOUT_S = 300.0
 
 
 def not_run(name: str, settings: AttentionSettings) -> str:
-    """Say why a peer cannot run here; empty when it can."""
+    """Say why a peer cannot run here, in an empty text when it can."""
     if not torch.cuda.is_available():
         return "needs a GPU"
     if torch.cuda.device_count() < settings.ranks:
@@ -39,7 +39,7 @@ def not_run(name: str, settings: AttentionSettings) -> str:
 
 
 def measure(name: str, settings: AttentionSettings) -> dict[str, Any]:
-    """Run a peer on all ranks at once; returns the slowest rank's seconds: median and spread of the repeats."""
+    """Run a peer on all ranks at once and return the slowest rank's seconds: median and spread of the repeats."""
     with tempfile.TemporaryDirectory() as folder:
         # A process that has used CUDA cannot be forked.
         method = "spawn" if settings.device == "cuda" else "fork"
@@ -81,7 +81,7 @@ def _ours(settings: AttentionSettings, t: ProcessGroupTransport, whole: tuple[Te
 
 
 def _context_parallel(settings: AttentionSettings, t: ProcessGroupTransport, whole: tuple[Tensor, ...]) -> Work:
-    """Source: torch.distributed.tensor.experimental; it shards the buffers itself, and balances causal masks."""
+    """Source: torch.distributed.tensor.experimental, which shards the buffers itself and balances causal masks."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.experimental import context_parallel
 

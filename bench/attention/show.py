@@ -19,7 +19,7 @@ COLUMNS = ("", "ms", "% of ideal", "spread", "exposed ms", "% with comm.", "sent
 
 
 def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
-    """Measure, show and return the document; raises UserError for settings that cannot be measured."""
+    """Measure, show and return the document. Raises UserError for settings that cannot be measured."""
     settings = typed(AttentionSettings, config["bench"], "bench.").checked()
     found = rows(settings, display.note)
     where = torch.cuda.get_device_name() if settings.device == "cuda" else "one thread; processor time"

@@ -1,1 +1,1 @@
-"""How fast and how far decoders get: accepted lengths, times, trees against chains."""
+"""Decoders side by side: accepted lengths, times, trees against chains."""

@@ -15,7 +15,7 @@ from bench.decode.questions import questions
 from bench.ruler.variant import Variant
 from bench.tools.conditions import hardware, provenance
 from bench.tools.drawing import drawn
-from bench.tools.rows import Rows, keep
+from bench.tools.rows import RowStore, keep
 from bench.tools.timing import spread
 from burst.errors import in_range
 from launch.config.settings import Basics, basics, decode_settings, typed
@@ -65,7 +65,7 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
         "placement": decode.placement,
     }
     base = "/".join(map(str, about.values()))
-    kept = Rows(Path(common.out) / "decode.jsonl" if common.out else None)
+    kept = RowStore(Path(common.out) / "decode.jsonl" if common.out else None)
     keys = {item.key: {name: f"{base}/{item.key}/{name}" for name in made} for item in items}
     # An item is measured whole or not at all: what is compared has run side by side.
     todo = [each for each in zip(items, prompts, strict=True) if any(k not in kept for k in keys[each[0].key].values())]

@@ -62,7 +62,7 @@ def label(made: Decoder) -> str:
 def measure(
     engine: Engine, prompt: Prompt, settings: DecodeSettings, made: Sequence[tuple[str, Decoder]], new_tokens: int
 ) -> list[dict[str, Any]]:
-    """Prefill once and decode with each; returns a row each, in order, with whether the tokens are plain decoding's.
+    """Prefill once and decode with each and return a row each, in order, with whether the tokens are plain decoding's.
 
     ``steps`` counts forward passes of the target; ``decided`` the tokens that they decided, bonus tokens included: the
     first token comes from the prefill and counts for none. Bytes are those of all hosts, work that of the drafting one.

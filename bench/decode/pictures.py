@@ -12,7 +12,7 @@ Line = dict[str, Any]
 
 
 def draw(lines: Sequence[Line], regions: Sequence[Line], folder: Path) -> list[str]:
-    """Write the pictures there are numbers for; returns the files' names. Raises UserError without matplotlib."""
+    """Write the pictures there are numbers for and return the files' names. Raises UserError without matplotlib."""
     figure = new_figure(7, 4)
     accepted(figure.subplots(), lines)
     figure.savefig(folder / "accepted.png", dpi=120)

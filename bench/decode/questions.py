@@ -55,7 +55,7 @@ class Asked:
 
 
 def questions(kinds: Sequence[str], count: int, contexts: Sequence[int], data: str | None) -> list[Asked]:
-    """Return all questions; raises UserError for unknown kinds and files without any."""
+    """Return all questions. Raises UserError for unknown kinds and files without any."""
     found = []
     if data is not None:
         file = Path(data).expanduser()

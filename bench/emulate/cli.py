@@ -45,7 +45,7 @@ class EmulateSettings:
 
 
 def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
-    """Measure, show and return the document; raises UserError for what cannot be measured."""
+    """Measure, show and return the document. Raises UserError for what cannot be measured."""
     asked = typed(EmulateSettings, config["bench"], "bench.")
     for key in ("hosts", "repeats", "threads", "warmup_tokens"):
         in_range(f"bench.{key}", getattr(asked, key), getattr(asked, key) >= 1, "1 or more")

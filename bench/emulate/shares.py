@@ -1,4 +1,4 @@
-"""How good the baseline is, and what arithmetic allows: what stands beside every ratio."""
+"""Emulated hosts beside the device's own rates and beside what arithmetic allows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the emulator, and given rates the simulator, predict beside what real processes take."""
+"""Predictions of the emulator, and of the simulator where rates are given, beside real processes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def measured_network(cluster: PinnedCluster) -> Network:
 def pairs(
     setups: Sequence[Setup], prompt: Prompt, short: Prompt, repeats: int, rates: Rates | None, display: Display
 ) -> tuple[Network, list[dict[str, Any]]]:
-    """Predict and measure each setup in turn, ``repeats`` times; returns the links and a row a strategy.
+    """Predict and measure each setup in turn, ``repeats`` times and return the links and a row a strategy.
 
     The prediction is the makespan as ordered, of hosts that ran one after another on one core; with ``rates``, the
     simulator's stands beside it.

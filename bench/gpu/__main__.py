@@ -13,7 +13,7 @@ from bench.gpu.check import check
 from bench.gpu.parts import PARTS
 from bench.tools.conditions import conditions
 from bench.tools.output import dated, document, say
-from bench.tools.rows import Rows
+from bench.tools.rows import RowStore
 
 
 def main() -> int:
@@ -35,7 +35,7 @@ def main() -> int:
         document(PARTS[given.part]())
         return 0
     say(f"samples go to {given.out}")
-    found = check(Rows(given.out))
+    found = check(RowStore(given.out))
     summary = {**found, "conditions": conditions()}
     given.out.with_suffix(".json").write_text(json.dumps(summary, indent=2) + "\n")
     document(summary)

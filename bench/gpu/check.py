@@ -14,7 +14,7 @@ import torch
 from apb.decode.eagle2 import Eagle2
 from bench.gpu.parts import DTYPE, MODEL, attention, conf, merge
 from bench.gpu.steps import Stand
-from bench.tools.rows import Rows
+from bench.tools.rows import RowStore
 
 CONTEXTS = (1_024, 32_768, 131_072)  # of decode steps
 # What emulated hosts must reach: how many times faster than another strategy.
@@ -27,7 +27,7 @@ STEP_GAIN = 1.10  # of drafting from a quarter of the ids, by step times
 COMMAND_S = 1800  # deadline of a part that is a command
 
 
-def check(rows: Rows) -> dict[str, Any]:
+def check(rows: RowStore) -> dict[str, Any]:
     """Run all parts that have no row yet and return what the rows say together."""
     rows.sample("gpu/tests", _tests)
     rows.sample("gpu/merge", merge)
@@ -90,7 +90,7 @@ def judge(document: Mapping[str, Any]) -> dict[str, Any]:
     return {"ok": not missed, "missed": missed, **document}
 
 
-def _steps(rows: Rows) -> None:
+def _steps(rows: RowStore) -> None:
     shape = conf("model", MODEL)["config"]
     stand: list[Stand] = []
 

@@ -1,4 +1,4 @@
-"""What a GPU is to do at Llama-3.1-8B's shape, random weights, bfloat16; each part measured by itself.
+"""Parts of the GPU check, each measured by itself, at Llama-3.1-8B's shape with random weights in bfloat16.
 
 Times in seconds; nothing here says anything about what is attended to.
 """

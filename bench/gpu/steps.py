@@ -1,4 +1,4 @@
-"""How long a step of speculation takes, draft and verification, at a large model's shape: random weights, one host.
+"""Times of speculation's steps, draft and verification, at a large model's shape: random weights, one host.
 
 With random weights next to nothing is accepted; what a step costs does not depend on it.
 

@@ -1,1 +1,1 @@
-"""What a device's kernels reach, beside its measured limits."""
+"""Rates of a device's kernels beside its measured limits."""

@@ -1,4 +1,4 @@
-"""Kernels timed at some lengths, beside the device's roofline, and the rates that they come to."""
+"""Kernels timed at some lengths, beside the device's roofline, and their rates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.kernels.measure import Device
 
 
 @dataclass(frozen=True)
-class Call:
+class KernelTime:
     """One measured kernel: its time, what it must compute and move, and the least that the device needs for that."""
 
     kernel: str
@@ -37,7 +37,7 @@ class Call:
 
 def measured(
     device: Device, tokens: Sequence[int], question: int, compressor: Compressor, on_length: Callable[[int, int], None]
-) -> list[Call]:
+) -> list[KernelTime]:
     """Time every kernel at every length; the LM head for one token and for a tree of 16."""
     s, e = device.shape, device.shape.element_size
     calls = []
@@ -45,27 +45,27 @@ def measured(
         on_length(done, len(tokens))
         linear = 2 * s.linear_params / s.layers * n
         weights = s.linear_params / s.layers * e
-        calls.append(Call("projections of a layer", n, linear / device.linear_rate(n), linear, weights))
+        calls.append(KernelTime("projections of a layer", n, linear / device.linear_rate(n), linear, weights))
         row = (2 * s.q_heads + 2 * s.kv_heads) * s.head_dim * e  # q and out, k and v
         for causal in (True, False):
             flops = 4 * s.head_dim * s.q_heads * (n * (n + 1) // 2 if causal else n * n)
             seconds = flops / device.attention_rate(n, n, causal)
-            calls.append(Call("attention, causal" if causal else "attention, full", n, seconds, flops, n * row))
-        calls.append(Call("merge", n, device.merge_s(n), 0, device.merge_bytes(n)))
+            calls.append(KernelTime("attention, causal" if causal else "attention, full", n, seconds, flops, n * row))
+        calls.append(KernelTime("merge", n, device.merge_s(n), 0, device.merge_bytes(n)))
         kept = max(1, n // 8)
         flops = 2 * s.q_heads * s.head_dim * n * question
         moved = device.select_bytes(n, kept)
-        calls.append(Call("selection", n, device.select_s(n, question, kept, compressor), flops, moved))
+        calls.append(KernelTime("selection", n, device.select_s(n, question, kept, compressor), flops, moved))
     for rows, name in ((s.vocab, "LM head, V rows"), (s.vocab // 4, "LM head, V/4 rows")):
         for n in (1, 16):
-            calls.append(Call(name, n, device.head_s(rows, n), 2 * rows * s.hidden * n, rows * s.hidden * e))
+            calls.append(KernelTime(name, n, device.head_s(rows, n), 2 * rows * s.hidden * n, rows * s.hidden * e))
     return calls
 
 
-def as_rates(name: str, calls: Sequence[Call], device: Device, rest_s: float | None = None) -> Rates:
+def as_rates(name: str, calls: Sequence[KernelTime], device: Device, rest_s: float | None = None) -> Rates:
     """Return what ``apb.costs`` needs of the measured calls; ``rest_s`` as there."""
 
-    def found(kernel: str) -> list[Call]:
+    def found(kernel: str) -> list[KernelTime]:
         return [call for call in calls if call.kernel == kernel]
 
     def flops(kernel: str) -> tuple[tuple[float, float], ...]:

@@ -1,4 +1,4 @@
-"""How fast one device does what a layer is made of, at a model's own shapes.
+"""Rates of one device in the parts of a layer, at a model's own shapes.
 
 Shapes: H query heads, K kv heads, S queries, T keys, D head dim, E hidden size, V vocabulary.
 """

@@ -61,7 +61,7 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
 
 
 def splice(file: Path, text: str) -> None:
-    """Put the text between the two marks of a file; raises UserError where they are not."""
+    """Put the text between the two marks of a file. Raises UserError where they are not."""
     try:
         before, begin, rest = file.read_text(encoding="utf-8").partition(BEGIN)
     except OSError as error:

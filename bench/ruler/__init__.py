@@ -30,7 +30,7 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def family(task: str) -> Family:
-    """Return the family of a task; raises UserError for an unknown one."""
+    """Return the family of a task. Raises UserError for an unknown one."""
     target, options = TASKS[choose("task", task, TASKS)]
     module, _, name = target.partition(":")
     made: Family = getattr(importlib.import_module(f"bench.ruler.{module}"), name)(**options)

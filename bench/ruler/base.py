@@ -1,4 +1,4 @@
-"""What a benchmark sample is: a document of exact length, a question about it, and what answers it."""
+"""A benchmark sample: a document of exact length, a question about it, and what answers it."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from bench.ruler.summary import CHOOSE, chosen, comparisons, latest, table
 from bench.ruler.variant import Variant, baselines
 from bench.tools.conditions import conditions
 from bench.tools.drawing import drawn
-from bench.tools.rows import Rows
+from bench.tools.rows import RowStore
 from burst.errors import UserError, in_range
 from launch.config.settings import Basics, basics, typed
 from launch.terminal.display import Display, size
@@ -60,7 +60,7 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
             asked_for = each.prompt(one)
             each.fitted(asked_for.lengths).plan(asked_for, one.ask.new_tokens)
     folder = Path(common.out) if common.out else None
-    kept = Rows(folder and folder / FILE)
+    kept = RowStore(folder and folder / FILE)
     with display.progress() as on_progress:
         what = f"Samples, {variant.label} and its baselines"
         run_samples(

@@ -32,7 +32,7 @@ def target(tokenizer: Any, ask: Ask) -> tuple[int, ...]:
 
 
 def room(tokenizer: Any, ask: Ask, tokens: int, *, chat: bool) -> int:
-    """Return how many tokens a document may have so that the prompt has ``tokens``; raises UserError for none."""
+    """Return how many tokens a document may have so that the prompt has ``tokens``. Raises UserError for none."""
     head = make_prompt(tokenizer, (0,), None, chat=chat).head
     asked = len(question(tokenizer, ask, chat=chat).query_ids) if ask.question else 0
     left = tokens - head - asked

@@ -18,7 +18,7 @@ from bench.ruler.prompts import prompt
 from bench.ruler.summary import CHOOSE
 from bench.ruler.variant import FULL, Variant
 from bench.tools.conditions import commit
-from bench.tools.rows import Rows
+from bench.tools.rows import RowStore
 
 OnSample = Callable[[int, int], None]  # samples done, samples to do
 
@@ -35,14 +35,14 @@ class RulerSamples:
 def run(
     variants: Iterable[Variant],
     samples: RulerSamples,
-    rows: Rows,
+    rows: RowStore,
     full: FullAnswers,
     cluster: str,
     *,
     decode: bool,
     on_sample: OnSample,
 ) -> None:
-    """Measure every sample under every variant; raises what engines raise.
+    """Measure every sample under every variant. Raises what engines raise.
 
     A row that was measured without decoding is measured again when decoding is asked for. Samples for choosing are
     measured by log-probability alone, without the distance from full attention.

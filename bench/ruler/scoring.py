@@ -1,4 +1,4 @@
-"""Whether a decoded answer is right, as RULER scores it."""
+"""Scores of decoded answers, as RULER gives them."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class Variant:
         return self.setup.compressor is not None and self.setup.compressor.name == "random"
 
     def fitted(self, lengths: PromptLengths) -> Setup:
-        """Return the setup for a prompt of these lengths; raises UserError when the cost cannot be met."""
+        """Return the setup for a prompt of these lengths. Raises UserError when the cost cannot be met."""
         if self.flops is None and self.sent is None:
             return self.setup
         return dataclasses.replace(

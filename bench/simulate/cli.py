@@ -38,7 +38,7 @@ class SimulateSettings:
 
 
 def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
-    """Cost, show and return the document; raises UserError for settings that mean nothing."""
+    """Cost, show and return the document. Raises UserError for settings that mean nothing."""
     asked = typed(SimulateSettings, config["bench"], "bench.")
     for key in ("hosts", "tokens"):
         values = getattr(asked, key)

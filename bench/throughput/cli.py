@@ -12,7 +12,7 @@ from bench.kernels.measure import Device
 from bench.ruler.variant import Variant
 from bench.throughput.measure import EveryToken, Source, measure, utilisation
 from bench.tools.conditions import hardware, provenance
-from bench.tools.rows import Rows, keep
+from bench.tools.rows import RowStore, keep
 from bench.tools.timing import spread
 from burst.errors import in_range
 from launch.config.settings import Basics, basics, typed
@@ -60,7 +60,7 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
         "new_tokens": asked.new_tokens,
     }
     key = "/".join(str(value) for value in about.values())
-    kept = Rows(Path(common.out) / "throughput.jsonl" if common.out else None)
+    kept = RowStore(Path(common.out) / "throughput.jsonl" if common.out else None)
     todo = [number for number in range(asked.repeats) if f"{key}/{number}" not in kept]
     if todo:
         device = Device(setup.shape, setup.spec.dtype, setup.spec.device)

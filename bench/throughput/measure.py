@@ -38,7 +38,7 @@ class Source:
             object.__setattr__(self, "_text", self._cut())
 
     def prompt(self) -> Prompt:
-        """Make the prompt; raises UserError where there is no room for one."""
+        """Make the prompt. Raises UserError where there is no room for one."""
         if self.setup.tokenizer is None:
             return random_prompt(lengths(self.tokens, self.query), self.setup.shape.vocab)
         return self.setup.prompt(self._text, QUESTION, chat=self._chat)  # type: ignore[attr-defined]
@@ -60,7 +60,7 @@ class Source:
 
 
 def measure(engine: Engine, source: Source, new_tokens: int) -> dict[str, Any]:
-    """Tokenise, prefill, ask and decode once; returns seconds, rates, memory and bytes.
+    """Tokenise, prefill, ask and decode once and return seconds, rates, memory and bytes.
 
     ``ttft_s`` is the sum of its four parts: ``tokenise_s``; ``ship_s``: planning, sending the hosts their tokens,
     hearing from them; ``prefill_s``: the context, slowest host; ``first_step_s``: the question's pass and the first

@@ -9,7 +9,7 @@ from burst.errors import UserError
 
 
 def new_figure(width: float = 6.4, height: float = 4.8) -> Any:
-    """Return an empty figure of that many inches; raises UserError without matplotlib."""
+    """Return an empty figure of that many inches. Raises UserError without matplotlib."""
     try:
         from matplotlib.figure import Figure  # no pyplot: nothing global, no display needed
     except ImportError as error:

@@ -42,7 +42,7 @@ def random_prompt(of: PromptLengths, vocab: int) -> Prompt:
 
 
 def setups(base: Setup, names: Sequence[str], hosts: int, compress: Compressor | None) -> list[Setup]:
-    """Return the strategies of those names on ``hosts`` hosts (full attention: one); raises UserError."""
+    """Return the strategies of those names on ``hosts`` hosts (full attention: one). Raises UserError."""
     found = []
     for name in names:
         choose("strategy", name, STRATEGIES)

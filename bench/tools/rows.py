@@ -14,7 +14,7 @@ from bench.tools.output import dated, say
 Row = dict[str, Any]
 
 
-class Rows:
+class RowStore:
     """Rows by key, in a file or, without one, in memory; a row is on disk when ``add`` returns."""
 
     def __init__(self, file: Path | None) -> None:
@@ -66,6 +66,6 @@ def read(file: Path) -> Iterator[Row]:
 
 def keep(kind: str, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
     """Add rows with their keys to ``bench/results/DATE-kind.jsonl``, which ``apb bench report`` reads."""
-    kept = Rows(dated(f"{kind}.jsonl"))
+    kept = RowStore(dated(f"{kind}.jsonl"))
     for key, row in rows:
         kept.add(key, row)

@@ -1,4 +1,4 @@
-"""Times of calls, and what a series of them comes to."""
+"""Times of calls: medians, spreads, ratios."""
 
 from __future__ import annotations
 

@@ -8,28 +8,28 @@ from unittest.mock import Mock
 
 import pytest
 
-from bench.tools.rows import Rows
+from bench.tools.rows import RowStore
 from tests.claims import conftest
 from tests.claims.conftest import Claims
 
 
 def test_rows_survive_a_killed_run(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    rows = Rows(file)
+    rows = RowStore(file)
     rows.add("a", {"x": 1})
     rows.add("b", {"x": 2})
     rows.add("a", {"x": 3})
     with file.open("a") as out:
         out.write('{"key": "c", "x"')
-    again = Rows(file)
+    again = RowStore(file)
     assert [row["x"] for row in again] == [3, 2] and "c" not in again
     again.add("c", {"x": 4})
-    assert [row["x"] for row in Rows(file)] == [3, 2, 4]
+    assert [row["x"] for row in RowStore(file)] == [3, 2, 4]
 
 
 def test_a_sample_is_measured_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
-        row = Rows(tmp_path / "rows.jsonl").sample("a/1", lambda: {"ok": True, "error": 2e-5})
+        row = RowStore(tmp_path / "rows.jsonl").sample("a/1", lambda: {"ok": True, "error": 2e-5})
         assert row["error"] == 2e-5 and row["commit"] and row["seconds"] >= 0
     assert capsys.readouterr().err == "ok   a/1  error=2e-05\n"
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
@@ -42,7 +42,7 @@ def test_a_claim_holds_when_all_of_its_samples_do(tmp_path: Path) -> None:
     claims.sample("full/2", lambda: {"ok": False})
     with pytest.raises(AssertionError):
         claims.conclude("full", errors=[1.0])
-    kept = {row["key"]: row for row in Rows(tmp_path / "claims.jsonl")}
+    kept = {row["key"]: row for row in RowStore(tmp_path / "claims.jsonl")}
     assert not kept["full"]["ok"] and kept["full"]["failed"] == ["full/2"] and kept["full"]["samples"] == 2
     with pytest.raises(AssertionError):
         claims.conclude("twins")  # nothing was measured

@@ -1,4 +1,4 @@
-"""What the fidelity benchmark makes of its samples: equal cost, statistics, tables, plots, and what is kept."""
+"""Results of the fidelity benchmark: equal cost, statistics, tables, plots."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from bench.tools.output import dated
-from bench.tools.rows import Rows
+from bench.tools.rows import RowStore
 
 
-class Claims(Rows):
+class Claims(RowStore):
     """The samples of this run's file, and what is concluded from them."""
 
     def __init__(self, file: Path, model: str) -> None:
