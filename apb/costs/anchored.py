@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from apb.costs.lockstep import Await, ClockStep, Compute, Exchange, Hosts, Move, Relay, Seconds, shift
+from apb.costs.lockstep import Await, ClockStep, Exchange, Hosts, HostWork, Move, Relay, Seconds, shift
 from apb.costs.rates import Rates, read
 from apb.plan.bytes import anchor_bytes
 from apb.plan.plan import PrefillPlan
@@ -37,9 +37,9 @@ def attention(plan: PrefillPlan, rates: Rates) -> list[ClockStep]:
                     raise AssertionError("an exact plan")
                 case _:
                     at = turn[_meeting(step)]
-    steps: list[ClockStep] = [Compute(dict(work[0]))]
+    steps: list[ClockStep] = [HostWork(dict(work[0]))]
     for at, meeting in enumerate(order):
-        steps += [*_together(meeting, plan), Compute(dict(work[at + 1]))]
+        steps += [*_together(meeting, plan), HostWork(dict(work[at + 1]))]
     return steps
 
 

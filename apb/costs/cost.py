@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from apb.costs import anchored, exact
-from apb.costs.lockstep import Await, Clock, ClockStep, Compute, Exchange, Seconds, shift
+from apb.costs.lockstep import Await, Clock, ClockStep, Exchange, HostWork, Seconds, shift
 from apb.costs.network import Network
 from apb.costs.rates import PASSES_HEADS, PASSES_HIDDEN, PASSES_MLP, Rates, read
 from apb.plan.bytes import partial_bytes, prefill_bytes
@@ -102,11 +102,11 @@ def _layers(
     return spent, parts, (clock.sent - sent) / made * layers
 
 
-def _linear(plan: PrefillPlan, rates: Rates) -> Compute:
+def _linear(plan: PrefillPlan, rates: Rates) -> HostWork:
     """A layer's projections, and what else it does with every token."""
     tokens = [host.tokens_run for host in plan.host_plans]
     each = {count: _token_work(plan, rates, count) for count in set(tokens)}
-    return Compute({name: np.array([each[count][name] for count in tokens]) for name in ("linear", "other")})
+    return HostWork({name: np.array([each[count][name] for count in tokens]) for name in ("linear", "other")})
 
 
 def _token_work(plan: PrefillPlan, rates: Rates, tokens: int) -> dict[str, float]:
@@ -126,7 +126,7 @@ def _question(plan: PrefillPlan, rates: Rates) -> list[ClockStep]:
     # Few queries: the cache is read at the memory's pace, or multiplied at the kernel's.
     pairs = 4 * s.head_dim * s.q_heads * m * held / read(rates.full, m)
     attention = np.maximum(pairs, held * s.kv_row_bytes / rates.memory) + rates.call_s
-    work = Compute({name: np.full(plan.hosts, seconds) for name, seconds in own.items()} | {"attention": attention})
+    work = HostWork({name: np.full(plan.hosts, seconds) for name, seconds in own.items()} | {"attention": attention})
     if plan.hosts == 1:
         return [work]
     part = m * s.partial_row_bytes
@@ -134,7 +134,7 @@ def _question(plan: PrefillPlan, rates: Rates) -> list[ClockStep]:
 
     each = np.full(plan.hosts, float(part))
     moves = tuple(shift(plan.hosts, k, lambda *_: each) for k in range(1, plan.hosts))
-    return [work, Exchange("partials", moves), Await("partials"), Compute({"other": np.full(plan.hosts, merged)})]
+    return [work, Exchange("partials", moves), Await("partials"), HostWork({"other": np.full(plan.hosts, merged)})]
 
 
 def _head(plan: PrefillPlan, rates: Rates) -> float:

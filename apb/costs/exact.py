@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from apb.costs.lockstep import Await, ClockStep, Compute, Exchange, Hosts, Move, Seconds, shift
+from apb.costs.lockstep import Await, ClockStep, Exchange, Hosts, HostWork, Move, Seconds, shift
 from apb.costs.rates import Rates, read
 from apb.plan.exact import Spread, attention_shape
 from apb.plan.plan import PrefillPlan
@@ -99,7 +99,7 @@ class _ExactLayer:
         node, place = group // self.lane, group % self.lane
         return (node - round_) % (count // self.lane) * self.lane + (place - at) % self.lane
 
-    def _pairs(self, turn: int) -> Compute:
+    def _pairs(self, turn: int) -> HostWork:
         """The kernel calls of one turn, and the merging of what they give."""
         group = np.arange(self.hosts) // self.members
         block = group if turn == 0 else self._block(group, turn)
@@ -110,7 +110,7 @@ class _ExactLayer:
         rate = read(self.rates.causal if turn == 0 else self.rates.full, float(self.block_rows.mean()))
         seconds = 4 * d * self.q_heads * pairs / rate + self.rates.call_s * PIECES * (pairs > 0)
         merged = 3 * 4 * self.block_rows[group] * self.q_heads * d / self.rates.memory * (pairs > 0) * (turn > 0)
-        return Compute({"attention": seconds, "other": merged})
+        return HostWork({"attention": seconds, "other": merged})
 
     def _border(self, role: str) -> list[ClockStep]:
         if self.members == 1:
@@ -125,7 +125,7 @@ class _ExactLayer:
 
         copied = 2 * self.block_rows[np.arange(self.hosts) // self.members] * row[self.member] / self.rates.memory
         moves = tuple(shift(self.hosts, k, size, self.members) for k in range(1, self.members))
-        return [Exchange(role, moves), Await(role), Compute({"other": copied})]
+        return [Exchange(role, moves), Await(role), HostWork({"other": copied})]
 
 
 def _edges(blocks: Layout) -> tuple[Hosts, Hosts]:

@@ -19,7 +19,7 @@ Move = tuple[Hosts, Hosts, Seconds]  # from, to, bytes; every host at most once 
 
 
 @dataclass(frozen=True)
-class Compute:
+class HostWork:
     """Own work by host and by what it goes to."""
 
     parts: dict[str, Seconds]
@@ -48,7 +48,7 @@ class Await:
     name: str
 
 
-ClockStep = Compute | Exchange | Relay | Await
+ClockStep = HostWork | Exchange | Relay | Await
 
 
 class Clock:
@@ -79,7 +79,7 @@ class Clock:
         """Do all steps once."""
         for step in program:
             match step:
-                case Compute(parts):
+                case HostWork(parts):
                     for name, seconds in parts.items():
                         self.now = self.now + seconds
                         self.parts[name] = self.parts.get(name, 0.0) + seconds

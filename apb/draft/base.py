@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from apb.plan.shapes import ModelShape
 
 # q (B, H, S, D), k and v (B, K, S, D) of new rows -> attention output (B, H, S, D)
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+HeadAttend = Callable[[Tensor, Tensor, Tensor], Tensor]
 RotateTo = Callable[[Tensor, Tensor], Tensor]
 
 WINDOW, SINKS = 512, 4  # tokens: what heads see whose file does not say; published ones were trained on 2,048
@@ -110,7 +110,7 @@ class DraftHead(nn.Module, ABC):
         """Return rotated keys and values (B, K, S, D): a one-layer head's need no attention."""
 
     @abstractmethod
-    def step(self, hidden_BSE: Tensor, ids_BS: Tensor, positions_S: Tensor, attend: Attend) -> Tensor:
+    def step(self, hidden_BSE: Tensor, ids_BS: Tensor, positions_S: Tensor, attend: HeadAttend) -> Tensor:
         """Run the layer and return its output (B, S, E); ``attend`` does cache, window and tree mask."""
 
     @abstractmethod
@@ -191,7 +191,7 @@ class HeadAttention(nn.Module):
         """Return rotated keys and values (B, K, S, D)."""
         return self._rotate(self._heads(self.k_proj(x_BSE)), positions_S), self._heads(self.v_proj(x_BSE))
 
-    def forward(self, x_BSE: Tensor, positions_S: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x_BSE: Tensor, positions_S: Tensor, attend: HeadAttend) -> Tensor:
         """Return the attention's output (B, S, E)."""
         q_BHSD = self._rotate(self._heads(self.q_proj(x_BSE)), positions_S)
         out_BHSD = attend(q_BHSD, *self.keys_values(x_BSE, positions_S))

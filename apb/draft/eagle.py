@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apb.draft.base import Attend, HeadAttention, HeadNorm, LayerShape, Mlp, SharedVocab, Target
+from apb.draft.base import HeadAttend, HeadAttention, HeadNorm, LayerShape, Mlp, SharedVocab, Target
 
 # Sizes of a fresh head's projections, where not 1.
 _STARTS = {"q_proj": 0.2, "k_proj": 0.2, "o_proj": 0.1, "down_proj": 0.1}
@@ -27,7 +27,7 @@ class EagleLayer(nn.Module):
         self.post_attention_layernorm = HeadNorm(shape.hidden_size, shape.rms_norm_eps)
         self.mlp = Mlp(shape)
 
-    def forward(self, x_BSE: Tensor, positions_S: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x_BSE: Tensor, positions_S: Tensor, attend: HeadAttend) -> Tensor:
         """Return the layer's output (B, S, E)."""
         x_BSE = x_BSE + self.self_attn(x_BSE, positions_S, attend)
         out_BSE: Tensor = x_BSE + self.mlp(self.post_attention_layernorm(x_BSE))
@@ -92,7 +92,7 @@ class EagleHead(SharedVocab):
         found: tuple[Tensor, Tensor] = layer.self_attn.keys_values(self._joined(hidden_BSE, ids_BS), positions_S)
         return found
 
-    def step(self, hidden_BSE: Tensor, ids_BS: Tensor, positions_S: Tensor, attend: Attend) -> Tensor:
+    def step(self, hidden_BSE: Tensor, ids_BS: Tensor, positions_S: Tensor, attend: HeadAttend) -> Tensor:
         out_BSE: Tensor = self.layers[0](self._joined(hidden_BSE, ids_BS), positions_S, attend)
         return out_BSE
 

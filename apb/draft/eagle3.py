@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apb.draft.base import Attend, DraftHead, HeadAttention, HeadNorm, LayerShape, Mlp, Target, share
+from apb.draft.base import DraftHead, HeadAttend, HeadAttention, HeadNorm, LayerShape, Mlp, Target, share
 from burst.errors import UserError
 
 
@@ -31,7 +31,7 @@ class Eagle3Layer(nn.Module):
         """Return what the projections read, (B, S, 2 E)."""
         return torch.cat([self.input_layernorm(embedded_BSE), self.hidden_norm(hidden_BSE)], dim=-1)
 
-    def forward(self, embedded_BSE: Tensor, hidden_BSE: Tensor, positions_S: Tensor, attend: Attend) -> Tensor:
+    def forward(self, embedded_BSE: Tensor, hidden_BSE: Tensor, positions_S: Tensor, attend: HeadAttend) -> Tensor:
         """Return the layer's output (B, S, E)."""
         x_BSE = hidden_BSE + self.self_attn(self.joined(embedded_BSE, hidden_BSE), positions_S, attend)
         out_BSE: Tensor = x_BSE + self.mlp(self.post_attention_layernorm(x_BSE))
@@ -92,7 +92,7 @@ class Eagle3Head(DraftHead):
         joined = self.midlayer.joined(self.embed(ids_BS), hidden_BSE)
         return self.midlayer.self_attn.keys_values(joined, positions_S)
 
-    def step(self, hidden_BSE: Tensor, ids_BS: Tensor, positions_S: Tensor, attend: Attend) -> Tensor:
+    def step(self, hidden_BSE: Tensor, ids_BS: Tensor, positions_S: Tensor, attend: HeadAttend) -> Tensor:
         out_BSE: Tensor = self.midlayer(self.embed(ids_BS), hidden_BSE, positions_S, attend)
         return out_BSE
 

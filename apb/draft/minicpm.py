@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apb.draft.base import Attend, HeadNorm, LayerShape, SharedVocab, Target
+from apb.draft.base import HeadAttend, HeadNorm, LayerShape, SharedVocab, Target
 from apb.draft.eagle import EagleLayer
 
 
@@ -25,7 +25,7 @@ class MiniCpmLayer(EagleLayer):
         self.input_layernorm = HeadNorm(shape.hidden_size, shape.rms_norm_eps)
         self._scale = residual_scale
 
-    def forward(self, x_BSE: Tensor, positions_S: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x_BSE: Tensor, positions_S: Tensor, attend: HeadAttend) -> Tensor:
         x_BSE = x_BSE + self.self_attn(self.input_layernorm(x_BSE), positions_S, attend) * self._scale
         out_BSE: Tensor = x_BSE + self.mlp(self.post_attention_layernorm(x_BSE)) * self._scale
         return out_BSE
@@ -74,7 +74,7 @@ class MiniCpmHead(SharedVocab):
         found: tuple[Tensor, Tensor] = layer.self_attn.keys_values(x_BSE, positions_S)
         return found
 
-    def step(self, hidden_BSE: Tensor, ids_BS: Tensor, positions_S: Tensor, attend: Attend) -> Tensor:
+    def step(self, hidden_BSE: Tensor, ids_BS: Tensor, positions_S: Tensor, attend: HeadAttend) -> Tensor:
         out_BSE: Tensor = self.layers[0](self._joined(hidden_BSE, ids_BS), positions_S, attend)
         return out_BSE
 

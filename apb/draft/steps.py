@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from apb.draft.base import Attend, DraftHead
+from apb.draft.base import DraftHead, HeadAttend
 from apb.graphs.capture import Capture, Cut, Pieces
 
 _Found = tuple[Tensor, Tensor]
@@ -25,7 +25,7 @@ class HeadSteps:
         self.computed = 0  # rows of the LM head, for all nodes together
         self._pieces: dict[int, Pieces[_Found]] = {}
 
-    def __call__(self, hidden_BSE: Tensor, ids_BF: Tensor, positions_F: Tensor, attend: Attend) -> _Found:
+    def __call__(self, hidden_BSE: Tensor, ids_BF: Tensor, positions_F: Tensor, attend: HeadAttend) -> _Found:
         """Return the head's output (1, F, E) and the log-probabilities (F, V), fp32, of what comes after each row."""
         rows = ids_BF.shape[1]
         self.computed += rows * len(self.head.ids_V)

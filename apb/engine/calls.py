@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from apb.clusters import Cluster
 from apb.engine.checks import check_open
-
-OnEvent = Callable[[dict[str, Any]], None]
+from apb.host.messages import OnEvent
 
 
 class Names:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apb.costs.lockstep import Await, Clock, Compute, Exchange, Relay, shift
+from apb.costs.lockstep import Await, Clock, Exchange, HostWork, Relay, shift
 from burst.planner.events import Begin, Busy, Finish, TimelineEvent
 from burst.planner.timeline import interval, parts, replay
 from burst.planner.topology import Link, Machine, Topology
@@ -130,7 +130,7 @@ def programs(hosts: int, seconds: Any, sizes: Any, kind: str) -> tuple[list[list
     work = np.array(seconds)
     exchange = tuple(shift(hosts, k, lambda source, _: np.array(sizes, dtype=float)[source]) for k in range(1, hosts))
     start = Relay("x", np.array(sizes, dtype=float)) if kind == "relay" else Exchange("x", exchange)
-    return events, [Compute({"a": work}), start, Compute({"a": work[::-1].copy()}), Await("x")]
+    return events, [HostWork({"a": work}), start, HostWork({"a": work[::-1].copy()}), Await("x")]
 
 
 @settings(max_examples=60, deadline=None)
