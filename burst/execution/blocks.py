@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from burst.kernels import Kernel
 from burst.kernels.merge import Accumulator, accumulate_dtype
@@ -34,7 +33,7 @@ class Blocks:
             q, k, v = _wide(q), _wide(k), _wide(v)
         for piece in pieces:
             q_part, k_part, v_part = (_rows(q, piece.q, piece), _rows(k, piece.k, piece), _rows(v, piece.k, piece))
-            out, lse = self._attend(q_part, k_part, v_part, piece.causal)
+            out, lse = self.kernel(q_part, k_part, v_part, causal=piece.causal, scale=self.scale)
             if piece.flip:
                 out, lse = out.flip(TOKENS), lse.flip(TOKENS)
             whole = piece.q_stop - piece.q_start == q.shape[TOKENS]
@@ -64,7 +63,10 @@ class Blocks:
             if self.accurate:
                 rows = {name: x.to(acc) for name, x in rows.items()}
                 k_part, v_part = k_part.to(acc), v_part.to(acc)
-            grads = self._differentiate(rows, k_part, v_part, piece.causal)
+            q_part, lse, dout, out, delta = rows["q"], rows["lse"], rows["dout"], rows.get("out"), rows.get("delta")
+            grads = self.kernel.backward(
+                q_part, k_part, v_part, out, lse, dout, causal=piece.causal, scale=self.scale, delta=delta
+            )
             for name, grad, span in zip(("dq", "dk", "dv"), grads, (piece.q, piece.k, piece.k), strict=True):
                 grad = grad.flip(TOKENS) if piece.flip else grad
                 whole = span.stop - span.start == sums[name].shape[TOKENS]
@@ -75,33 +77,6 @@ class Blocks:
                         sums[name].zero_()
                     sums[name][:, :, span].add_(grad)
                 fresh.discard(name)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-        value_dim = v.shape[3]
-        q, k, v = self._one_dim(q, k, v)
-        out, lse = self.kernel(q, k, v, causal=causal, scale=self.scale)
-        return out[..., :value_dim], lse
-
-    def _differentiate(
-        self, rows: Mapping[str, Tensor], k: Tensor, v: Tensor, causal: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        head_dim, value_dim = k.shape[3], v.shape[3]
-        q, k, v = self._one_dim(rows["q"], k, v)
-        dout, out = rows["dout"], rows.get("out")
-        if v.shape[3] > value_dim:  # zeros leave the row sums of dout * out as they are; pad() copies in any case
-            dout = pad(dout, (0, v.shape[3] - value_dim))
-            out = None if out is None else pad(out, (0, v.shape[3] - value_dim))
-        dq, dk, dv = self.kernel.backward(
-            q, k, v, out, rows["lse"], dout, causal=causal, scale=self.scale, delta=rows.get("delta")
-        )
-        return dq[..., :head_dim], dk[..., :head_dim], dv[..., :value_dim]
-
-    def _one_dim(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pad with zeros to one dim for kernels that know one only; scores and lse stay as they are."""
-        if self.kernel.any_value_dim or k.shape[3] == v.shape[3]:
-            return q, k, v
-        dim = max(k.shape[3], v.shape[3])
-        return pad(q, (0, dim - q.shape[3])), pad(k, (0, dim - k.shape[3])), pad(v, (0, dim - v.shape[3]))
 
 
 def begin(total: Accumulator, q: Tensor, value_dim: int) -> None:

@@ -6,6 +6,7 @@ Shapes: B batch, H query heads, K kv heads, S own queries, T own keys, D head di
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from burst.layouts.layout import Layout
 from burst.layouts.masks import Span
 from burst.planner.planner import plan
 from burst.planner.topology import topology
-from burst.schedules import Phase, Schedule, schedule
+from burst.schedules import Schedule, schedule
 from burst.transport import Transport
 
 
@@ -62,19 +63,16 @@ def make_call(
 
 
 def _forward(form: Form, transport: Transport, options: AttentionOptions) -> Schedule:
-    if isinstance(options.schedule, Schedule):
-        return check_made_for(options.schedule, form, transport, options)
-    return schedule(
-        options.schedule,
-        options.layout,
-        form.shape(),
-        nodes=transport.nodes,
-        causal=options.causal,
-        window=options.window,
-        keys=options.keys,
-        travels=options.forward,
-        ulysses=options.ulysses,
-    )
+    made = options.schedule
+    if isinstance(made, Schedule):
+        return check_made_for(made, form, transport, options)
+    return _maker(form, transport, options)(made, travels=options.forward, ulysses=options.ulysses)
+
+
+def _maker(form: Form, transport: Transport, options: AttentionOptions) -> partial[Schedule]:
+    """Return ``schedule`` with everything but the name and the phase's own choices."""
+    o, shape, nodes = options, form.shape(), transport.nodes
+    return partial(schedule, layout=o.layout, shape=shape, nodes=nodes, causal=o.causal, window=o.window, keys=o.keys)
 
 
 def _planned(form: Form, transport: Transport, options: AttentionOptions, wants_gradient: bool) -> AttentionOptions:
@@ -95,27 +93,15 @@ def _planned(form: Form, transport: Transport, options: AttentionOptions, wants_
 
 def _with_backward(call: AttentionCall, options: AttentionOptions) -> AttentionCall:
     going, layout = call.forward, options.layout
-
-    def like(where: Layout, phase: Phase, travels: str) -> Schedule:
-        return schedule(
-            going.name,
-            where,
-            call.form.shape(),
-            phase=phase,
-            nodes=going.nodes,
-            causal=going.causal,
-            window=going.window,
-            keys=options.keys,
-            travels=travels,
-            ulysses=going.members if going.name == "usp" else None,
-        )
-
-    call = replace(call, backward=like(layout, "backward", BACKWARD[options.backward]))
+    ulysses = going.members if going.name == "usp" else None
+    make = _maker(call.form, call.transport, options)
+    backward = make(going.name, phase="backward", travels=BACKWARD[options.backward], ulysses=ulysses)
+    call = replace(call, backward=backward)
     kept = 1.0 if options.checkpoint is None else options.checkpoint
     edge = layout.n_tokens - round(kept * layout.n_tokens)
     if edge == 0:
         return call
-    again = like(first_tokens(layout, edge), "forward", going.travels)
+    again = make(going.name, layout=first_tokens(layout, edge), travels=going.travels, ulysses=ulysses)
     first = going.blocks.positions(going.block_of(call.transport.rank)) < edge
     dropped, kept_rows = (rows.nonzero().squeeze(1).to(call.transport.device) for rows in (first, ~first))
     return replace(call, again=again, dropped=dropped, kept=kept_rows)

@@ -12,6 +12,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from burst.errors import UserError
 from burst.kernels.merge import accumulate_dtype
@@ -50,7 +51,7 @@ class Kernel:
     """Softmax attention of one block of queries over one block of keys, with its log-sum-exp.
 
     A backend is two functions. The checks and the special cases that backends do not agree on are here. ``device`` is
-    the only device type the backend runs on, None for any; ``any_value_dim`` says whether E may differ from D.
+    the only device type the backend runs on, None for any; ``any_value_dim`` says whether it takes E other than D.
     """
 
     name: str
@@ -74,9 +75,10 @@ class Kernel:
         if q.shape[:3].numel() == 0 or k.shape[2] == 0:  # the CPU op divides by zero here and kills the process
             lse_BHS = q.new_full(q.shape[:3], -math.inf, dtype=accumulate_dtype(q.dtype))
             return q.new_zeros((*q.shape[:3], v.shape[3])), lse_BHS
-        # The CPU op reads a strided last dim as if it were dense: wrong numbers, no error.
-        q, k, v = (_unit_strided(x) for x in (q, k, v))
-        return self.block(q, k, v, causal, q.shape[3] ** -0.5 if scale is None else scale)
+        scale, value_dim = q.shape[3] ** -0.5 if scale is None else scale, v.shape[3]
+        q, k, v = self._fitted(q, k, v)
+        out, lse_BHS = self.block(q, k, v, causal, scale)
+        return out[..., :value_dim], lse_BHS
 
     def backward(
         self,
@@ -107,10 +109,21 @@ class Kernel:
         self._check_rows(q, v, rows)
         if q.shape[:3].numel() == 0 or k.shape[2] == 0:
             return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-        # A gradient that comes from sum() is one number expanded: stride 0 everywhere.
-        q, k, v, dout = (_unit_strided(x) for x in (q, k, v, dout))
-        rows = rows._replace(out=None if out is None else _unit_strided(out), dout=dout)
-        return self.block_backward(q, k, v, rows, causal, q.shape[3] ** -0.5 if scale is None else scale)
+        scale, dim, value_dim = q.shape[3] ** -0.5 if scale is None else scale, q.shape[3], v.shape[3]
+        q, k, v, dout, *outs = self._fitted(q, k, v, dout, *(() if out is None else (out,)))
+        rows = rows._replace(out=outs[0] if outs else None, dout=dout)
+        dq, dk, dv = self.block_backward(q, k, v, rows, causal, scale)
+        return dq[..., :dim], dk[..., :dim], dv[..., :value_dim]
+
+    def _fitted(self, *tensors: Tensor) -> list[Tensor]:
+        """Make last dims dense, and equal for a backend that knows one dim only; zeros change no score or row sum.
+
+        The CPU op reads a strided last dim as if it were dense: wrong numbers, no error. A gradient that comes from
+        sum() is one number expanded, with stride 0 everywhere.
+        """
+        dim = 0 if self.any_value_dim else max(x.shape[3] for x in tensors)
+        wide = (pad(x, (0, dim - x.shape[3])) if x.shape[3] < dim else x for x in tensors)
+        return [x if x.stride(-1) == 1 else x.contiguous() for x in wide]
 
     def _check_rows(self, q: Tensor, v: Tensor, rows: Rows) -> None:
         if rows.out is None and rows.delta is None:
@@ -135,13 +148,9 @@ class Kernel:
             given = f"q {q.device}, k {k.device}, v {v.device}"
             remedy = "Move the tensors, or choose the kernel 'auto'."
             self._reject("the inputs' device does not fit", given, self.device or "one device", remedy)
-        length, dim, value_dim = q.shape[2], q.shape[3], v.shape[3]
-        if value_dim != dim and not self.any_value_dim:
-            remedy = "Choose the kernel 'reference', or pad v with zeros and cut the output."
-            self._reject("the value dim must equal the head dim", value_dim, f"value dim {dim}", remedy)
-        if causal and length != k.shape[2]:
+        if causal and q.shape[2] != k.shape[2]:
             remedy = "Attend to the earlier keys with causal=False and merge the two parts."
-            self._reject("causal needs a square block", f"{length} x {k.shape[2]}", "S == T", remedy)
+            self._reject("causal needs a square block", f"{q.shape[2]} x {k.shape[2]}", "S == T", remedy)
 
     def _reject(self, message: str, given: object, allowed: object, remedy: str) -> NoReturn:
         reject(f"kernel '{self.name}'", message, given, allowed, remedy)
@@ -160,10 +169,6 @@ def backend(
 ) -> Kernel:
     """Enter a kernel under ``name`` and return it; ``summary`` is one line for people."""
     return KERNELS.add(name, summary, Kernel(name, block, block_backward, device, any_value_dim))
-
-
-def _unit_strided(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def check_inputs(who: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:

@@ -148,10 +148,10 @@ def test_nan_is_not_hidden(name: str, dtype: torch.dtype, keys: int) -> None:
 
 def test_value_dim() -> None:
     q, k, v = draw(value_dim=24)
-    assert_close(kernel("reference")(q, k, v, causal=True), dense(q, k, v, True, 0.25), torch.float32)
-    with pytest.raises(UserError, match="kernel 'cpu': the value dim") as error:
-        kernel("cpu")(q, k, v, causal=True)
-    assert "reference" in error.value.remedy
+    for name in ("reference", "cpu"):  # the CPU op knows one dim
+        out, lse = kernel(name)(q, k, v, causal=True)
+        assert out.shape[3] == 24
+        assert_close((out, lse), dense(q, k, v, True, 0.25), torch.float32)
 
 
 def test_leaves_inputs_alone_and_works_in_inference_mode() -> None:
