@@ -44,8 +44,10 @@ def emulated(rows: Sequence[Row]) -> list[str]:
     for (model, device, tokens, network), here in groups(rows, *keys).items():
         lines += ["", _about(f"**Emulated** hosts, {model}, {tokens:,} tokens, network {network}", device, here), ""]
         cells = []
+        alone = next((sum(row["work_s"]) for row in here if row["strategy"] == "full"), None)
         for row in here:
             over, limit = row["over_full"], row["limit"]
+            work = "" if alone is None else f"{sum(row['work_s']) / alone:.3f}; {max(row['work_s']) / alone:.4f}"
             low, high = row["seconds"]["iqr"]
             cells.append(
                 [
@@ -53,6 +55,7 @@ def emulated(rows: Sequence[Row]) -> list[str]:
                     f"{row['seconds']['median']:.3g} s ({low:.3g}-{high:.3g})",
                     "" if over is None else f"{over['median']:.2f} ({over['iqr'][0]:.2f}-{over['iqr'][1]:.2f})",
                     "" if over is None or limit is None else f"{limit['equal_rates']:.2f}",
+                    work if row["strategy"] != "full" else "",
                     seconds(row["exposed_s"]["median"]),
                     size(sum(row["bytes_by_kind"].values())),
                 ]
@@ -62,6 +65,7 @@ def emulated(rows: Sequence[Row]) -> list[str]:
             "to first token, nothing hidden",
             "times faster",
             "FLOPs allow",
+            "own work of full's: all hosts; slowest",
             "network",
             "all send",
         )

@@ -24,6 +24,7 @@ from bench.tools.prompts import lengths
 from bench.tools.timing import ratio, spread
 from burst.errors import UserError
 from launch.verbs.prepare import cores
+from tests.launch.test_json_keys import new_and_missing
 from tests.support.tiny import tiny_llama
 
 pytest_plugins = ("tests.support.command",)
@@ -183,6 +184,7 @@ def test_predictions_beside_real_processes(apb: Any, tmp_path: Path) -> None:
     assert row["simulated_over_real"] > 0 and row["work_simulated_over_real"] > 0
     assert ran.code == 0 and row["strategy"] == "star" and row["predicted_s"]["median"] > 0 and row["real_s"]["n"] == 1
     assert row["within"] == abs(row["predicted_over_real"]["median"] - 1)
+    assert new_and_missing("bench emulate, validated", ran.document) == ([], [])
 
 
 def test_hosts_without_a_core_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

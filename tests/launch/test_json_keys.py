@@ -71,6 +71,12 @@ def made(folder: Path) -> dict[str, str]:
     return {"model": model, "head": str(head), "document": str(document), "folder": str(folder / "empty")}
 
 
+def new_and_missing(name: str, document: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Return the keys of a document that are not kept, and those kept that it has not."""
+    found, kept = set(keys(document)), set(json.loads(KEPT.read_text())[name])
+    return sorted(found - kept), sorted(kept - found)
+
+
 def keys(value: Any, path: str = "") -> Iterator[str]:
     """Return a document's dotted keys: lists by their first element, the options that it repeats not at all."""
     if isinstance(value, dict):
@@ -84,6 +90,4 @@ def keys(value: Any, path: str = "") -> Iterator[str]:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_keys_stay(name: str, places: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     main(COMMANDS[name].format(**places).split())
-    found = set(keys(json.loads(capsys.readouterr().out)))
-    kept = set(json.loads(KEPT.read_text())[name])
-    assert (sorted(found - kept), sorted(kept - found)) == ([], []), "new and missing keys"
+    assert new_and_missing(name, json.loads(capsys.readouterr().out)) == ([], [])
