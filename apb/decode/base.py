@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from apb.attention.cached import CacheAttention
+from apb.decode.rules import Past, Rules
 from apb.decode.sampling import Sampling
 from apb.decode.text import TextStream
 from apb.graphs.capture import Capture
@@ -31,7 +32,8 @@ _TOKEN_BITS = 32  # where a token is told alone, how it ends the answer stands a
 class DecodeRequest:
     """Request for an answer of at most ``max_new_tokens`` tokens, ended earlier by a stop token or a stop string.
 
-    ``history``: all tokens so far, int64 (N,), for decoders that read them; on the owner only.
+    ``rules``: what the model's generation configuration asks for beside. ``history``: all tokens so far, int64 (N,),
+    for decoders and rules that read them; on the owner only.
     Raises UserError when there is nothing to generate, or for an empty stop string.
     """
 
@@ -40,6 +42,7 @@ class DecodeRequest:
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+    rules: Rules = field(default_factory=Rules)
     history: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -105,14 +108,23 @@ class Decoding:
     capture: Capture | None = None  # where steps run as graphs
     ids: list[int] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
+    past: Past | None = None  # on the owner, where there are rules
+
+    def __post_init__(self) -> None:
+        if self.request.rules and self.decides:
+            assert self.request.history is not None
+            self.past = Past(self.request.rules, self.request.history, self.request.stop_ids)
 
     @property
     def decides(self) -> bool:
         """True on the owner, the host that decides tokens."""
         return self.transport.rank == self.cache.owner
 
-    def choose(self, logits_V: Tensor, position: int) -> int:
-        """Return the token at ``position``: a function of logits, seed and position, however it is decoded."""
+    def choose(self, logits_V: Tensor, position: int, path: Sequence[int] = ()) -> int:
+        """Return the token at ``position``: a function of logits, seed, position and the tokens before it, however it
+        is decoded. ``path``: those of them that are not decided yet."""
+        if self.past is not None:
+            logits_V = self.past.ruled(logits_V, path)
         return self.request.sampling.choose(logits_V, position)
 
     def cut(self, tokens: Sequence[int]) -> tuple[list[int], int]:
@@ -136,6 +148,8 @@ class Decoding:
             self.ids.append(token)
             self.times_s.append(self.clock())
             self.on_token(token)
+        if self.past is not None:
+            self.past.extend(tokens)
         if tokens:
             self.cache.undecoded, self.cache.logits = tokens[-1], None
 

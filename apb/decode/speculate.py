@@ -104,7 +104,7 @@ def _finished_at(d: Decoding) -> float:
 
 def _walk(d: Decoding, tree: Tree, logits_MV: Tensor) -> tuple[list[int], list[int]]:
     after = [d.cache.length + depth + 1 for depth in tree.depths]
-    return walk(tree, lambda row: d.choose(logits_MV[row], position=after[row]))
+    return walk(tree, lambda row: d.choose(logits_MV[row], position=after[row], path=tree.path(row)))
 
 
 def verify(

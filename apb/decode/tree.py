@@ -50,6 +50,13 @@ class Tree:
             depths.append(depths[parent] + 1)
         return tuple(depths)
 
+    def path(self, row: int) -> tuple[int, ...]:
+        """Return the tokens from below the root to a row, that one included."""
+        tokens: tuple[int, ...] = ()
+        while row:
+            tokens, row = (self.tokens[row], *tokens), self.parents[row]
+        return tokens
+
     def mask(self, device: torch.device | str = "cpu") -> Tensor:
         """Return (M, M) bool: which rows each row sees, itself and its ancestors."""
         mask_MM = torch.eye(len(self), dtype=torch.bool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from apb.compress.base import Compressor
 from apb.decode import decoder as make_decoder
 from apb.decode.base import Decoder, DecodeRequest
 from apb.decode.placement import PLACEMENTS, Links
+from apb.decode.rules import Rules
 from apb.decode.sampling import Sampling
 from apb.decode.score import Score
 from apb.decode.text import TextStream
@@ -35,7 +37,7 @@ from apb.engine.gathering import Gathering
 from apb.engine.handle import KVHandle
 from apb.engine.metrics import decoded, measured, prefilled, versions
 from apb.engine.options import EngineOptions
-from apb.engine.requests import decode_requests, prefill_request
+from apb.engine.requests import decode_requests, prefill_request, rules_asked
 from apb.engine.result import Result
 from apb.engine.setup import Setup
 from apb.prompt.prompt import Prompt, Question, Text, make_question, with_question_first
@@ -181,6 +183,7 @@ class Engine:
             Sampling(temperature, top_p, top_k, seed),
             self._stop_ids(),
             (stop,) if isinstance(stop, str) else tuple(stop or ()),
+            self._rules[0],
         )
         self.setup.check_room(handle.next_position, max_new_tokens)
         self._gathering.place(handle, placement, request)
@@ -205,6 +208,7 @@ class Engine:
         metrics = decoded(handle.metrics, reports, answer, decoder.name, waited_s + first_token[0] - start)
         handle.generated += answer.token_ids
         metrics |= {"conditioned_on": handle.conditioned_on, "hosts_decoding": len({h for h, _ in handle.blocks})}
+        metrics |= {"generation_rules": request.rules.changes, "generation_ignored": list(self._rules[1])}
         return Result(stream.text, tuple(answer.token_ids), answer.finish_reason, metrics)
 
     def fork(self, handle: KVHandle, query: Text | Question | None = None) -> KVHandle:
@@ -298,6 +302,10 @@ class Engine:
         if self.setup.spec.config is not None:  # random weights mean nothing by any token
             return ()
         return generation_stop_ids(Path(self.model_path))
+
+    @functools.cached_property
+    def _rules(self) -> tuple[Rules, tuple[str, ...]]:
+        return rules_asked(self.setup.spec)
 
 
 def _layers(on_layer: Callable[[int, int], None] | None) -> Callable[[dict[str, Any]], None] | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import torch
 
 from apb.compress import Compressor
 from apb.decode.base import DecodeRequest
+from apb.decode.rules import Rules
 from apb.engine.handle import KVHandle
-from apb.host.messages import PrefillRequest
+from apb.host.messages import HostSpec, PrefillRequest
 from apb.plan.plan import PrefillPlan
 from apb.prompt.prompt import Prompt
 
@@ -37,10 +39,21 @@ def prefill_request(
     )
 
 
+def rules_asked(spec: HostSpec) -> tuple[Rules, tuple[str, ...]]:
+    """Return what the model's generation configuration asks of the choice of tokens, and what of it is ignored, after
+    a warning; random weights ask for nothing."""
+    from apb.models.generation import generation_rules, warn_ignored
+
+    path = Path(spec.model_path)
+    rules, ignored = (Rules(), ()) if spec.config is not None else generation_rules(path)
+    warn_ignored(path, ignored)
+    return rules, ignored
+
+
 def decode_requests(handle: KVHandle, request: DecodeRequest, hosts: int) -> list[tuple[str, DecodeRequest]]:
-    """Return each host's request: all tokens so far go to the one that drafts, where its decoder reads them."""
+    """Return each host's request: all tokens so far go to the one that decides, where decoder or rules read them."""
     requests = [(handle.id, request)] * hosts
-    if request.decoder.needs_history:
+    if request.decoder.needs_history or request.rules:
         history = torch.tensor(handle.token_ids)
         requests[handle.owner] = (handle.id, dataclasses.replace(request, history=history))
     return requests
