@@ -34,10 +34,11 @@ from apb.engine.checks import (
     nothing_pending,
 )
 from apb.engine.gathering import Gathering
+from apb.engine.generation import rules_asked
 from apb.engine.handle import KVHandle
 from apb.engine.metrics import decoded, measured, prefilled, versions
 from apb.engine.options import EngineOptions
-from apb.engine.requests import decode_requests, prefill_request, rules_asked
+from apb.engine.requests import decode_requests, prefill_request
 from apb.engine.result import Result
 from apb.engine.setup import Setup
 from apb.prompt.prompt import Prompt, Question, Text, make_question, with_question_first

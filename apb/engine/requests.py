@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import torch
 
 from apb.compress import Compressor
 from apb.decode.base import DecodeRequest
-from apb.decode.rules import Rules
 from apb.engine.handle import KVHandle
-from apb.host.messages import HostSpec, PrefillRequest
+from apb.host.messages import PrefillRequest
 from apb.plan.plan import PrefillPlan
 from apb.prompt.prompt import Prompt
 
@@ -37,17 +35,6 @@ def prefill_request(
         query_ids=question.query_ids if question else (),
         next_ids=tuple(token for start, stop in drafts for token in context[start + 1 : stop + 1]),
     )
-
-
-def rules_asked(spec: HostSpec) -> tuple[Rules, tuple[str, ...]]:
-    """Return what the model's generation configuration asks of the choice of tokens, and what of it is ignored, after
-    a warning; random weights ask for nothing."""
-    from apb.models.generation import generation_rules, warn_ignored
-
-    path = Path(spec.model_path)
-    rules, ignored = (Rules(), ()) if spec.config is not None else generation_rules(path)
-    warn_ignored(path, ignored)
-    return rules, ignored
 
 
 def decode_requests(handle: KVHandle, request: DecodeRequest, hosts: int) -> list[tuple[str, DecodeRequest]]:

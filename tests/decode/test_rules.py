@@ -26,7 +26,7 @@ from apb import Engine
 from apb.decode.eagle2 import Eagle2
 from apb.decode.lookup import Lookup
 from apb.decode.rules import Past, Rules
-from apb.models.generation import generation_rules
+from apb.engine.generation import generation_rules
 from apb.prompt.prompt import Prompt, Question
 from burst.errors import UserError
 from tests.support.drafting import Oracle, engine, prompt

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from apb.decode.rules import Rules
+from apb.host.messages import HostSpec
 from apb.models.files import damaged, read_json
 
 _logger = logging.getLogger(__name__)
@@ -34,6 +35,20 @@ _IGNORED: dict[str, tuple[Any, ...]] = {
 }
 
 
+def rules_asked(spec: HostSpec) -> tuple[Rules, tuple[str, ...]]:
+    """Return what the model's folder asks for, as ``generation_rules``, after a warning of what is ignored; random
+    weights ask for nothing."""
+    if spec.config is not None:
+        return Rules(), ()
+    rules, ignored = generation_rules(Path(spec.model_path))
+    if ignored:
+        names = ", ".join(ignored)
+        _logger.warning(
+            "%s asks for %s, which is not followed: transformers may answer otherwise", spec.model_path, names
+        )
+    return rules, ignored
+
+
 def generation_rules(path: Path) -> tuple[Rules, tuple[str, ...]]:
     """Return the rules that a model folder asks for, and the names of what it asks for beside them, which is ignored.
 
@@ -58,14 +73,6 @@ def generation_rules(path: Path) -> tuple[Rules, tuple[str, ...]]:
             raise damaged(file, f"{name} is {str(value)[:80]}, and must be {allowed}") from error
     ignored = [n for n, same in _IGNORED.items() if values.get(n) is not None and values[n] not in (*same, [], {})]
     return Rules(**found), tuple(ignored)
-
-
-def warn_ignored(path: Path, ignored: tuple[str, ...]) -> None:
-    """Say what of a folder's generation configuration is not followed."""
-    if ignored:
-        _logger.warning(
-            "%s asks for what is not followed here: %s; answers may differ from transformers'", path, ", ".join(ignored)
-        )
 
 
 def _penalty(value: Any) -> float:
