@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from datetime import timedelta
@@ -11,10 +12,21 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 LOOPBACK = "127.0.0.1"
 
 
+def listen(address: str, callers: int) -> socket.socket:
+    """Listen at ``address``, a name or a number of this machine, on a port that the system chooses: it is never busy.
+
+    A machine whose own name means loopback, to itself alone, listens on all its interfaces.
+    """
+    family, _, _, _, found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+    host = str(found[0])
+    if ipaddress.ip_address(host).is_loopback and address not in (LOOPBACK, "localhost", host):
+        host = ""
+    return socket.create_server((host, 0), family=family, backlog=max(128, callers))
+
+
 def open_store(address: str, world: int, timeout_s: float) -> TCPStore:
-    """Open a store at ``address`` and nowhere else, on a port that the system chooses: it is never busy."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.create_server((address, 0), family=family, backlog=max(128, world))
+    """Open a store at ``address`` and nowhere else."""
+    listener = listen(address, world)
     return TCPStore(
         address,
         listener.getsockname()[1],

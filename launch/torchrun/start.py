@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from burst.errors import UserError
-from launch.terminal.output import USER, told
+from launch.terminal.output import FAILED, USER, told
+from launch.torchrun.guard import Guard
 from launch.torchrun.ranks import ranks
 
 
@@ -37,15 +38,21 @@ def lead(program: Callable[[], int | None]) -> int:
     try:
         here = ranks()
     except UserError as error:
-        return told(error) if os.environ["RANK"] == "0" else USER
-    if here.rank:
-        here.follow()
+        first_here = os.environ.get("LOCAL_RANK", os.environ["RANK"]) == "0"
+        return told(error) if first_here else USER
+    if here.follower is not None:
         # At once: torchrun ends what is still there when rank 0 has failed, and calls that another failure.
-        os._exit(0)
+        os._exit(here.follower.follow())
+    leader = here.leader
+    assert leader is not None
+    guard = Guard(leader.beat)
+    code: int | None = FAILED
     try:
-        return program() or 0
+        code = program() or 0
+        return code
     finally:
-        here.stop()
+        guard.dismiss()
+        leader.stop(failed=code != 0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
