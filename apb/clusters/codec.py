@@ -123,7 +123,9 @@ class Codec:
         if isinstance(error, HostFailure):
             return ["HostFailure", [error.message, error.rank, error.step, error.peer], notes]
         own = getattr(builtins, type(error).__name__, None) is type(error) and not isinstance(error, UnicodeError)
-        return [type(error).__name__ if own else "", [str(error) if own else f"{type(error).__name__}: {error}"], notes]
+        if own:
+            return [type(error).__name__, [_plain(x) for x in error.args], notes]
+        return ["", [f"{type(error).__name__}: {error}"], notes]
 
     # -- from JSON ---------------------------------------------------------------------------------------------
 

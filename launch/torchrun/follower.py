@@ -24,6 +24,8 @@ from launch.torchrun.seat import Seat
 
 SHAKE_S = 30.0  # for a process that listens to answer
 AFTER_S = 3.0  # torchrun ends what is there after rank 0; whoever is still there then ends by itself
+BEHIND_S = 0.5  # for torchrun to notice the end of one process before the next one's
+LEAVE_S = 30.0  # for rank 0 to end after it has said so
 
 
 class Follower:
@@ -52,6 +54,7 @@ class Follower:
                 remedy="Check the network between the machines, and what docs/clusters.md says of the key.",
             ) from error
         self._line.send(codec().encode(Hello(place.node, os.getpid())))
+        self._gone = threading.Event()  # rank 0 has hung up
         self._due: queue.SimpleQueue[Do | Stop] = queue.SimpleQueue()
         self._vigil = Vigil((0,), MEET_S)
 
@@ -65,24 +68,29 @@ class Follower:
             outcome = self._seat.perform(due.command)
             self._line.send(codec().encode(Done(due.number, outcome)))
         self._seat.disconnect()
-        if due.failed:
-            time.sleep(AFTER_S)  # rank 0 is the one that failed; torchrun ends the others as soon as it has
+        if due.failed:  # rank 0 is the one that failed: it ends first, and torchrun reports the first
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
+            self._gone.wait(LEAVE_S)
+            time.sleep(BEHIND_S)
         self._line.close()
         return 1 if due.failed else 0
 
     def _listen(self) -> None:
+        stopped = False
         try:
             while True:
                 said = codec().decode(self._line.receive())
+                self._vigil.heard(0)
                 if isinstance(said, Ping):
                     self._vigil.timeout_s = said.timeout_s
                 else:
+                    stopped = isinstance(said, Stop)
                     self._due.put(said)
-                self._vigil.heard(0)
-                if isinstance(said, Stop):
-                    return
         except LineError as error:
-            self._end(f"its process ended, or the network between the machines did ({error})")
+            self._gone.set()
+            if not stopped:
+                self._end(f"its process ended, or the network between the machines did ({error})")
         except ValueError as error:
             self._end(f"it speaks another version: {error}")
 
