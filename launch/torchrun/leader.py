@@ -14,7 +14,7 @@ from typing import Any
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from apb.clusters.outcome import Outcome
-from apb.host.host import HostSpec, OnEvent
+from apb.host.messages import HostSpec, OnEvent
 from burst.errors import HostFailure
 from launch.hosts.meeting import listen, open_store
 from launch.hosts.vigil import Vigil, beat_s

@@ -8,7 +8,7 @@ from typing import Any
 
 from apb.clusters.codec import Codec
 from apb.clusters.outcome import Outcome
-from apb.host.host import HostSpec
+from apb.host.messages import HostSpec
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def codec() -> Codec:
     from apb.decode.sampling import Sampling
     from apb.decode.score import Score
     from apb.draft.spec import DraftSpec
-    from apb.host.host import HostReport, PrefillRequest
+    from apb.host.messages import HostReport, PrefillRequest
     from apb.plan import draft, exact, plan, shapes, steps
 
     planned = (plan.PrefillPlan, plan.HostPlan, shapes.ModelShape, shapes.PromptLengths, exact.Spread, draft.Handoff)

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from apb.clusters.outcome import Outcome, attempt
-from apb.host.host import Host, HostSpec, OnEvent, load_adapter
+from apb.host.host import Host
+from apb.host.load import load_adapter
+from apb.host.messages import HostSpec, OnEvent
 from apb.models.adapter import Adapter
 from burst.errors import HostFailure, UserError
 from burst.transport import Transport

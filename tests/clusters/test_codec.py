@@ -21,7 +21,7 @@ from apb.decode.base import DECODERS, DecodeRequest
 from apb.decode.sampling import Sampling
 from apb.draft.spec import DraftSpec
 from apb.engine.requests import prefill_request
-from apb.host.host import HostSpec
+from apb.host.messages import HostSpec
 from apb.strategies import STRATEGIES
 from burst.errors import HostFailure, UserError
 from launch.torchrun.messages import Call, Do, Done, Start, codec
