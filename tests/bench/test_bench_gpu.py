@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from apb.decode.eagle2 import Eagle2
+from apb.engine.options import EngineOptions
+from apb.engine.setup import Setup
+from bench.gpu import parts
 from bench.gpu.__main__ import main
 from bench.gpu.check import _part, gain, judge, step_key
 from bench.gpu.steps import STEPS, Stand
@@ -53,6 +56,17 @@ def test_misses_are_named(changes: dict[str, float], words: str | None) -> None:
     found = judge(emulated(**changes))
     assert found["ok"] == (words is None)
     assert found["missed"] == [] if words is None else len(found["missed"]) == 1 and words in found["missed"][0]
+
+
+def test_parts_run_and_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = EngineOptions("tiny", hosts=1, strategy="full", dtype="float32", device="cpu")
+    monkeypatch.setattr(parts, "_setup", lambda: Setup.make(options, config=CONFIG))
+    for name, value in (("TOKENS", 140), ("HOSTS", 2), ("KERNEL_TOKENS", (16,))):
+        monkeypatch.setattr(parts, name, value)
+    assert parts.kernels()["rows"][0]["seconds"] > 0
+    found = judge(parts.emulated())
+    assert found["tokens"] == 140 and {row["strategy"] for row in found["rows"]} == set(parts.STRATEGIES)
+    assert any("apb over full" in miss for miss in found["missed"])  # not at this size
 
 
 def test_a_command_that_fails_is_told() -> None:
