@@ -12,6 +12,7 @@ Modules are imported when their names are asked for. Options are the fields of a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -38,6 +39,13 @@ def option(default: Any, help: str, *, text: bool = False) -> Any:
     return dataclasses.field(default=default, metadata=about)
 
 
+def same(kind: type[Any], name: str, default: Any = dataclasses.MISSING, text: bool | None = None) -> Any:
+    """Declare the option ``name`` of another dataclass: its help text, and its default unless another is given."""
+    (found,) = (each for each in options(kind) if each.name == name)
+    default = found.default if default is dataclasses.MISSING else default
+    return option(default, found.help, text=found.text if text is None else text)
+
+
 @dataclass(frozen=True)
 class Option:
     """One option as declared: its name, type, default and help text; ``text``: free text or a path."""
@@ -60,6 +68,12 @@ def options(kind: type[Any]) -> list[Option]:
             about = field.metadata
             found.append(Option(field.name, hints[field.name], default, about["help"], about["text"]))
     return found
+
+
+@functools.cache
+def _entry_points(group: str) -> Mapping[str, importlib.metadata.EntryPoint]:
+    """Return a group's entry points of all packages by name."""
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group=group)}
 
 
 class Registry(Generic[T]):
@@ -96,7 +110,8 @@ class Registry(Generic[T]):
         for name, entry in self._entries().items():
             if name not in self._found:
                 self._load(name, entry)
-        return sorted(self._found, key=lambda name: (name in self._entries(), name))
+        entries = self._entries()
+        return sorted(self._found, key=lambda name: (name in entries, name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
@@ -139,8 +154,8 @@ class Registry(Generic[T]):
         path = importlib.import_module(self.package).__path__
         return [f"{self.package}.{m.name}" for m in pkgutil.iter_modules(path) if not m.ispkg]
 
-    def _entries(self) -> dict[str, importlib.metadata.EntryPoint]:
-        return {entry.name: entry for entry in importlib.metadata.entry_points(group=self.package)}
+    def _entries(self) -> Mapping[str, importlib.metadata.EntryPoint]:
+        return _entry_points(self.package)
 
     def _load(self, name: str, entry: importlib.metadata.EntryPoint) -> None:
         try:

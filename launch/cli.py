@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     with interruptible():
         try:
-            from launch.verbs.command import command  # torch and Hydra: seconds in which Ctrl-C may come, too
+            from launch.command.command import command  # seconds in which Ctrl-C may come, too
 
             code, text = command(words)
         except KeyboardInterrupt:

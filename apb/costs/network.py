@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from burst.errors import in_range
 from burst.planner.topology import Link, Machine, Topology
+from burst.registry import option
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,11 @@ class Network:
     """
 
     name: str
-    hosts_per_node: int
-    intra_gb_per_s: float
-    intra_us: float
-    inter_gb_per_s: float
-    inter_us: float
+    hosts_per_node: int = option(8, "hosts that share a machine's fast links")
+    intra_gb_per_s: float = option(400.0, "GB (10^9 bytes) a second, one way, inside a machine")
+    intra_us: float = option(5.0, "microseconds before the first byte")
+    inter_gb_per_s: float = option(50.0, "bandwidth between machines, for each host")
+    inter_us: float = option(15.0, "the latency between machines")
 
     def __post_init__(self) -> None:
         for field in fields(self)[1:]:

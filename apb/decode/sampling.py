@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from burst.errors import in_range
+from burst.registry import option
 
 
 @dataclass(frozen=True)
 class Sampling:
     """``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep everything. Raises UserError out of range."""
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
+    temperature: float = option(0.0, "0 always takes the likeliest token")
+    top_p: float = option(1.0, "sample from the likeliest tokens of this probability together; 1 is off")
+    top_k: int = option(0, "sample from this many likeliest tokens; 0 is off")
+    seed: int = option(0, "same seed, same answer")
 
     def __post_init__(self) -> None:
         checks = [

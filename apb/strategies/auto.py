@@ -12,7 +12,7 @@ from apb.plan.plan import PrefillPlan
 from apb.plan.shapes import ModelShape, PromptLengths
 from apb.strategies.base import STRATEGIES, Strategy
 from burst.errors import UserError
-from burst.registry import option
+from burst.registry import option, same
 
 TIE = 1.01  # costs closer than this are one: the simpler strategy is taken
 
@@ -30,11 +30,11 @@ class Auto(Strategy):
     exact: bool = option(False, "true: exact strategies only")
     rates: str | None = option(None, "a file of 'apb bench kernels'; null: assumed for the machine", text=True)
     machine: str = option("cuda", "speeds to assume without rates: cpu or cuda")
-    hosts_per_node: int = option(8, "hosts that share a machine's fast links")
-    intra_gb_per_s: float = option(400.0, "GB (10^9 bytes) a second, one way, inside a machine")
-    intra_us: float = option(5.0, "microseconds before the first byte")
-    inter_gb_per_s: float = option(50.0, "bandwidth between machines, for each host")
-    inter_us: float = option(15.0, "the latency between machines")
+    hosts_per_node: int = same(Network, "hosts_per_node")
+    intra_gb_per_s: float = same(Network, "intra_gb_per_s")
+    intra_us: float = same(Network, "intra_us")
+    inter_gb_per_s: float = same(Network, "inter_gb_per_s")
+    inter_us: float = same(Network, "inter_us")
 
     def plan(
         self, lengths: PromptLengths, hosts: int, shape: ModelShape, compressor: Compressor | None = None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench.settings import AttentionOptions
 from burst.errors import UserError, choose
 from burst.kernels import kernel
 from burst.kernels.base import DTYPES
@@ -17,25 +18,11 @@ from burst.layouts.layout import NAMES, Layout, layout
 from burst.schedules import AttentionShape
 
 
-@dataclass(frozen=True)
-class AttentionSettings:
-    """conf/bench/attention.yaml."""
+@dataclass(frozen=True, kw_only=True)
+class AttentionSettings(AttentionOptions):
+    """The options of ``apb bench attention``, and what follows from them."""
 
     name: str
-    tokens: int
-    ranks: int
-    nodes: int
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: str
-    device: str
-    layout: str
-    backward: bool
-    warmup: int
-    repeats: int
-    error_tokens: int
-    save: bool
 
     def checked(self) -> AttentionSettings:
         """Return the settings with ``auto`` resolved. Raises UserError for what cannot be measured."""

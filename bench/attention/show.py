@@ -12,7 +12,7 @@ from bench.attention.case import AttentionSettings
 from bench.attention.run import Row, rows
 from bench.tools.conditions import conditions
 from bench.tools.output import columns, save
-from launch.config.settings import typed
+from launch.config.typed import typed
 from launch.terminal.display import Display, size
 
 COLUMNS = ("", "ms", "% of ideal", "spread", "exposed ms", "% with comm.", "sent by all", "error")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +12,20 @@ from bench.decode.measure import PLAIN, decoders, label, measure, shape
 from bench.decode.pictures import draw
 from bench.decode.questions import questions
 from bench.ruler.variant import Variant
+from bench.settings import DecodeBench
 from bench.tools.conditions import hardware, provenance
 from bench.tools.drawing import drawn
 from bench.tools.rows import RowStore, keep
 from bench.tools.timing import spread
 from burst.errors import in_range
-from launch.config.settings import Basics, basics, decode_settings, typed
+from launch.config.build import basics, decode_settings
+from launch.config.settings import Basics
+from launch.config.typed import typed
 from launch.terminal.display import Display, seconds, size
-from launch.verbs.prepare import make_setup
+from launch.verbs.prefill.prepare import make_setup
 
 ALL = "all"
 WARM = 2  # verifications
-
-
-@dataclass(frozen=True)
-class DecodeBench:
-    """conf/bench/decode.yaml."""
-
-    kinds: tuple[str, ...]
-    contexts: tuple[int, ...]
-    prompts: int
-    new_tokens: int
-    sizes: tuple[int, ...]
-    data: str | None
-    save: bool
 
 
 def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:

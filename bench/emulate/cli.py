@@ -6,7 +6,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +17,16 @@ from bench.emulate.shares import emulate
 from bench.emulate.validate import pairs, show
 from bench.kernels.calls import as_rates, measured
 from bench.kernels.measure import Device
+from bench.settings import EmulateSettings
 from bench.tools.conditions import hardware, provenance
 from bench.tools.drawing import drawn
 from bench.tools.prompts import lengths, random_prompt, setups
 from bench.tools.rows import keep
 from bench.tools.setup import base_setup
 from burst.errors import in_range
-from launch.config.settings import chosen_compressor, typed
+from launch.config.build import chosen_compressor
+from launch.config.typed import typed
 from launch.terminal.display import Display, seconds, size
-
-
-@dataclass(frozen=True)
-class EmulateSettings:
-    """conf/bench/emulate.yaml."""
-
-    strategies: tuple[str, ...]
-    hosts: int
-    tokens: int
-    query_tokens: int
-    warmup_tokens: int
-    repeats: int
-    threads: int
-    validate: bool
-    rates: str | None
-    save: bool
 
 
 def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:

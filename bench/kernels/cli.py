@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from apb.compress import Compressor
 from bench.kernels.calls import as_rates, measured
 from bench.kernels.measure import Device
+from bench.settings import KernelSettings
 from bench.tools.conditions import hardware, provenance
 from bench.tools.rows import keep
 from bench.tools.setup import base_setup
 from burst.errors import UserError, in_range
-from launch.config.settings import chosen_compressor, typed
+from launch.config.build import chosen_compressor
+from launch.config.typed import typed
 from launch.terminal.display import Display, size
-
-
-@dataclass(frozen=True)
-class KernelSettings:
-    """conf/bench/kernels.yaml."""
-
-    tokens: tuple[int, ...]
-    question_tokens: int
-    repeats: int
-    save: bool
 
 
 def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +11,14 @@ from bench.report.figure import draw
 from bench.report.findings import findings
 from bench.report.rows import read
 from bench.report.tables import decoders, emulated, growth, measured
+from bench.settings import ReportSettings
 from bench.tools import output
 from bench.tools.setup import base_setup
 from burst.errors import UserError, in_range
-from launch.config.settings import typed
+from launch.config.typed import typed
 from launch.terminal.display import Display
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
-
-
-@dataclass(frozen=True)
-class ReportSettings:
-    """conf/bench/report.yaml."""
-
-    results: str | None
-    readme: str | None
-    figure: str | None
-    growth_hosts: tuple[int, ...]
-    growth_block: int
 
 
 def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from apb.engine.setup import Setup
 from bench.ruler import TASKS, sample
@@ -18,31 +17,18 @@ from bench.ruler.run import RulerSamples
 from bench.ruler.run import run as run_samples
 from bench.ruler.summary import CHOOSE, chosen, comparisons, latest, table
 from bench.ruler.variant import Variant, baselines
+from bench.settings import RulerSettings
 from bench.tools.conditions import conditions
 from bench.tools.drawing import drawn
 from bench.tools.rows import RowStore
 from burst.errors import UserError, in_range
-from launch.config.settings import Basics, basics, typed
+from launch.config.build import basics
+from launch.config.settings import Basics
+from launch.config.typed import typed
 from launch.terminal.display import Display, size
-from launch.verbs.prepare import make_setup
+from launch.verbs.prefill.prepare import make_setup
 
 FILE = "samples.jsonl"
-
-
-@dataclass(frozen=True)
-class RulerSettings:
-    """conf/bench/ruler.yaml."""
-
-    tasks: tuple[str, ...]
-    tokens: int
-    samples: int
-    seeds: Literal["report", "choose"]
-    decode: bool
-    question_first: bool
-    plain: bool
-    flops: str | float | None
-    bytes: int | None
-    data: str | None
 
 
 def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:

@@ -6,35 +6,22 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from apb.costs import Network, assumed, load
 from apb.engine.setup import Setup
+from bench.settings import SimulateSettings
 from bench.simulate.grid import EXACT, crossings, replicas, rows, series
 from bench.tools.conditions import provenance
 from bench.tools.rows import keep
 from bench.tools.setup import base_setup
 from burst.errors import in_range
-from launch.config.settings import chosen_compressor, typed
+from launch.config.build import chosen_compressor
+from launch.config.typed import typed
 from launch.terminal.display import Display, seconds, size
 
 FINE = 64  # hosts up to which lengths and host counts between the asked ones are costed to find crossovers
-
-
-@dataclass(frozen=True)
-class SimulateSettings:
-    """conf/bench/simulate.yaml."""
-
-    strategies: tuple[str, ...]
-    hosts: tuple[int, ...]
-    tokens: tuple[int, ...]
-    query_tokens: int
-    rates: str | None
-    machine: str
-    memory_gb: float | None
-    save: bool
 
 
 def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:

@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from apb.engine.setup import Setup
 from bench.kernels.measure import Device
 from bench.ruler.variant import Variant
+from bench.settings import ThroughputSettings
 from bench.throughput.measure import EveryToken, Source, measure, utilisation
 from bench.tools.conditions import hardware, provenance
 from bench.tools.rows import RowStore, keep
 from bench.tools.timing import spread
 from burst.errors import in_range
-from launch.config.settings import Basics, basics, typed
+from launch.config.build import basics
+from launch.config.settings import Basics
+from launch.config.typed import typed
 from launch.terminal.display import Display, seconds, size
-from launch.verbs.prepare import make_setup
+from launch.verbs.prefill.prepare import make_setup
 
 PARTS = ("tokenise_s", "ship_s", "prefill_s", "first_step_s")
 TIMES = ("ttft_s", *PARTS, "prefill_tokens_per_s", "decode_tokens_per_s", "flops_utilisation", "share_of_limit")
-
-
-@dataclass(frozen=True)
-class ThroughputSettings:
-    """conf/bench/throughput.yaml."""
-
-    tokens: int
-    query_tokens: int
-    new_tokens: int
-    warmup: int
-    repeats: int
-    save: bool
 
 
 def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:

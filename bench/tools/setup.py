@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from apb.engine.setup import Setup
-from launch.config.settings import Basics, basics, typed
+from launch.config.build import basics
+from launch.config.settings import Basics
+from launch.config.typed import typed
 from launch.terminal.display import Display
-from launch.verbs.prepare import make_setup
+from launch.verbs.prefill.prepare import make_setup
 
 
 def base_setup(config: Mapping[str, Any], display: Display, threads: int = 1) -> Setup:

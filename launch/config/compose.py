@@ -2,170 +2,141 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
-from hydra import initialize_config_module
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from burst.errors import UserError, choose
+from burst.registry import Option
+from launch.config.groups import GROUPS
+from launch.config.schema import Configuration, Schema, defaults
+from launch.config.source import hydra, names
 from launch.config.texts import texts
-
-# Free text and paths: Hydra's grammar would stumble over spaces, commas, '=' and letters beyond ASCII.
-RAW = (
-    "model",
-    "out",
-    "start",
-    "cluster.address",
-    "compress.heads",
-    "decode.stop",
-    "decode.head",
-    "decode.frequency",
-    "bench.data",
-    "bench.rates",
-    "bench.results",
-    "bench.readme",
-    "bench.figure",
-    "strategy.rates",
-)
-_OPTIONAL_GROUPS = ("bench", "compress")  # null in every root file
+from launch.config.words import parse, single
 
 
-def expand(overrides: Sequence[str]) -> list[list[str]]:
-    """Return one list of overrides a run: the product of all sweeps (``a=1,2``, ``a=range(1,4)``), in order.
+def compose(schema: Schema, words: Sequence[str], folder: Path | None = None) -> Configuration:
+    """Return the configuration of a verb with words applied; ``folder``: a user's own presets.
 
-    Raises UserError for what Hydra's grammar does not take, and for sweeps that cannot be listed.
+    Raises UserError for unknown groups, choices and keys, with the nearest names, for unreadable values, and for
+    presets that do not fit.
     """
-    choices: list[list[str]] = []
-    with _hydra() as loader:
-        for word in overrides:
-            key, _, value = word.partition("=")
-            if _raw(word):
-                models = key == "model" and not Path(value).is_dir() and value.split(",")
-                choices.append([f"model={m}" for m in models] if models else [word])
+    given = [(*word.partition("=")[::2], word) for word in words]
+    with hydra(schema, folder) as loader:
+        groups = {group: names(group, folder) for group in [*schema.groups(), "experiment"]}
+        groups |= {schema.root: list(schema.named)} if schema.named else {}
+        model = next((value for key, value, _ in reversed(given) if key == "model"), None)
+        picks: dict[str, str | None] = {}  # by group; None: null
+        for key, value, word in given:
+            if key == "model" and "model" in groups:
+                picks[key] = value if value in groups["model"] else None
+            elif key in groups and "=" in word:
+                picked = single(parse(word, loader)).value()
+                null = picked is None and (key == "experiment" or _default(schema, key) is None)
+                picks[key] = None if null else choose(key, str(picked), groups[key])
+        chosen = [f"{group}={name}" for group, name in picks.items() if name is not None]
+        base = _composed(schema, chosen)
+        known = _known(schema, base)
+        settings, raw = [], {}
+        for key, value, word in given:
+            if key in groups and (key == "model" or "=" in word):
                 continue
-            override = _parse(word, loader)
-            if not override.is_sweep_override():
-                choices.append([word])
-                continue
-            try:
-                choices.append([f"{key}={text}" for text in override.sweep_string_iterator()])
-            except HydraException as error:
-                raise UserError(
-                    f"the values of '{key}' cannot be listed: {error}",
-                    given=word,
-                    allowed=f"a list ({key}=a,b) or a range ({key}=range(1,5))",
-                    remedy="Write the values out, with commas between them.",
-                ) from error
-    return [list(run) for run in itertools.product(*choices)]
+            if re.fullmatch(r"[\w.]+", key) and key not in known:
+                raise _unknown(schema, key, known, groups, base)
+            option = known.get(key)
+            if option is not None and option.text and "=" in word:
+                raw[key] = (option, value)
+            else:
+                settings.append(str(single(parse(word, loader)).input_line))
+        found = _composed(schema, chosen + settings) if settings else base
+    values = found.values
+    for group, name in picks.items():
+        if group == "model" and name is None:
+            values[group] = {"name": model}
+        elif name is None and group != "experiment":
+            values[group] = None
+    for key, (option, text) in raw.items():
+        _place(values, key, option, text)
+    return found
 
 
-def compose(root: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the resolved configuration of the root file ``conf/<root>.yaml`` with overrides applied.
-
-    Raises UserError for unknown groups, choices and keys, with the nearest names, and for unreadable values.
-    """
-    raw = {key: value for key, _, value in (o.partition("=") for o in overrides if _raw(o))}
-    with _hydra() as loader:
-        parsed = [_single(_parse(word, loader)) for word in overrides if not _raw(word)]
-        groups = {g: loader.get_group_options(g) for g in loader.list_groups("") if g != "hydra"}
-        chosen = [_choice(o, groups[o.key_or_group]) for o in parsed if o.key_or_group in groups and not _none(o)]
-        if raw.get("model") in groups["model"]:
-            chosen.append(f"model={raw.pop('model')}")
-        base = _composed(root, chosen)
-        known = _keys(base)
-        for key in [*(o.key_or_group for o in parsed if o.key_or_group not in groups), *raw]:
-            if key not in known and key != "model":
-                raise _unknown(root, key, known, groups, base)
-        words = [str(o.input_line) for o in parsed if o.key_or_group not in groups]
-        config = _composed(root, chosen + words)
-    for key, text in raw.items():
-        _place(config, key, text)
-    return config
+def _default(schema: Schema, group: str) -> str | None:
+    if group == schema.root:
+        return schema.default
+    return next(c.default for name in [None, *schema.named] for c in schema.choices(name) if c.group == group)
 
 
-@contextmanager
-def _hydra() -> Iterator[Any]:
-    with initialize_config_module("conf", job_name="apb", version_base="1.3"):
-        yield GlobalHydra.instance().config_loader()
-
-
-def _raw(word: str) -> bool:
-    key, equals, _ = word.partition("=")
-    return bool(equals) and key in RAW
-
-
-def _parse(word: str, loader: Any) -> Override:
+def _composed(schema: Schema, words: Iterable[str]) -> Configuration:
+    words = list(words)
     try:
-        (override,) = OverridesParser.create(loader).parse_overrides([word])
-    except HydraException as error:
-        key, _, value = word.partition("=")
+        config = hydra_compose(schema.root, words, return_hydra_config=True)
+        chosen = config.hydra.runtime.choices.get(schema.root)
+        with open_dict(config):
+            del config["hydra"]
+        values = OmegaConf.to_container(config, resolve=True)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"the value of '{key}' cannot be read",
-            given=word,
-            allowed="numbers, true, false, null, plain words, lists [a,b], and anything in quotes",
-            remedy=f"Put the value in quotes, the shell's and Hydra's: \"{key}='{value}'\".",
-        ) from error
-    if override.type is not OverrideType.CHANGE or override.package is not None:
-        raise UserError(
-            "settings are changed, never added or removed",
-            given=word,
-            allowed="key=value",
-            remedy=f"Write {override.key_or_group}=VALUE.",
-        )
-    return override
-
-
-def _single(override: Override) -> Override:
-    if override.is_sweep_override():
-        raise UserError(
-            f"'{override.key_or_group}' is given several values",
-            given=override.input_line,
-            allowed="one value, or a sweep with -m",
-            remedy="Add -m to run them one after another.",
-        )
-    return override
-
-
-def _choice(override: Override, options: Sequence[str]) -> str:
-    group = override.key_or_group
-    return f"{group}={choose(group, str(override.value()), options)}"
-
-
-def _none(override: Override) -> bool:
-    """Whether a group that is null anyway is set to null, which Hydra itself does not take."""
-    return override.value() is None and override.key_or_group in _OPTIONAL_GROUPS
-
-
-def _composed(root: str, overrides: Iterable[str]) -> dict[str, Any]:
-    overrides = list(overrides)
-    try:
-        config = OmegaConf.to_container(hydra_compose(root, overrides), resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(
-            f"the settings do not fit together: {str(error).splitlines()[0]}",
-            given=" ".join(overrides) or root,
-            allowed=f"the settings that 'apb {root} --help' shows",
+            f"the settings do not fit together: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            given=" ".join(words) or schema.root,
+            allowed=f"the settings that 'apb {schema.root} --help' shows",
             remedy="Change the setting that is named.",
         ) from error
-    assert isinstance(config, dict)
-    return {str(key): value for key, value in config.items()}
+    assert isinstance(values, dict)
+    found = Configuration({str(key): value for key, value in values.items()}, str(chosen) if chosen else None)
+    _fill(schema, found, words)
+    return found
+
+
+def _fill(schema: Schema, found: Configuration, words: Sequence[str]) -> None:
+    """Add the options that presets left out; raises UserError for keys of presets that this run does not have."""
+    for each in schema.choices(found.name):
+        values = found.values.get(each.group)
+        if isinstance(values, dict) and each.group != "model":
+            options = GROUPS[each.group].options(_name(each.group, values))
+            found.values[each.group] = {k: v for k, v in values.items() if k == "name"} | defaults(options) | values
+    known = _known(schema, found)
+    chosen = {schema.root, *(each.group for each in schema.choices(found.name))}
+    for key in _keys({k: v for k, v in found.values.items() if v is not None or k not in chosen}):
+        if key not in known:
+            raise UserError(
+                f"a preset sets '{key}', which this run does not have",
+                given=" ".join(words) or schema.root,
+                allowed=", ".join(sorted(known)),
+                remedy="Choose another preset, or other choices beside it.",
+            )
+
+
+def _known(schema: Schema, found: Configuration) -> dict[str, Option | None]:
+    """Return every key that can be set, dotted, with its option; a group's ``name`` is set by choosing from it."""
+    known: dict[str, Option | None] = dict(schema.options(found.name))
+    for each in schema.choices(found.name):
+        values = found.values.get(each.group)
+        if not isinstance(values, dict):
+            continue
+        if each.group == "model":
+            known |= dict.fromkeys(_keys(values, "model."))
+        else:
+            options = GROUPS[each.group].options(_name(each.group, values))
+            known |= {f"{each.group}.{option.name}": option for option in options}
+    return known
+
+
+def _name(group: str, values: Mapping[str, Any]) -> str:
+    """Return what a group's values are options of: a choice's own name, where it has one."""
+    return str(values.get("name") or GROUPS[group].names()[0])
 
 
 def _keys(config: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Every key that can be set, dotted; a group's ``name`` is set by choosing from the group."""
     found: list[str] = []
     for key, value in config.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             found += _keys(value, f"{prefix}{key}.")
         elif not (prefix and key == "name"):
             found.append(f"{prefix}{key}")
@@ -173,12 +144,17 @@ def _keys(config: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def _unknown(
-    root: str, key: str, known: list[str], groups: Mapping[str, Sequence[str]], base: Mapping[str, Any]
+    schema: Schema,
+    key: str,
+    known: Mapping[str, Option | None],
+    groups: Mapping[str, Sequence[str]],
+    base: Configuration,
 ) -> UserError:
     group, _, option = key.partition(".")
-    if group in groups and option:
-        having = [c for c in groups[group] if key in _keys(_composed(root, [f"{group}={c}"]))]
-        name = base.get(group, {}).get("name")
+    if group in GROUPS and group in groups and option:
+        kind = GROUPS[group]
+        having = [c for c in kind.names() if option in [each.name for each in kind.options(c)]]
+        name = (base.values.get(group) or {}).get("name")
         if having and name:
             return UserError(
                 f"{group} '{name}' has no option '{option}'",
@@ -208,14 +184,12 @@ def _unknown(
     raise AssertionError(key)
 
 
-def _place(config: dict[str, Any], key: str, text: str) -> None:
-    value: str | None = None if text in ("", "null") and key != "model" else text
-    group, _, option = key.partition(".")
-    if key == "model":
-        config["model"] = {"name": text}
-    elif key == "decode.stop":
-        config[group][option] = texts(key, text)
-    elif option:
-        config[group][option] = value
+def _place(config: dict[str, Any], key: str, option: Option, text: str) -> None:
+    value: Any = None if text in ("", "null") else text
+    if "tuple" in str(option.hint):
+        value = texts(key, text)
+    group, _, name = key.partition(".")
+    if name:
+        config[group][name] = value
     else:
         config[key] = value

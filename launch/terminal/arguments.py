@@ -17,14 +17,22 @@ _FLAGS = {
     "-v": "verbose",
     "--verbose": "verbose",
 }
-_TEXTS = {"-d": "document", "--document": "document", "-q": "query", "--query": "query"}
+_TEXTS = {
+    "-d": "document",
+    "--document": "document",
+    "-q": "query",
+    "--query": "query",
+    "--config-dir": "presets",
+}
+_ALLOWED = {"document": "{0} FILE, or {0} - for stdin", "query": "{0} TEXT", "presets": "{0} DIR"}
 
 
 @dataclass
 class Arguments:
     """``words`` are the verb and its NAME; ``overrides`` are the ``key=value`` settings as written.
 
-    ``text`` is what the document was found to say: a sweep's runs share it, since a pipe can be read only once.
+    ``presets``: a folder of presets. ``text`` is what the document was found to say: a sweep's runs share it, since a
+    pipe can be read only once.
     """
 
     words: list[str] = field(default_factory=list)
@@ -32,6 +40,7 @@ class Arguments:
     document: str | None = None
     text: str | None = None
     query: str | None = None
+    presets: str | None = None
     multirun: bool = False
     help: bool = False
     version: bool = False
@@ -55,7 +64,7 @@ def parse(argv: Sequence[str]) -> Arguments:
                 raise UserError(
                     f"{word} needs a value",
                     given=word,
-                    allowed=f"{word} TEXT" if _TEXTS[word] == "query" else f"{word} FILE, or {word} - for stdin",
+                    allowed=_ALLOWED[_TEXTS[word]].format(word),
                     remedy=f"Write the {_TEXTS[word]} after {word}.",
                 )
             setattr(found, _TEXTS[word], rest.pop(0))

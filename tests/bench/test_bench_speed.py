@@ -23,7 +23,7 @@ from bench.tools import output
 from bench.tools.prompts import lengths
 from bench.tools.timing import ratio, spread
 from burst.errors import UserError
-from launch.verbs.prepare import cores
+from launch.verbs.prefill.prepare import cores
 from tests.launch.test_json_keys import new_and_missing
 from tests.support.tiny import tiny_llama
 

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
+from launch.config.build import settle
 from launch.config.compose import compose
-from launch.config.settings import settle
+from launch.config.settings import AskSettings
 from launch.terminal.display import Display
-from launch.verbs.ask import _caution
-from launch.verbs.prepare import sharing
+from launch.verbs.base import VERBS
+from launch.verbs.prefill.ask import _caution
+from launch.verbs.prefill.prepare import sharing
 from tests.support.command import KEYS
 
 pytest_plugins = ("tests.support.command",)
@@ -58,11 +60,11 @@ def test_ask_compares_with_full_attention(ask: Any) -> None:
 def test_the_caution_about_times(
     monkeypatch: pytest.MonkeyPatch, name: str, threads: int, device: str, words: str | None
 ) -> None:
-    monkeypatch.setattr("launch.verbs.ask.cores", lambda: 2)
+    monkeypatch.setattr("launch.verbs.prefill.ask.cores", lambda: 2)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if name == "torchrun":
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    found = settle(compose("ask", [f"cluster={name}"]))
+    found = settle(AskSettings, compose(VERBS.get("ask")().schema(), [f"cluster={name}"]).values)
     metrics = {"strategy": "apb", "hosts": 4, "threads": threads}
     if words is None:
         assert sharing(found, device, 4) == 1

@@ -28,7 +28,7 @@ def test_failures(ask: Any, monkeypatch: pytest.MonkeyPatch, error: BaseExceptio
     def fail(*args: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr("launch.verbs.ask.Engine.prefill", fail)
+    monkeypatch.setattr("launch.verbs.prefill.ask.Engine.prefill", fail)
     ran = ask()
     assert ran.code == code and ran.document["error"]["type"] == kind
     assert set(ran.document["error"]) == {"type", "given", "allowed", "remedy", "message"}
@@ -66,10 +66,10 @@ def test_code_that_replaces_signal_handlers() -> None:
 
 
 def test_what_libraries_print_does_not_reach_stdout(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def settle(config: Any) -> None:
+    def settle(kind: Any, config: Any) -> None:
         print("hello")  # noqa: T201
         raise Seen
 
-    monkeypatch.setattr("launch.verbs.ask.settle", settle)
+    monkeypatch.setattr("launch.verbs.prefill.ask.settle", settle)
     ran = ask()
     assert ran.code == 1 and len(ran.out.splitlines()) == 1 and "hello" in ran.err

@@ -1,24 +1,21 @@
-"""Help, version, verbs, and the configuration files that they describe."""
+"""Help, version, verbs, and the settings that they describe."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
-from importlib import resources
 from typing import Any
 
 import pytest
-import yaml
 
-from apb.clusters import launcher
-from apb.compress import COMPRESSORS, compressor
-from apb.decode import DECODERS, decoder
-from apb.draft.spec import DraftSpec
-from apb.strategies import STRATEGIES, strategy
+from apb.decode import DECODERS
+from burst.registry import options
 from launch.cli import main
+from launch.command.help import verb_help
+from launch.config.compose import compose
+from launch.config.groups import GROUPS
 from launch.config.settings import DecodeSettings
-from launch.verbs.verbs import VERBS
+from launch.verbs.base import VERBS
 
 pytest_plugins = ("tests.support.command",)
 
@@ -46,47 +43,63 @@ def test_version(apb: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ran.code == 0 and ran.out == "apb 1.2.3\n"
 
 
-def test_verbs_that_are_no_verbs(apb: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verbs_that_are_no_verbs(apb: Any) -> None:
     apb().refused("no verb given")
     apb("askk").refused("Did you mean ask")
+    apb("serve").refused("unknown verb 'serve'")
     apb("bench", "one", "two").refused("'two'")
-    apb("serve", "-q", "Who?").refused("takes no -q")
-    apb("serve", "-m").refused("takes no -m")
-    monkeypatch.setitem(VERBS, "serve", dataclasses.replace(VERBS["serve"], target="launch.no_such_module:run"))
-    apb("serve").refused("not built yet", "serve")
-    assert apb("--help").out.count("over HTTP (not built yet)") == 1
-    assert "over HTTP (not built yet)" in apb("serve", "--help").out
+    apb("bench").refused("needs a NAME", "ruler")
+    apb("bench", "rulers").refused("Did you mean ruler")
+    apb("train", "-q", "Who?").refused("takes no -q")
+    apb("bench", "ruler", "-d", "file").refused("takes no -d")
 
 
-def test_configuration_files_name_exactly_the_options() -> None:
-    def keys(path: str) -> set[str]:
-        return set(yaml.safe_load(resources.files("conf").joinpath(path).read_text()))
+@pytest.mark.parametrize("name", ["attention", "decode", "emulate"])
+def test_help_of_one_benchmark(apb: Any, name: str) -> None:
+    text = apb("bench", name, "--help").out
+    assert f"apb bench {name}: " in text and "bench.save=false" in text
+    assert ("bench.strategies=" in text) == (name == "emulate") == ("network=CHOICE" in text)
+    assert ("decode=CHOICE" in text) == (name == "decode")
 
-    def options(kind: Any) -> set[str]:
-        return {f.name for f in dataclasses.fields(kind)}
 
-    for name in STRATEGIES:
-        assert keys(f"strategy/{name}.yaml") == {"name", *options(strategy(name))}
-    for name in COMPRESSORS:
-        assert keys(f"compress/{name}.yaml") == {"name", *options(compressor(name))}
-    for name in ("ray", "virtual", "torchrun"):
-        assert keys(f"cluster/{name}.yaml") == {"name", *options(launcher(name))}
-    shared = options(DecodeSettings) - {"decoder", "draft"}
-    assert keys("decode/autoregressive.yaml") == shared
-    for name in set(DECODERS) - {"autoregressive"}:
-        kind = decoder(name)
-        own = {"defaults", "name", *options(kind), *(options(DraftSpec) if kind.needs_head else ())}
-        assert keys(f"decode/{name}.yaml") == own
-        assert not own & shared - {"name"}  # a setting means the same with every decoder
+@pytest.mark.parametrize("group", ["strategy", "compress", "cluster", "decode"])
+def test_implementations_are_known_without_files(group: str) -> None:
+    for name in GROUPS[group].names():
+        values = compose(VERBS.get("ask")().schema(), [f"{group}={name}"]).values[group]
+        assert set(values) == {"name", *(option.name for option in GROUPS[group].options(name))}
+
+
+@pytest.mark.parametrize("verb", ["train", "bench"])
+def test_names_are_known_without_files(verb: str) -> None:
+    schema = VERBS.get(verb)().schema()
+    assert compose(schema, []).name == schema.default
+    for name in schema.named:
+        found = compose(schema, [f"{verb}={name}"])
+        assert found.name == name and {c.group for c in schema.choices(name)} <= set(found.values)
+
+
+def test_settings_of_decoders_mean_the_same() -> None:
+    shared = {option.name for option in options(DecodeSettings)}
+    for name in DECODERS:
+        assert not shared & {option.name for option in GROUPS["decode"].own(name)}
 
 
 def test_every_setting_is_explained() -> None:
-    from launch.verbs.help import verb_help
+    for verb in VERBS:
+        schema = VERBS.get(verb)().schema()
+        for name in [None, *schema.named]:
+            assert all(option.help for option in schema.options(name).values())
+        for group in schema.groups():
+            for choice in GROUPS[group].names():
+                assert GROUPS[group].summary(choice)
+                assert all(option.help for option in GROUPS[group].options(choice))
 
-    for verb in ("ask", "plan", "train"):
-        for line in verb_help(verb).splitlines():
-            word, _, rest = line.strip().partition(" ")
-            assert "=" not in word or "CHOICE" in word or rest, line
+
+def test_help_fits_into_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for verb in VERBS:
+        for line in verb_help(VERBS.get(verb)()).splitlines():
+            assert len(line) <= 80 or "=" in line or "apb" in line, line
 
 
 def test_a_reader_that_leaves_early(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ def test_out_that_cannot_be_written(ask: Any, document: Path) -> None:
     ],
 )
 def test_refused(ask: Any, overrides: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.verbs.ask.Engine.launch", lambda *a, **k: pytest.fail("hosts were started"))
+    monkeypatch.setattr("launch.verbs.prefill.ask.Engine.launch", lambda *a, **k: pytest.fail("hosts were started"))
     ask(*overrides).refused(*words)
 
 
@@ -115,7 +115,7 @@ def test_documents_that_cannot_be_read(apb: Any, model: Path, tmp_path: Path) ->
 
 
 def test_documents_without_an_end(ask: Any, monkeypatch: pytest.MonkeyPatch, document: Path) -> None:
-    monkeypatch.setattr("launch.verbs.document.LIMIT_BYTES", 100)
+    monkeypatch.setattr("launch.terminal.document.LIMIT_BYTES", 100)
     for name in ("/dev/zero", str(document)):
         ask("-d", name).refused("longer than 100 bytes", name)
 
@@ -133,6 +133,6 @@ def test_damaged_model_files(ask: Any, model: Path, tmp_path: Path, name: str) -
 
 
 def test_what_does_not_fit_starts_no_host(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.verbs.ask.Engine.launch", lambda *a, **k: pytest.fail("hosts were started"))
-    monkeypatch.setattr("launch.verbs.prepare.available_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr("launch.verbs.prefill.ask.Engine.launch", lambda *a, **k: pytest.fail("hosts were started"))
+    monkeypatch.setattr("launch.verbs.prefill.prepare.available_bytes", lambda device: 1_000_000)
     ask().refused("does not fit", "0.0 GB free")

@@ -40,7 +40,7 @@ def test_the_worst_exit_code_wins(ask: Any, monkeypatch: pytest.MonkeyPatch) -> 
     def fail(*args: Any, **options: Any) -> None:
         raise HostFailure("it died", rank=0, step="start")
 
-    monkeypatch.setattr("launch.verbs.ask.Engine.launch", fail)
+    monkeypatch.setattr("launch.verbs.prefill.ask.Engine.launch", fail)
     assert ask("-m", "strategy=full,apb", "cluster.hosts=4").code == 1
 
 

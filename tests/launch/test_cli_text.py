@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launch.cli import main
-from launch.verbs.document import FACT, default_document
+from launch.terminal.document import FACT, default_document
 from tests.support.command import Seen
 
 pytest_plugins = ("tests.support.command",)
@@ -90,11 +90,11 @@ def test_standard_input(ask: Any, seen: list[tuple[str, str]], monkeypatch: pyte
 def test_stop_texts(ask: Any, monkeypatch: pytest.MonkeyPatch, override: str, stop: list[str]) -> None:
     got: list[Any] = []
 
-    def settle(config: Any) -> None:
+    def settle(kind: Any, config: Any) -> None:
         got.append(config["decode"]["stop"])
         raise Seen
 
-    monkeypatch.setattr("launch.verbs.ask.settle", settle)
+    monkeypatch.setattr("launch.verbs.prefill.ask.settle", settle)
     ask(override)
     assert got == [stop]
 

@@ -1,0 +1,1 @@
+"""Benchmarks by name: one file each, or another package's (entry points of the group ``bench.benchmarks``)."""

@@ -1,1 +1,0 @@
-"""Training verbs: ``apb train NAME``."""

@@ -1,0 +1,1 @@
+"""Trainings: ``apb train NAME``."""
