@@ -75,7 +75,7 @@ class NamedVerb(Verb):
         if config.name is None:
             known = self.names.names()
             raise UserError(
-                f"'apb {self.name}' needs a NAME",
+                f"no {self.names.kind} named",
                 given=f"apb {self.name}",
                 allowed=", ".join(known),
                 remedy=f"Write 'apb {self.name} {known[0]}', for example.",

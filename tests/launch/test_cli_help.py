@@ -48,7 +48,7 @@ def test_verbs_that_are_no_verbs(apb: Any) -> None:
     apb("askk").refused("Did you mean ask")
     apb("serve").refused("unknown verb 'serve'")
     apb("bench", "one", "two").refused("'two'")
-    apb("bench").refused("needs a NAME", "ruler")
+    apb("bench").refused("no benchmark named", "ruler")
     apb("bench", "rulers").refused("Did you mean ruler")
     apb("train", "-q", "Who?").refused("takes no -q")
     apb("bench", "ruler", "-d", "file").refused("takes no -d")
