@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from bench.attention import peers
 from bench.attention.case import AttentionSettings
@@ -21,9 +20,8 @@ OURS = ("ring", "double_ring", "burst", "allgather", "ulysses")
 
 
 def settings(**changes: Any) -> AttentionSettings:
-    given = yaml.safe_load((Path(__file__).parents[2] / "conf" / "bench" / "attention.yaml").read_text())
     small = {"tokens": 96, "ranks": 2, "repeats": 2, "warmup": 0, "device": "cpu"}
-    return AttentionSettings(**(given | small | changes)).checked()
+    return AttentionSettings(name="attention", **(small | changes)).checked()
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, Any], str]:
