@@ -14,7 +14,7 @@ from torch import Tensor
 
 from burst.kernels import Kernel
 from burst.kernels.merge import Accumulator, accumulate_dtype
-from burst.layouts.masks import Piece
+from burst.layouts.masks import MaskPiece
 
 TOKENS = 2  # the dim of tokens in every tensor here
 
@@ -27,7 +27,7 @@ class Blocks:
     scale: float
     accurate: bool = False
 
-    def forward(self, total: Accumulator, q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece]) -> None:
+    def forward(self, total: Accumulator, q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[MaskPiece]) -> None:
         """Merge the attention of q (B, H, S, D) over k (B, K, T, D) and v (B, K, T, E) into ``total``."""
         if self.accurate:
             q, k, v = _wide(q), _wide(k), _wide(v)
@@ -46,7 +46,7 @@ class Blocks:
         given: Mapping[str, Tensor],
         k: Tensor,
         v: Tensor,
-        pieces: Sequence[Piece],
+        pieces: Sequence[MaskPiece],
         sums: Mapping[str, Tensor],
         fresh: set[str],
     ) -> None:
@@ -107,6 +107,6 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(accumulate_dtype(x.dtype))
 
 
-def _rows(x: Tensor, rows: slice, piece: Piece) -> Tensor:
+def _rows(x: Tensor, rows: slice, piece: MaskPiece) -> Tensor:
     part = x[:, :, rows]
     return part.flip(TOKENS) if piece.flip else part

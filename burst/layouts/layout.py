@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from burst.errors import UserError, choose
-from burst.layouts.masks import Piece, Span, pieces
+from burst.layouts.masks import MaskPiece, Span, pieces
 
 NAMES = ("contiguous", "striped", "zigzag")
 
@@ -89,7 +89,7 @@ class Layout:
 
     def pieces(
         self, q_rank: int, kv_rank: int, *, causal: bool = True, window: int | None = None, keys: Layout | None = None
-    ) -> tuple[Piece, ...]:
+    ) -> tuple[MaskPiece, ...]:
         """Mask of this layout's queries on ``q_rank`` against the keys on ``kv_rank``; empty: nothing to do.
 
         ``keys`` is the layout of the keys when it differs (``extend``). Window and exactness: see

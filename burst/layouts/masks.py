@@ -28,7 +28,7 @@ class Span:
         return self.start + (self.count - 1) * self.step + 1
 
 
-class Piece(NamedTuple):
+class MaskPiece(NamedTuple):
     """One kernel call: query rows ``q`` of the query rank attend to key rows ``k`` of the source rank.
 
     Rows count in each rank's local order. ``causal``: the piece is square and row i sees columns 0..i.
@@ -60,7 +60,9 @@ class Piece(NamedTuple):
         return rows * (rows + 1) // 2 if self.causal else rows * (self.k_stop - self.k_start)
 
 
-def pieces(q_spans: Iterable[Span], k_spans: Iterable[Span], *, causal: bool, window: int | None) -> tuple[Piece, ...]:
+def pieces(
+    q_spans: Iterable[Span], k_spans: Iterable[Span], *, causal: bool, window: int | None
+) -> tuple[MaskPiece, ...]:
     """Compose the mask between two ranks' spans; every unmasked pair is in exactly one piece.
 
     ``window`` keys are seen by a causal query, itself included; without ``causal`` it sees keys closer than
@@ -70,14 +72,14 @@ def pieces(q_spans: Iterable[Span], k_spans: Iterable[Span], *, causal: bool, wi
     keys: defaultdict[int, list[Span]] = defaultdict(list)
     for span in k_spans:
         keys[span.document].append(span)
-    by_document: defaultdict[int, list[Piece]] = defaultdict(list)
+    by_document: defaultdict[int, list[MaskPiece]] = defaultdict(list)
     for q in q_spans:
         for k in keys[q.document]:
             by_document[q.document] += _between(q, k, causal, window)
     return tuple(sorted(p for parts in by_document.values() for p in _coalesce(parts)))
 
 
-def _between(q: Span, k: Span, causal: bool, window: int | None) -> Iterator[Piece]:
+def _between(q: Span, k: Span, causal: bool, window: int | None) -> Iterator[MaskPiece]:
     step = q.step if q.count > 1 else k.step
     assert k.step == step or k.count == 1, "spans of one layout share their step"
     lead = q.start - k.start
@@ -89,12 +91,12 @@ def _between(q: Span, k: Span, causal: bool, window: int | None) -> Iterator[Pie
     if window is not None:
         lo = -((window - 1 - lead) // step)
     for p in _band(q.count, k.count, lo, hi):
-        yield Piece(
+        yield MaskPiece(
             p.q_start + q.offset, p.q_stop + q.offset, p.k_start + k.offset, p.k_stop + k.offset, p.causal, p.flip
         )
 
 
-def _band(rows: int, cols: int, lo: int, hi: int) -> Iterator[Piece]:
+def _band(rows: int, cols: int, lo: int, hi: int) -> Iterator[MaskPiece]:
     """Tile ``lo <= j - i <= hi``: rows without an old edge, rows with both edges, rows without a new edge."""
     first, last = max(0, -hi), min(rows, cols - lo)  # rows that see anything
     if lo > hi or first >= last:
@@ -110,38 +112,38 @@ def _band(rows: int, cols: int, lo: int, hi: int) -> Iterator[Piece]:
     yield from _above(late, last, 0, cols, lo)
 
 
-def _below(top: int, bottom: int, left: int, right: int, diagonal: int) -> Iterator[Piece]:
+def _below(top: int, bottom: int, left: int, right: int, diagonal: int) -> Iterator[MaskPiece]:
     """Tile ``j <= i + diagonal``: columns seen by all rows, a square, then rows that see all columns."""
     top = max(top, left - diagonal)
     if top >= bottom or left >= right:
         return
     corner = min(right, top + diagonal)  # the first row sees up to this column
     if corner > left:
-        yield Piece(top, bottom, left, corner)
+        yield MaskPiece(top, bottom, left, corner)
     side = min(bottom - top, right - corner)
     if side > 0:
-        yield Piece(top, top + side, corner, corner + side, causal=side > 1)
+        yield MaskPiece(top, top + side, corner, corner + side, causal=side > 1)
         if top + side < bottom:
-            yield Piece(top + side, bottom, corner, right)
+            yield MaskPiece(top + side, bottom, corner, right)
 
 
-def _above(top: int, bottom: int, left: int, right: int, diagonal: int) -> Iterator[Piece]:
+def _above(top: int, bottom: int, left: int, right: int, diagonal: int) -> Iterator[MaskPiece]:
     """Tile ``j >= i + diagonal``: the mirror image of ``_below``, its squares flipped."""
     for p in _below(-bottom, -top, -right, -left, -diagonal):
-        yield Piece(-p.q_stop, -p.q_start, -p.k_stop, -p.k_start, p.causal, flip=p.causal)
+        yield MaskPiece(-p.q_stop, -p.q_start, -p.k_stop, -p.k_start, p.causal, flip=p.causal)
 
 
-def _coalesce(parts: Sequence[Piece]) -> list[Piece]:
+def _coalesce(parts: Sequence[MaskPiece]) -> list[MaskPiece]:
     """Join neighbours: two squares and the rectangle between them, then rectangles side by side."""
     full = {p for p in parts if not p.causal}
-    squares: list[Piece] = []
+    squares: list[MaskPiece] = []
     for p in sorted(p for p in parts if p.causal or p.q_stop - p.q_start == p.k_stop - p.k_start == 1):
         if squares and not p.flip and not squares[-1].flip:
             last = squares[-1]
-            between = Piece(p.q_start, p.q_stop, last.k_start, last.k_stop)
+            between = MaskPiece(p.q_start, p.q_stop, last.k_start, last.k_stop)
             if last.q_stop == p.q_start and last.k_stop == p.k_start and between in full:
                 full -= {between, p, last}
-                squares[-1] = Piece(last.q_start, p.q_stop, last.k_start, p.k_stop, causal=True)
+                squares[-1] = MaskPiece(last.q_start, p.q_stop, last.k_start, p.k_stop, causal=True)
                 continue
         squares.append(p)
     rows = _join(sorted(full, key=lambda p: (p.k_start, p.k_stop, p.q_start)), by_rows=True)
@@ -149,8 +151,8 @@ def _coalesce(parts: Sequence[Piece]) -> list[Piece]:
     return [*whole, *(p for p in squares if p.causal)]
 
 
-def _join(ordered: Iterable[Piece], by_rows: bool) -> list[Piece]:
-    out: list[Piece] = []
+def _join(ordered: Iterable[MaskPiece], by_rows: bool) -> list[MaskPiece]:
+    out: list[MaskPiece] = []
     for p in ordered:
         if out and by_rows and out[-1][2:] == p[2:] and out[-1].q_stop == p.q_start:
             out[-1] = out[-1]._replace(q_stop=p.q_stop)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from burst.layouts.layout import Layout
-from burst.layouts.masks import Piece
+from burst.layouts.masks import MaskPiece
 from burst.schedules.payload import AttentionShape, Heads, Role
 from burst.schedules.steps import BORDER, Compute, Parcel, Phase, Post, ScheduleStep, Slot
 
@@ -58,7 +58,7 @@ class Schedule:
         """The heads that a rank works on; None: all."""
         return self.heads[rank % self.members] if self.heads else None
 
-    def pieces(self, q_block: int, kv_block: int) -> tuple[Piece, ...]:
+    def pieces(self, q_block: int, kv_block: int) -> tuple[MaskPiece, ...]:
         """The mask of a Compute, in rows of the two blocks."""
         found = self._masks.get((q_block, kv_block))
         if found is None:
@@ -86,7 +86,7 @@ class Schedule:
         return {}
 
     @cached_property
-    def _masks(self) -> dict[tuple[int, int], tuple[Piece, ...]]:
+    def _masks(self) -> dict[tuple[int, int], tuple[MaskPiece, ...]]:
         return {}
 
     def rows(self, role: Role, block: int) -> int:

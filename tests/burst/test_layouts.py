@@ -13,7 +13,7 @@ from torch import Tensor
 
 from burst.errors import UserError
 from burst.layouts.layout import NAMES, Layout, layout
-from burst.layouts.masks import Piece
+from burst.layouts.masks import MaskPiece
 
 PACKED = [[0, 7, 14, 16], [0, 120, 1248, 4232], [0, 5, 5, 9, 40], [0, 0, 3]]
 
@@ -31,7 +31,7 @@ def dense_mask(lay: Layout, causal: bool, window: int | None) -> Tensor:
     return mask_NN
 
 
-def piece_mask(piece: Piece) -> Tensor:
+def piece_mask(piece: MaskPiece) -> Tensor:
     """What a kernel computes for a piece, int (S, T)."""
     mask_ST = torch.ones(piece.q_stop - piece.q_start, piece.k_stop - piece.k_start, dtype=torch.int8)
     if piece.causal:
@@ -127,18 +127,18 @@ def test_grouped_ranks_hold_their_members_tokens(
 
 
 def test_regular_masks_are_few_large_pieces() -> None:
-    square = Piece(0, 16, 0, 16, causal=True)
+    square = MaskPiece(0, 16, 0, 16, causal=True)
     zigzag = layout("zigzag", 64, 4)
     assert zigzag.pieces(1, 1) == (square,)
-    assert zigzag.pieces(2, 1) == (Piece(0, 16, 0, 8),)  # an earlier source: all queries, its first chunk
-    assert zigzag.pieces(1, 2) == (Piece(8, 16, 0, 16),)  # a later one: the second chunk, all keys
+    assert zigzag.pieces(2, 1) == (MaskPiece(0, 16, 0, 8),)  # an earlier source: all queries, its first chunk
+    assert zigzag.pieces(1, 2) == (MaskPiece(8, 16, 0, 16),)  # a later one: the second chunk, all keys
     striped = layout("striped", 64, 4)
     assert striped.pieces(2, 1) == (square,)
-    assert striped.pieces(1, 2) == (Piece(1, 16, 0, 15, causal=True),)
+    assert striped.pieces(1, 2) == (MaskPiece(1, 16, 0, 15, causal=True),)
     contiguous = layout("contiguous", 64, 4)
-    assert contiguous.pieces(1, 2) == () and contiguous.pieces(2, 1) == (Piece(0, 16, 0, 16),)
-    assert contiguous.pieces(1, 0, window=16) == (Piece(0, 15, 1, 16, causal=True, flip=True),)
-    assert layout("zigzag", 64, 4).grouped([range(4)]).pieces(0, 0) == (Piece(0, 64, 0, 64, causal=True),)
+    assert contiguous.pieces(1, 2) == () and contiguous.pieces(2, 1) == (MaskPiece(0, 16, 0, 16),)
+    assert contiguous.pieces(1, 0, window=16) == (MaskPiece(0, 15, 1, 16, causal=True, flip=True),)
+    assert layout("zigzag", 64, 4).grouped([range(4)]).pieces(0, 0) == (MaskPiece(0, 64, 0, 64, causal=True),)
 
 
 @pytest.mark.parametrize(("n", "world"), [(64, 4), (1024, 8), (2999, 8), (4096, 16)])
