@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted(ROOT.glob("docs/*.md"))]
-FILE = re.compile(r"`((?:apb|burst|launch|bench|tests|docs|conf)/[a-z0-9_./*-]+)`")  # capitals stand for names to choose
+FILE = re.compile(r"`((?:apb|burst|launch|bench|tests|docs|conf)/[a-z0-9_./*-]+)`")  # no capitals: NAME is to be chosen
 GENERATED = {"docs/options.md", "docs/clusters.md"}  # may be written after the pages that name them
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 
