@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from apb.prompt.encoding import Tokens
 from apb.prompt.template import Piece
-from apb.prompt.tokens import Tokens, tokenise
+from apb.prompt.tokens import tokenise
 from burst.errors import UserError
 
 _CHARACTERS = 2000  # of the last text, at first

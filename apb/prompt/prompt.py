@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from apb.plan.shapes import PromptLengths
+from apb.prompt.encoding import Tokens, call
 from apb.prompt.later import Ending, ending, follow
 from apb.prompt.template import Piece, check_text, pieces
-from apb.prompt.tokens import Tokens, call, tokenise
+from apb.prompt.tokens import tokenise
 from burst.errors import UserError
 
 Text = str | Sequence[int]  # text, or token ids as they are
@@ -84,7 +86,9 @@ def make_prompt(tokenizer: Any, context: Text, query: Text | None, *, chat: bool
     head, ids = tokens.part(0, len(first)), tokens.part(0, end)
     if len(ids) == len(head):
         raise _empty("document")
-    blank = context[len(context.rstrip()) :] if chat else ""
+    blank = ""
+    if context != context.rstrip() and chat:  # as the template writes it
+        blank = _gap(rest).removesuffix(_gap(_frame(tokenizer, "D", query if isinstance(query, str) else "Q", chat)[2]))
     made = Prompt((*bos, *ids), len(bos) + len(head), None, chat, ending=ending(tokenizer, whole, end, tokens, blank))
     if query is None:
         return made
@@ -181,6 +185,11 @@ def _frame(tokenizer: Any, document: str, question: str, chat: bool) -> tuple[li
     )
     at = next(i for i, piece in enumerate(found) if piece.owner == 0)
     return found[:at], found[at : at + 1], found[at + 1 :]
+
+
+def _gap(rest: Sequence[Piece]) -> str:
+    """Return what stands before the question."""
+    return "".join(piece.text for piece in itertools.takewhile(lambda piece: not piece.question, rest))
 
 
 def _check(text: str, what: str) -> None:

@@ -18,10 +18,10 @@ from burst.errors import UserError
 Message = Mapping[str, Any]  # "role" and "content", and whatever else the template reads
 
 # Noncharacters: Unicode keeps them for use inside programs, so no text has them, and no template trims them.
-OPEN, CLOSE, ASK, ASKED = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
-SPELL, SPELLED = "\ufdd4", "\ufdd5"  # round a control word's number, see ``apb.prompt.tokens``
-_NO_TEXT = re.compile("[\ufdd0-\ufdd5\ud800-\udfff]")
-_MARKS = re.compile(f"{OPEN}[0-9]+;|[{CLOSE}{ASK}{ASKED}]")
+OPEN, CLOSE, TOLD, ASK, ASKED = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4"
+SPELL, SPELLED = "\ufdd5", "\ufdd6"  # round a control word's number, see ``apb.prompt.spelling``
+_NO_TEXT = re.compile("[\ufdd0-\ufdd6\ud800-\udfff]")
+_MARKS = re.compile(f"{OPEN}[0-9]+;|[{CLOSE}{TOLD}{ASK}{ASKED}]")
 # Jinja's words, which no variable can be called.
 _KEYWORDS = {"and", "or", "not", "in", "is", "if", "else", "true", "false", "none", "True", "False", "None"}
 
@@ -82,8 +82,9 @@ def pieces(
 ) -> list[Piece]:
     """Return the conversation's rendering, cut where texts of the ``given`` messages begin and end.
 
-    ``asked``: of which message which characters are the question; it gets pieces of its own. White space before it is
-    apart. Raises UserError for templates that cannot be filled in, and for those that rewrite or drop what was said.
+    ``asked``: of which message which characters are the question; it gets pieces of its own, and so does white space
+    between what is told before it and the question. Raises UserError for templates that cannot be filled in, and for
+    those that rewrite or drop what was said.
     """
 
     def filled(contents: Mapping[int, str]) -> list[Message]:
@@ -111,7 +112,7 @@ def check_text(text: str, what: str) -> None:
         raise UserError(
             f"{what} is not text",
             given=ascii(found[0]),
-            allowed="text without lone surrogates and without the noncharacters U+FDD0 to U+FDD5",
+            allowed="text without lone surrogates and without the noncharacters U+FDD0 to U+FDD6",
             remedy="Leave such characters out.",
         )
 
@@ -122,20 +123,20 @@ def _mark(number: int, text: str, asked: tuple[int, int] | None) -> str:
     end = start + len(core)
     if asked is not None:
         first, last = max(asked[0], start), min(asked[1], end)
-        core = f"{text[start:first]}{ASK}{text[first:last]}{ASKED}{text[last:end]}"
+        told = text[start:first].rstrip()
+        core = f"{told}{TOLD}{text[start + len(told) : first]}{ASK}{text[first:last]}{ASKED}{text[last:end]}"
     return f"{text[:start]}{OPEN}{number};{core}{CLOSE}{text[end:]}"
 
 
 def _cut(marked: str) -> list[Piece]:
-    """Cut a rendering at its marks, and white space off before the question; empty pieces are left out."""
+    """Cut a rendering at its marks; empty pieces are left out."""
     found: list[Piece] = []
     owner: int | None = None
     question = False
     start = 0
     for mark in [*_MARKS.finditer(marked), None]:
         text = marked[start : mark.start() if mark else None]
-        kept = len(text.rstrip()) if mark and mark[0] == ASK else len(text)
-        found += [Piece(part, owner, question) for part in (text[:kept], text[kept:]) if part]
+        found += [Piece(text, owner, question)] if text else []
         if mark is None:
             return found
         sign = mark[0][0]

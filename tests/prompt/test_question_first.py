@@ -79,7 +79,7 @@ def test_a_copy_beyond_the_first_block_is_refused(name: str) -> None:
     lengths = PromptLengths(context=400, head=5, question=30, query=40, copied=32)
     fits, too_many = (5, 6) if name == "spava" else (10, 12)  # blocks of 40 and 34 tokens
     assert strategy(name).plan(lengths, fits, SHAPE).anchor_len == (40 if name == "star" else 37)
-    with pytest.raises(UserError, match="does not lie within the first block"):
+    with pytest.raises(UserError, match="is not within the first block"):
         strategy(name).plan(lengths, too_many, SHAPE)
     if name == "star":
         return
