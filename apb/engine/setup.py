@@ -69,6 +69,7 @@ class Setup:
         device = resolve_device(options.device)
         dtype = resolve_dtype(options.dtype, device, found)
         shape = model_shape(found, torch_dtype(dtype))
+        stops = generation_stop_ids(path) if path is not None else ()
         if options.max_positions is not None:
             shape = dataclasses.replace(shape, max_positions=options.max_positions)
         if scorer is not None:
@@ -92,7 +93,7 @@ class Setup:
                 config=config,
                 graphs=options.graphs,
             ),
-            handoff=None if spec is None or path is None else spec.handoff(shape, generation_stop_ids(path)),
+            handoff=None if spec is None or path is None else spec.handoff(shape, stops),
             shape=shape,
             tokenizer=None if path is None else load_tokenizer(path),
             strategy=chosen,

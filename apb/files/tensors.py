@@ -8,14 +8,12 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from apb.files.tables import Damaged, Shapes, pickle_table, pickle_tensors, safetensors_table
 from burst.errors import UserError
-
-Damaged = Callable[[Path, str], UserError]  # the error that says what is wrong with a file
 
 
 def find(
@@ -43,30 +41,15 @@ def find(
 def read(file: Path, damaged: Damaged) -> dict[str, Tensor]:
     """Return the tensors of a file by name, on the CPU; raises ``damaged``'s error for what cannot be read."""
     if file.suffix != ".safetensors":
-        return _state(file, damaged, "cpu")
+        return dict(pickle_tensors(file, damaged, "cpu"))
+    safetensors_table(file, damaged)
     with _reading(file, damaged), safe_open(file, framework="pt") as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
 
 
-def shapes(file: Path, damaged: Damaged) -> dict[str, tuple[int, ...]]:
+def shapes(file: Path, damaged: Damaged) -> Shapes:
     """Return the shapes of a file's tensors by name, their numbers unread; raises as ``read``."""
-    if file.suffix != ".safetensors":
-        return {name: tuple(tensor.shape) for name, tensor in _state(file, damaged, "meta").items()}
-    with _reading(file, damaged), safe_open(file, framework="pt") as opened:
-        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-
-
-def _state(file: Path, damaged: Damaged, device: str) -> dict[str, Tensor]:
-    try:
-        with _reading(file, damaged):
-            state = torch.load(file, map_location=device, weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # unpickling fails in many ways, some by private types
-        raise damaged(file, f"it is no plain state dict ({type(error).__name__})") from error
-    if not isinstance(state, Mapping):
-        raise damaged(file, "it is no state dict")
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    return safetensors_table(file, damaged) if file.suffix == ".safetensors" else pickle_table(file, damaged)
 
 
 @contextlib.contextmanager
@@ -81,6 +64,7 @@ def metadata(file: Path, damaged: Damaged) -> dict[str, str]:
     """Return what a safetensors file says of itself, empty for others; raises ``damaged``'s error."""
     if file.suffix != ".safetensors":
         return {}
+    safetensors_table(file, damaged)
     with _reading(file, damaged), safe_open(file, framework="pt") as opened:
         return dict(opened.metadata() or {})
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from apb.files.tables import safetensors_table
 from burst.errors import UserError
 
 MANIFEST = "MANIFEST.json"  # written last into folders that this package made; says what each file must be
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_HEADER_LIMIT_BYTES = 100_000_000  # the safetensors format's own bound on its header
+_JSON_LIMIT_BYTES = 100_000_000  # published tokenizers have up to 35 million
 
 Progress = Callable[[str, int, int], None]
 """``(phase, done, total)``: bytes while fetching or unpacking, steps otherwise; total 0 when unknown."""
@@ -43,68 +43,50 @@ def _replace(folder: Path) -> str:
 def read_json(file: Path) -> dict[str, Any]:
     """Return a JSON file's object; raises UserError naming the file when it is missing or damaged."""
     try:
+        about = file.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise damaged(file, "it is no regular file")
+        if about.st_size > _JSON_LIMIT_BYTES:
+            raise damaged(file, f"it has {about.st_size} bytes, of which {_JSON_LIMIT_BYTES} can be read")
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise damaged(file, "it is missing") from error
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise damaged(file, f"it cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
         raise damaged(file, "it holds no JSON object")
     return value
 
 
-def read_header(file: Path) -> dict[str, Any]:
-    """Return a safetensors file's header (tensor name -> dtype, shape, offsets in bytes), the data unread.
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text that says something, with the next where it only announces that."""
+    lines = [line.strip() for line in str(error)[:4000].splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]
 
-    Raises UserError naming the file when header and file size disagree, as they do after an interrupted copy.
+
+@contextlib.contextmanager
+def reading(file: Path, allowed: str) -> Iterator[None]:
+    """Turn whatever a library raises while it reads a model's file into a UserError that names the file.
+
+    Validation and parsers raise many kinds, some private to huggingface_hub, some plain Exception; and the Rust of
+    tokenizers panics, which Python sees as a BaseException. All of them mean this file.
     """
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, _HEADER_LIMIT_BYTES):
-                raise damaged(file, f"{size} bytes are too few for its header")
-            header = json.loads(stream.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except FileNotFoundError as error:
-        raise damaged(file, "it is missing") from error
-    except UserError:
+        yield
+    except (UserError, MemoryError):
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise damaged(file, "its header cannot be read") from error
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise damaged(file, f"it has {size} bytes where its header says {expected}")
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}
-
-
-def check_weights(folder: Path) -> None:
-    """Check that the folder's weights are all there and complete; raises UserError naming the first bad file.
-
-    Weights in older formats (``pytorch_model*.bin``) have no cheap check and are left to the loader.
-    """
-    if (folder / WEIGHTS).exists():
-        read_header(folder / WEIGHTS)
-    elif (folder / INDEX).exists():
-        _check_shards(folder)
-    elif not any(folder.glob("pytorch_model*.bin*")):
+    except BaseException as error:
+        out_of_memory = type(error).__name__ == "OutOfMemoryError"
+        if out_of_memory or (not isinstance(error, Exception) and type(error).__name__ != "PanicException"):
+            raise
         raise UserError(
-            f"the model folder {folder} holds no weights",
-            given=str(folder),
-            allowed=f"{WEIGHTS}, or {INDEX} and its shards",
-            remedy="Copy or download the weights into the folder.",
-        )
-
-
-def _check_shards(folder: Path) -> None:
-    index = folder / INDEX
-    placed = read_json(index).get("weight_map")
-    if not isinstance(placed, dict) or not all(isinstance(shard, str) for shard in placed.values()):
-        raise damaged(index, "it has no weight_map")
-    headers = {shard: read_header(folder / shard) for shard in sorted(set(placed.values()))}
-    for name, shard in placed.items():
-        if name not in headers[shard]:
-            raise damaged(folder / shard, f"the tensor {name} is missing from it")
+            f"the model file {file} cannot be used: {first_line(error)}",
+            given=str(file),
+            allowed=allowed,
+            remedy=f"Copy or download {file.name} again, choose another model, or update transformers.",
+        ) from error
 
 
 def sha256(file: Path) -> str:
@@ -140,7 +122,7 @@ def check_manifest(folder: Path, *, full: bool = False) -> None:
             raise damaged(file, f"it has {size} bytes, expected {entry['bytes']}")
         weights = file.suffix == ".safetensors"
         if weights:
-            read_header(file)
+            safetensors_table(file, damaged)
         if (full or not weights) and sha256(file) != entry["sha256"]:
             raise damaged(file, f"its SHA-256 is not {entry['sha256']}")
 

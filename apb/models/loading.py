@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from apb.models.files import INDEX, WEIGHTS, check_weights, damaged, quiet, read_json
+from apb.models.files import damaged, first_line, quiet, read_json, reading
 from apb.models.placement import resolve_device, resolve_dtype, torch_dtype
 from apb.models.raw import check_code, check_values
+from apb.models.tokens import as_in_file
+from apb.models.weights import check_fit, check_weights, not_fitting, readable, weights_file
 from burst.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,46 +27,32 @@ def load_config(path: Path) -> PretrainedConfig:
     """Return the folder's configuration; raises UserError when it is damaged or of an unknown kind."""
     file = path / "config.json"
     check_code(path)
-    with quiet():
+    with quiet(), reading(file, "the configuration of a decoder that the installed transformers knows"):
         from transformers import AutoConfig
 
-        try:
-            return _plain(AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False))
-        # Validation raises many kinds, some private to huggingface_hub; all of them mean this one file.
-        except Exception as error:
-            raise UserError(
-                f"the model configuration {file} cannot be used: {_first_line(error)}",
-                given=str(file),
-                allowed="the configuration of a decoder that the installed transformers knows",
-                remedy="Choose another model, copy its config.json again, or update transformers.",
-            ) from error
+        config = _plain(AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False))
+        config._name_or_path = str(path)
+        return config
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Return the folder's tokenizer; raises UserError when its files are missing or damaged."""
     check_code(path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (path / name).exists():
             read_json(path / name)
-    if not any((path / name).exists() for name in _TOKENIZER_FILES):
+    files = [path / name for name in _TOKENIZER_FILES if (path / name).exists()]
+    if not files:
         raise UserError(
             f"the model folder {path} holds no tokenizer",
             given=str(path),
             allowed=f"one of {', '.join(_TOKENIZER_FILES)}",
             remedy="Copy the tokenizer's files into the folder.",
         )
-    with quiet():
+    with quiet(), reading(files[0], "a tokenizer that the installed transformers can load"):
         from transformers import AutoTokenizer
 
-        try:
-            return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # the tokenizers library raises plain Exception
-            raise UserError(
-                f"the tokenizer in {path} cannot be loaded: {_first_line(error)}",
-                given=str(path),
-                allowed="a tokenizer that the installed transformers can load",
-                remedy="Copy the tokenizer's files again, or install what the message asks for.",
-            ) from error
+        return as_in_file(path, AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False))
 
 
 def load_model(path: Path, *, dtype: str, device: str) -> PreTrainedModel:
@@ -77,29 +65,26 @@ def load_model(path: Path, *, dtype: str, device: str) -> PreTrainedModel:
     device = resolve_device(device)
     config = load_config(path)
     dtype = resolve_dtype(dtype, device, config)
-    if (path / "generation_config.json").exists():
-        read_json(path / "generation_config.json")  # transformers ignores a damaged one, and with it the stop tokens
-    check_weights(path)
+    from apb.models.shape import parameter_shapes
+
+    generation_stop_ids(path)  # transformers ignores a damaged file, and with it the stop tokens
+    check_fit(path, check_weights(path), parameter_shapes(config))
     # On a device, weights go there tensor by tensor; on the CPU without a device map they stay memory-mapped.
     placement = {} if device == "cpu" else {"device_map": {"": device}}
-    with quiet():
+    allowed = "weights that the installed transformers can load into the model of config.json"
+    with quiet(), readable(path) as folder, reading(weights_file(path), allowed):
         from transformers import AutoModelForCausalLM
 
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path,
-                config=config,
-                dtype=torch_dtype(dtype),
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # so that they are named below
-                **placement,
-            )
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise damaged(_weights_file(path), f"it cannot be loaded ({_first_line(error)})") from error
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch_dtype(dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are named below
+            **placement,
+        )
     _check_loaded(path, info)
     model.eval()
     model.requires_grad_(False)
@@ -127,9 +112,9 @@ def make_config(values: Mapping[str, Any]) -> PretrainedConfig:
 
         try:
             return _plain(AutoConfig.for_model(**values))
-        except Exception as error:  # as in load_config
+        except Exception as error:  # as in ``reading``
             raise UserError(
-                f"the model configuration cannot be used: {_first_line(error)}",
+                f"the model configuration cannot be used: {first_line(error)}",
                 given=f"model_type {values.get('model_type')}",
                 allowed="the values of a config.json of a decoder that the installed transformers knows",
                 remedy="Change model.config.",
@@ -158,38 +143,36 @@ def random_model(values: Mapping[str, Any], *, dtype: str, device: str) -> PreTr
 def generation_stop_ids(source: Path | PreTrainedModel) -> tuple[int, ...]:
     """Return the token ids that end an answer: the generation configuration's, then the model's own.
 
-    ``source`` is a model folder (nothing is imported or loaded for it) or a loaded model.
+    ``source`` is a model folder (nothing is imported or loaded for it) or a loaded model. Raises UserError naming the
+    file with what is no id; negative numbers, which some files have for none, are left out.
     """
+    declared: list[tuple[Path | None, Any]] = []
     if isinstance(source, Path):
         generation = source / "generation_config.json"
-        declared = [read_json(generation).get("eos_token_id")] if generation.exists() else []
+        if generation.exists():
+            declared.append((generation, read_json(generation).get("eos_token_id")))
         config = read_json(source / "config.json")
-        nested = config.get("text_config") or {}
-        declared += [config.get("eos_token_id"), nested.get("eos_token_id")]
+        nested = config.get("text_config")
+        declared.append((source / "config.json", config.get("eos_token_id")))
+        if isinstance(nested, dict):
+            declared.append((source / "config.json", nested.get("eos_token_id")))
     else:
         configs = (source.generation_config, source.config, source.config.get_text_config())
-        declared = [getattr(config, "eos_token_id", None) for config in configs]
+        declared = [(None, getattr(config, "eos_token_id", None)) for config in configs]
     found: list[int] = []
-    for ids in declared:
-        found += [ids] if isinstance(ids, int) else (ids or [])
+    for file, given in declared:
+        ids = given if isinstance(given, list) else [] if given is None else [given]
+        if file is not None and not all(type(i) is int for i in ids):
+            raise damaged(file, f"its eos_token_id is {str(given)[:100]}, where whole numbers stand")
+        found += [i for i in ids if i >= 0]
     return tuple(dict.fromkeys(found))
 
 
 def _check_loaded(path: Path, info: dict[str, Any]) -> None:
     mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
-    for what, names in (("lacks", info["missing_keys"]), ("has another shape for", mismatched)):
-        if names:
-            first = sorted(names)[0]
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise damaged(_weights_file(path), f"against config.json it {what} the tensor {first}{more}")
+    missing = sorted(info["missing_keys"])
+    if missing or mismatched:
+        raise not_fitting(path, missing, sorted(mismatched))
     if info["unexpected_keys"]:
         names = sorted(info["unexpected_keys"])
         _logger.warning("%s has %d tensors that the model does not use, such as %s", path, len(names), names[0])
-
-
-def _weights_file(path: Path) -> Path:
-    return next((path / name for name in (WEIGHTS, INDEX) if (path / name).exists()), path / "pytorch_model.bin")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

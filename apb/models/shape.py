@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from apb.models.files import first_line
 from apb.plan.shapes import ModelShape
 from burst.errors import UserError
 
@@ -18,16 +23,31 @@ def model_shape(config: Any, dtype: torch.dtype) -> ModelShape:
     The parameters are counted on a model without storage, so every architecture counts right; a mixture of experts is
     charged for the experts that one token visits. Raises UserError when no decoder can be made of the configuration.
     """
+    with _skeleton(config) as model:
+        return _counted(model, config, dtype)
+
+
+def parameter_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters that ``config`` describes; raises as ``model_shape``."""
+    with _skeleton(config) as model:
+        return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+@contextmanager
+def _skeleton(config: Any) -> Iterator[PreTrainedModel]:
+    """Yield the model without storage; raises UserError for a configuration of which none can be made or counted."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        return _counted(model, config, dtype)
-    # Architectures read their configurations each in its own way; whatever is missing or wrong, it is in this file.
-    except (AttributeError, TypeError, ValueError, KeyError, IndexError, ArithmeticError, RuntimeError) as error:
-        kind = getattr(config, "model_type", "?")
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+        yield model
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # architectures read configurations each in its own way; what is wrong is in this file
+        folder = getattr(config, "_name_or_path", "")
+        file = f"{folder}/config.json" if folder else "model.config"
         raise UserError(
-            f"no decoder can be made of the model's configuration: {error}",
-            given=f"config.json of type {kind}",
+            f"no decoder can be made of the model's configuration {file} ({first_line(error)})",
+            given=f"{file} of type {getattr(config, 'model_type', '?')}",
             allowed="configurations of causal decoders that the installed transformers can build",
             remedy="Choose another model, or mend its config.json.",
         ) from error
@@ -46,7 +66,7 @@ def _counted(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> ModelSh
             if stacked and "down" in name:
                 inner = max(inner, parameter.numel() // len(parameter) // config.hidden_size)
     q_heads = config.num_attention_heads
-    return ModelShape(
+    shape = ModelShape(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         intermediate=max(_widest_mlp(model), visited * inner) or int(config.intermediate_size),
@@ -61,6 +81,12 @@ def _counted(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> ModelSh
         max_positions=position_limit(config),
         expert_row_bytes=visited * _expert_bytes(config.hidden_size, inner, dtype.itemsize) if inner else 0,
     )
+    for name, size in dataclasses.asdict(shape).items():
+        if type(size) is not int or size < (0 if name.endswith("params") else 1):
+            raise ValueError(f"{name} is {size}")
+    if shape.q_heads % shape.kv_heads:
+        raise ValueError(f"{shape.q_heads} query heads for {shape.kv_heads} of keys and values")
+    return shape
 
 
 def position_limit(config: Any) -> int:

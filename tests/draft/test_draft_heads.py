@@ -388,7 +388,7 @@ def test_files_that_are_no_heads(target: Target, tmp_path: Path) -> None:
     refused("twice to one", write(tmp_path / "g", made, twice))
     damaged = write(tmp_path / "h", made, weights)
     (damaged / "model.safetensors").write_bytes(b"no tensors")
-    refused("cannot be read", damaged)
+    refused("too few for its header", damaged)
     unreadable = write(tmp_path / "i", made, weights, "pytorch_model.bin")
     (unreadable / "pytorch_model.bin").write_bytes(b"no pickle")
     refused("cannot be used", unreadable)
