@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -81,8 +80,9 @@ def _counted(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> ModelSh
         max_positions=position_limit(config),
         expert_row_bytes=visited * _expert_bytes(config.hidden_size, inner, dtype.itemsize) if inner else 0,
     )
-    for name, size in dataclasses.asdict(shape).items():
-        if type(size) is not int or size < (0 if name.endswith("params") else 1):
+    for name in ("layers", "hidden", "intermediate", "q_heads", "kv_heads", "head_dim", "vocab", "max_positions"):
+        size = getattr(shape, name)
+        if type(size) is not int or size < 1:
             raise ValueError(f"{name} is {size}")
     if shape.q_heads % shape.kv_heads:
         raise ValueError(f"{shape.q_heads} query heads for {shape.kv_heads} of keys and values")
