@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from apb.clusters.base import CLUSTERS, Cluster, Launcher
-from apb.host.host import Host
-from apb.host.load import load_adapter
 from apb.host.messages import HostSpec, OnEvent
-from apb.models.adapter import Adapter
 from burst.registry import option
 from burst.transport import VirtualWorld
+
+if TYPE_CHECKING:
+    from apb.models.adapter import Adapter
 
 
 class VirtualCluster:
@@ -28,6 +28,9 @@ class VirtualCluster:
     def __init__(
         self, spec: HostSpec, hosts: int, adapter: Adapter | None = None, nodes: Sequence[int] | None = None
     ) -> None:
+        from apb.host.host import Host  # transformers takes seconds to import, and help texts ask for names of clusters
+        from apb.host.load import load_adapter
+
         self.hosts, self.epoch = hosts, 0
         self._threads_before = torch.get_num_threads()
         adapter = adapter or load_adapter(spec)
