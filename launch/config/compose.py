@@ -54,7 +54,7 @@ def compose(schema: Schema, words: Sequence[str], folder: Path | None = None) ->
             if option is not None and option.text and "=" in word:
                 raw[key] = (option, value)
             else:
-                settings.append(str(single(parse(word, loader)).input_line))
+                settings.append(f"++{single(parse(word, loader)).input_line}")  # known, if not to every preset
         found = _composed(schema, chosen + settings) if settings else base
     values = found.values
     for group, name in picks.items():

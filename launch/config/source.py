@@ -34,8 +34,8 @@ def hydra(schema: Schema, folder: Path | None = None) -> Iterator[Any]:
     with initialize_config_module("conf", job_name="apb", version_base="1.3"):
         loader: Any = GlobalHydra.instance().config_loader()
         if folder is not None:
-            _check(folder)
-            loader.config_search_path.append("user", f"file://{folder.resolve()}")
+            _check(folder, schema.root)
+            loader.config_search_path.prepend("user", f"file://{folder.resolve()}", anchor="schema")
             loader.repository = ConfigRepository(loader.config_search_path)
         yield loader
 
@@ -46,7 +46,7 @@ def names(group: str, folder: Path | None) -> list[str]:
     return [*GROUPS[group].names(), *own]
 
 
-def _check(folder: Path) -> None:
+def _check(folder: Path, root: str) -> None:
     """Raise UserError for a folder that holds no presets or hides other choices."""
     found = [(g, file.stem) for g in GROUPS for file in sorted((folder / g).glob("*.yaml"))]
     if not found:
@@ -56,11 +56,12 @@ def _check(folder: Path) -> None:
             allowed=f"a folder with YAML files in {', '.join(f'{g}/' for g in GROUPS)}",
             remedy="Put a preset into experiment/NAME.yaml below it, for example.",
         )
-    for group, name in found:
-        if name in GROUPS[group].names():
-            raise UserError(
-                f"there is a {group} '{name}' already",
-                given=str(folder / group / f"{name}.yaml"),
-                allowed="other names",
-                remedy="Rename the file.",
-            )
+    hiding = [f"{group}/{name}.yaml" for group, name in found if name in GROUPS[group].names()]
+    hiding += [name for name in (root, f"{root}.yaml") if (folder / name).exists()]
+    if hiding:
+        raise UserError(
+            "a preset has the name of something that comes with this project",
+            given=str(folder / hiding[0]),
+            allowed="other names",
+            remedy="Rename it.",
+        )

@@ -55,7 +55,7 @@ def test_out_that_cannot_be_written(ask: Any, document: Path) -> None:
         (["strategy=full", "compress=norm"], ["takes no compressor"]),
         (["strategy=full", "cluster.hosts=4"], ["runs on one host"]),
         (["decode.max_new_tokens=0"], ["decode.max_new_tokens", "1 or more"]),
-        (["decode.max_new_tokens=500"], ["longer than the model's context", f"{CONTEXT} positions"]),
+        (["decode.max_new_tokens=520"], ["longer than the model's context", f"{CONTEXT} positions"]),
         (["decode.temperature=-1"], ["decode.temperature is out of range"]),
         (["decode.temperature=warm"], ["decode.temperature must be a number"]),
         (["decode.temperature=nan"], ["decode.temperature"]),
