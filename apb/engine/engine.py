@@ -74,14 +74,19 @@ class Engine:
         max_positions: int | None = None,
         draft: str | DraftSpec | None = None,
         graphs: bool = True,
+        **cluster_options: Any,
     ) -> Engine:
         """Start the hosts and load the model on each.
 
         ``model`` is a name, a folder, a hub id, or a Setup, which has settled everything but the cluster. ``cluster``
-        is the name of one, or what ``apb.clusters.launcher(name, ...)`` makes. The other parameters are the fields of
-        EngineOptions, which says what they mean. Raises UserError for anything unknown, before any host starts.
+        is the name of one, with ``cluster_options`` of its own (ray: address), or the launcher that
+        ``apb.clusters.launcher(name, ...)`` makes. The other parameters are the fields of EngineOptions, which says
+        what they mean. Raises UserError for anything unknown, before any host starts.
         """
-        started = launcher(cluster) if isinstance(cluster, str) else cluster
+        if isinstance(cluster, str):
+            started = launcher(cluster, **cluster_options)
+        else:
+            started = dataclasses.replace(cluster, **cluster_options)
         given = EngineOptions(
             model=model if isinstance(model, str) else EngineOptions.model,
             hosts=hosts,

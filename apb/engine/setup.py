@@ -43,15 +43,17 @@ class Setup:
     @classmethod
     def make(
         cls,
-        options: EngineOptions,
+        model: EngineOptions | str = EngineOptions.model,
         *,
         config: Mapping[str, Any] | None = None,
         cache_dir: Path | None = None,
         on_progress: Callable[[str, int, int], None] | None = None,
+        **others: Any,
     ) -> Setup:
         """Resolve names; may fetch the model's files (``on_progress(phase, done, total)``).
 
-        ``config``: random weights of this configuration, without a tokenizer; the model's name is then only a name.
+        ``model``: all options, or the model's name; ``others``: further fields of EngineOptions. ``config``: random
+        weights of this configuration, without a tokenizer; the model's name is then only a name.
         Raises UserError for anything unknown or contradictory.
         """
         from apb.models.checks import check_config
@@ -60,6 +62,7 @@ class Setup:
         from apb.models.placement import resolve_device, resolve_dtype, torch_dtype
         from apb.models.shape import model_shape
 
+        options = EngineOptions(model, **others) if isinstance(model, str) else dataclasses.replace(model, **others)
         chosen = _strategy(options.strategy)
         scorer = _compressor(chosen, options.compress)
         count = options.hosts or chosen.default_hosts or DEFAULT_HOSTS
