@@ -32,6 +32,7 @@ class Seen:
     """One block in one layer, for a score that is given from outside; queries and keys are rotated."""
 
     layer: int
+    number: int  # of the block, in position order
     q_HLD: Tensor
     k_KLD: Tensor
     v_KLD: Tensor
@@ -64,6 +65,7 @@ class Sizes:
     rows: tuple[int, ...]  # rows that each block offers to later hosts
     beside: tuple[int, ...]  # tokens run beside each block: its copy of the anchor, or block 0's extra head
     held: tuple[tuple[int, ...], ...]  # blocks of each host
+    blind: frozenset[int] = frozenset()  # blocks that do not see the rows that earlier ones pass on
 
 
 def sizes(
@@ -188,6 +190,8 @@ class _Dense:
         self.out.values.append(v_KND)
         self.out.selected.append(selected_KN)
         later_NN = (self.kind == BLOCK)[:, None] & (self.number[:, None] > self.number[None, :])
+        for number in self.sizes.blind:
+            later_NN[self._rows(BLOCK, number)] = False
         out_HND = torch.empty(heads, n, v_KND.shape[-1], dtype=q_HND.dtype)
         for j in range(k_KND.shape[0]):
             mask_NN = self.static_NN | (later_NN & selected_KN[j])
@@ -216,7 +220,7 @@ class _Dense:
                 start, end = self.sizes.spans[number][0], self.sizes.spans[-1][1]
                 asked = self._question(layer, number, q_HND) if self.select.needs_question else q_HND[:, :0]
                 parts = (q_HND[:, block], k_KND[:, block], v_KND[:, block], raw, asked)
-                scores_KL = self.select(Seen(layer, *parts, scale, start, end))
+                scores_KL = self.select(Seen(layer, number, *parts, scale, start, end))
             else:
                 scores_KL = self._scores(layer, number, q_HND, k_KND[:, block], scale)
             if number == 0:
@@ -257,7 +261,7 @@ def twin(
     adapter: Adapter,
     rotate: Rotate,
     prompt: Prompt,
-    strategy: str,
+    strategy: str | Sizes,
     hosts: int,
     *,
     select: Select = None,
@@ -265,10 +269,15 @@ def twin(
     passing_len: int | None = None,
     published: bool = False,
 ) -> Twin:
-    """Prefill and ask in one forward pass; ``rotate(q, delta, layer)`` turns rotated queries on."""
-    chosen = select if strategy in ("apb", "spava") else None
+    """Prefill and ask in one forward pass; ``rotate(q, delta, layer)`` turns rotated queries on.
+
+    ``strategy``: one that is known by name, or the lengths of another.
+    """
+    chosen = select if strategy in ("apb", "spava") or isinstance(strategy, Sizes) else None
     lengths = {"anchor_len": anchor_len, "passing_len": passing_len}
-    found = sizes(strategy, prompt, hosts, select=chosen, published=published, **lengths)
+    found = strategy
+    if not isinstance(found, Sizes):
+        found = sizes(found, prompt, hosts, select=chosen, published=published, **lengths)
     dense = _Dense(prompt, found, chosen, rotate)
     with torch.inference_mode():
         dense.out.logits = adapter.logits(dense.ids, dense.positions, dense)
