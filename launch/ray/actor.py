@@ -63,6 +63,14 @@ class HostActor:
         with self._progress.working():
             return attempt(opened)
 
+    def prepare(self) -> Outcome:
+        """Import what hosts need, while rank 0 does the same and opens the meeting point."""
+        with self._progress.working():
+            import apb.host.host
+            from apb.clusters.outcome import attempt
+
+            return attempt(lambda: apb.host.host.__name__)
+
     def start(self, spec: HostSpec, nodes: tuple[int, ...], address: str, port: int) -> Outcome:
         """Join the group and load the model."""
         from apb.clusters.outcome import attempt

@@ -101,8 +101,9 @@ class RayCluster:
         except BaseException:
             self._end_hosts()
             raise
-        listening = self._actors[0].listen.remote(at.address, self.hosts, self._spec.timeout_s)
-        (port,) = self._settle("start", {0: listening})
+        first, *others = self._actors
+        refs = [first.listen.remote(at.address, self.hosts, self._spec.timeout_s)]
+        port, *_ = self._settle("start", dict(enumerate([*refs, *(actor.prepare.remote() for actor in others)])))
         refs = [actor.start.remote(self._spec, at.nodes, at.address, port) for actor in self._actors]
         self._settle("start", dict(enumerate(refs)))
 

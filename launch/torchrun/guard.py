@@ -13,12 +13,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from launch.hosts.vigil import Vigil, beat_s
 
 LOOK_S = 0.5
+SPARE_S = 10.0  # after which rank 0 has started, and the guard prepares for what it may have to tell
 END_S = 5.0  # for the guard to go once it is told that all is done
 
 
@@ -58,7 +60,7 @@ class Guard:
 
 def main() -> None:
     """Listen until rank 0 is done, gone, silent or still; tell of all but the first, and end what is left."""
-    leader = os.getppid()
+    leader, began, ready_to_tell = os.getppid(), time.monotonic(), False
     vigil: Vigil | None = None
     pids: list[int] = []
     rest = b""
@@ -77,6 +79,10 @@ def main() -> None:
                 vigil.timeout_s, pids = said["timeout_s"], said["pids"]
                 vigil.heard(0, said["idle_s"])
         lost = vigil.lost((0,)) if vigil is not None else {}
+        if not ready_to_tell and time.monotonic() > began + SPARE_S:
+            import launch.terminal.output  # noqa: F401 - takes seconds where everything else is busy
+
+            ready_to_tell = True
         if lost:
             return _tell(lost[0], [leader, *pids])
 
