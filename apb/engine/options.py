@@ -33,7 +33,7 @@ class EngineOptions:
     )
     device: str = option("auto", "cpu, cuda or cuda:N; auto: the GPU where there is one")
     threads: int = option(1, "CPU threads a host; more than are idle are many times slower")
-    timeout_s: float = option(600.0, "seconds that a host may be silent, or stand still in its work, before the run ends")
+    timeout_s: float = option(600.0, "seconds that a host may be silent, or its work stand still")
     chunk_tokens: int | None = option(None, "tokens a host runs through a layer at once; null: its whole block")
     max_positions: int | None = option(None, "positions the model takes; null: as its configuration says")
     draft: str | DraftSpec | None = option(None, "the head that decode=eagle2 drafts with; null: none")

@@ -30,7 +30,7 @@ class RayCluster:
     name = "ray"
 
     def __init__(
-        self, spec: HostSpec, hosts: int, *, address: str | None = None, startup_timeout_s: float = 120.0
+        self, spec: HostSpec, hosts: int, *, address: str | None = None, startup_timeout_s: float = 180.0
     ) -> None:
         self.hosts, self.epoch = hosts, 0
         self._spec, self._startup_timeout_s = spec, startup_timeout_s

@@ -1,6 +1,7 @@
-"""Stands beside rank 0 and tells of its end when it cannot do so itself: killed, stopped, or standing still.
+"""Stands beside rank 0 and tells of its end when it cannot do so itself.
 
-Runs in a process of its own that shares rank 0's output; a line of JSON on its input is a beat of rank 0.
+That is when it is killed, stopped, stands still, or waits for a rank that is lost. Runs in a process of its own that shares rank 0's
+output; a line of JSON on its input is a beat of rank 0.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from launch.hosts.vigil import Vigil, beat_s
 
 LOOK_S = 0.5
 SPARE_S = 10.0  # after which rank 0 has started, and the guard prepares for what it may have to tell
+STEP = "running the command"
 END_S = 5.0  # for the guard to go once it is told that all is done
 
 
@@ -59,7 +61,7 @@ class Guard:
 
 
 def main() -> None:
-    """Listen until rank 0 is done, gone, silent or still; tell of all but the first, and end what is left."""
+    """Listen until rank 0 is done, gone, silent, still or stuck; tell of all but the first, and end what is left."""
     leader, began, ready_to_tell = os.getppid(), time.monotonic(), False
     vigil: Vigil | None = None
     pids: list[int] = []
@@ -69,7 +71,7 @@ def main() -> None:
         if ready:
             data = os.read(0, 1 << 16)
             if not data:
-                return _tell("its process ended: killed, out of memory, or crashed", [leader, *pids])
+                return _tell("its process ended: killed, out of memory, or crashed", 0, STEP, [leader, *pids])
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
                 said = json.loads(line)
@@ -78,20 +80,22 @@ def main() -> None:
                 vigil = vigil or Vigil((0,), said["timeout_s"])
                 vigil.timeout_s, pids = said["timeout_s"], said["pids"]
                 vigil.heard(0, said["idle_s"])
+                if "lost" in said:
+                    return _tell(pids=[leader, *pids], **said["lost"])
         lost = vigil.lost((0,)) if vigil is not None else {}
         if not ready_to_tell and time.monotonic() > began + SPARE_S:
             import launch.terminal.output  # noqa: F401 - takes seconds where everything else is busy
 
             ready_to_tell = True
         if lost:
-            return _tell(lost[0], [leader, *pids])
+            return _tell(lost[0], 0, STEP, [leader, *pids])
 
 
-def _tell(text: str, pids: list[int]) -> None:
+def _tell(message: str, rank: int, step: str, pids: list[int]) -> None:
     from burst.errors import HostFailure
     from launch.terminal.output import told
 
-    told(HostFailure(text, rank=0, step="running the command"))
+    told(HostFailure(message, rank=rank, step=step))
     sys.stdout.flush()
     for pid in pids:  # a process that is stopped would keep torchrun waiting
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -20,7 +21,7 @@ from launch.hosts.meeting import listen, open_store
 from launch.hosts.vigil import Vigil, beat_s
 from launch.torchrun.key import KeyFile, given_key, no_key
 from launch.torchrun.line import Line, LineError, accept
-from launch.torchrun.messages import Beat, Command, Do, Done, Hello, Ping, Start, Stop, codec
+from launch.torchrun.messages import Beat, Call, Command, Do, Done, Hello, Ping, Start, Stop, codec
 from launch.torchrun.place import MEET_S, Place
 from launch.torchrun.seat import Seat
 
@@ -28,6 +29,7 @@ SHAKE_S = 10.0  # for a caller to show the key
 CALLERS = 64  # that may be showing it at a time
 LEAVE_S = 3.0  # for the others to leave before rank 0 does
 GRACE_S = 5.0  # for the others' answers once one has failed: their connections to it are closed
+STUCK_S = 2.0  # for rank 0's own part to end once another rank is lost
 SLICE_S = 0.2  # between two such looks signals are heard
 
 
@@ -45,6 +47,8 @@ class Leader:
         self._changed = threading.Condition()
         self._vigil = Vigil(range(1, place.world), MEET_S)
         self._number = self._group = 0
+        self._step = ""  # the command under way
+        self._stuck_since = math.inf  # a rank is lost, and this one's part has not ended for that yet
         self._stopped = False
         self._store: TCPStore | None = None
         self._file = None if (key := given_key()) else KeyFile(place.run)
@@ -80,7 +84,9 @@ class Leader:
         self.fit = False  # unless all of them get to the end
         for rank, line in self._lines.items():
             self._send(rank, line, Do(self._number, commands[rank]))
+        self._step = commands[0].method if isinstance(commands[0], Call) else type(commands[0]).__name__.lower()
         outcomes = {0: self.seat.perform(commands[0], on_event)}
+        self._step, self._stuck_since = "", math.inf
         self._collect(outcomes)
         self.fit = len(outcomes) == self._place.world and not any(o.error for o in outcomes.values())
         return outcomes
@@ -108,7 +114,11 @@ class Leader:
     def beat(self) -> dict[str, Any]:
         """Return what rank 0's guard is to know: its deadline, whether work goes on, the others' processes here."""
         here = [hello.pid for hello in list(self._hello.values()) if hello.node == self._place.node]
-        return {"timeout_s": self._vigil.timeout_s, "idle_s": self.seat.progress.idle_s(), "pids": here}
+        known = {"timeout_s": self._vigil.timeout_s, "idle_s": self.seat.progress.idle_s(), "pids": here}
+        if time.monotonic() > self._stuck_since + STUCK_S:  # a wait for the lost rank, which nothing can end
+            failure = self.failure(self._step)
+            known["lost"] = {"message": failure.message, "rank": failure.rank, "step": failure.step}
+        return known
 
     # -- meeting -----------------------------------------------------------------------------------------------
 
@@ -186,6 +196,8 @@ class Leader:
         with self._changed:
             self.lost = {**found, **self.lost}
             self._changed.notify_all()
+        if found and self._step:
+            self._stuck_since = min(self._stuck_since, time.monotonic())
         for rank in found:
             self._lines[rank].close()  # whoever is sending to it stops
 
