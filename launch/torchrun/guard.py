@@ -1,7 +1,7 @@
 """Stands beside rank 0 and tells of its end when it cannot do so itself.
 
-That is when it is killed, stopped, stands still, or waits for a rank that is lost. Runs in a process of its own that shares rank 0's
-output; a line of JSON on its input is a beat of rank 0.
+That is when it is killed, stopped, stands still, or waits for a rank that is lost. Runs in a process of its own that
+shares rank 0's output; a line of JSON on its input is a beat of rank 0.
 """
 
 from __future__ import annotations
