@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import inspect
 import json
 import math
 import struct
+import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -33,6 +35,23 @@ _RUN = 32  # whole numbers in a row from which on they travel as int64
 
 class Malformed(ValueError):
     """Bytes that no codec of this version wrote."""
+
+
+def reachable(roots: Iterable[type[Any]]) -> list[type[Any]]:
+    """Return the dataclasses ``roots`` and all that their fields are declared to hold; plug-ins are none of them."""
+    found = {cls.__name__: cls for cls in roots}
+    due = list(found.values())
+    while due:
+        hints = list(typing.get_type_hints(due.pop(), localns=dict(found)).values())
+        while hints:
+            hint = hints.pop()
+            hints += typing.get_args(hint)
+            if isinstance(hint, type) and dataclasses.is_dataclass(hint) and not inspect.isabstract(hint):
+                assert found.get(hint.__name__, hint) is hint, f"two classes named {hint.__name__}"
+                if hint.__name__ not in found:
+                    found[hint.__name__] = hint
+                    due.append(hint)
+    return list(found.values())
 
 
 class Codec:

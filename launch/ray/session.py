@@ -94,7 +94,6 @@ def _start_once(ray: Any, hosts: int) -> None:
     # Ray's own default, once announced with a warning: actors without a GPU see none.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "60")
-    own = folder / "r"
     try:
         with loopback(ray):
             ray.init(
@@ -104,9 +103,8 @@ def _start_once(ray: Any, hosts: int) -> None:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                _temp_dir=str(own),
+                _temp_dir=str(folder / "r"),  # Ray opens its own folder to everyone; the one around it keeps them out
             )
-        own.chmod(0o700)  # Ray opens it to everyone; the folder around it has kept everyone out meanwhile
         _watch.tell()
     except BaseException:  # Ctrl-C too
         _watch.tell()  # before Ray forgets what it had started

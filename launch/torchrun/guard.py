@@ -21,7 +21,7 @@ from typing import Any
 from launch.hosts.vigil import Vigil, beat_s
 
 LOOK_S = 0.5
-SPARE_S = 10.0  # after which rank 0 has started, and the guard prepares for what it may have to tell
+SPARE_S = 2.5  # without a beat, after which the guard prepares for what it may have to tell
 STEP = "running the command"
 END_S = 5.0  # for the guard to go once it is told that all is done
 
@@ -62,7 +62,7 @@ class Guard:
 
 def main() -> None:
     """Listen until rank 0 is done, gone, silent, still or stuck; tell of all but the first, and end what is left."""
-    leader, began, ready_to_tell = os.getppid(), time.monotonic(), False
+    leader, heard = os.getppid(), time.monotonic()
     vigil: Vigil | None = None
     pids: list[int] = []
     rest = b""
@@ -80,13 +80,12 @@ def main() -> None:
                 vigil = vigil or Vigil((0,), said["timeout_s"])
                 vigil.timeout_s, pids = said["timeout_s"], said["pids"]
                 vigil.heard(0, said["idle_s"])
+                heard = time.monotonic()
                 if "lost" in said:
                     return _tell(pids=[leader, *pids], **said["lost"])
         lost = vigil.lost((0,)) if vigil is not None else {}
-        if not ready_to_tell and time.monotonic() > began + SPARE_S:
-            import launch.terminal.output  # noqa: F401 - takes seconds where everything else is busy
-
-            ready_to_tell = True
+        if time.monotonic() > heard + SPARE_S:
+            import launch.terminal.output  # noqa: F401 - takes seconds on a busy machine
         if lost:
             return _tell(lost[0], 0, STEP, [leader, *pids])
 

@@ -65,12 +65,12 @@ class Leader:
 
     def start(self, spec: HostSpec) -> dict[int, Outcome]:
         """Load the model on all ranks, in a new process group if the old one is not fit."""
-        place = self._place
+        place, fit, self.fit = self._place, self.fit, False
         self._meet(spec.timeout_s)
         self._vigil.timeout_s = spec.timeout_s
         if self._store is None:
             self._store = self.seat.own_store = open_store(place.address, place.world, spec.timeout_s)
-        if not (self.fit and self.seat.joined(spec)):
+        if not (fit and self.seat.joined(spec)):
             self._group += 1
         nodes = tuple(place.node if r == 0 else self._hello[r].node for r in range(place.world))
         return self.command([Start(spec, nodes, self._group, self._store.port)] * place.world)

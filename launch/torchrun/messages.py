@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from apb.clusters.codec import Codec
+from apb.clusters.codec import Codec, reachable
 from apb.clusters.outcome import Outcome
 from apb.host.messages import HostSpec
 
@@ -86,20 +86,13 @@ class Done:
 def codec() -> Codec:
     """Return the codec of all that travels."""
     from apb.compress.base import COMPRESSORS
-    from apb.decode.base import DECODERS, Decoded, DecodeRequest, Drafting
+    from apb.decode.base import DECODERS, DecodeRequest
     from apb.decode.placement import Links
-    from apb.decode.sampling import Sampling
     from apb.decode.score import Score
-    from apb.draft.spec import DraftSpec
     from apb.host.messages import HostReport, PrefillRequest
-    from apb.plan import draft, exact, plan, shapes, steps
+    from apb.plan.draft import Handoff
+    from apb.plan.exact import Spread
 
-    planned = (plan.PrefillPlan, plan.HostPlan, shapes.ModelShape, shapes.PromptLengths, exact.Spread, draft.Handoff)
-    stepped = (
-        *(steps.Select, steps.Pass, steps.WaitPassing, steps.GatherAnchor, steps.WaitAnchor),
-        *(steps.Attend, steps.AttendAll),
-    )
-    asked = (HostSpec, DraftSpec, PrefillRequest, DecodeRequest, Sampling)
-    answered = (Outcome, HostReport, Decoded, Drafting, Links, Score)
-    own = (Start, Call, Drop, Do, Stop, Ping, Hello, Beat, Done)
-    return Codec((*planned, *stepped, *asked, *answered, *own), (COMPRESSORS, DECODERS))
+    asked, answered = (Start, Call, Drop, PrefillRequest, Handoff, Spread, DecodeRequest), (HostReport, Links, Score)
+    said = (Do, Stop, Ping, Hello, Beat, Done)
+    return Codec(reachable((*asked, *answered, *said)), (COMPRESSORS, DECODERS))

@@ -6,6 +6,7 @@ import json
 import sys
 from typing import Any
 
+from apb.clusters import launcher
 from apb.engine.engine import Engine
 from launch.terminal.interrupt import interruptible
 from tests.support.torchrun_driver import CONTEXT, QUESTION, answer
@@ -21,9 +22,9 @@ def say(**document: Any) -> None:
 
 def main(model: str, what: str, address: str = "") -> None:
     """Start hosts, say their processes, and do ``what``."""
-    options = {"address": address} if address else {}
+    ray = launcher("ray", address=address or None)
     # As the commands do: Python drops an interrupt that falls into a callback, of Ray's, say.
-    with interruptible(), Engine.launch(model, hosts=2 if what == "answer" else 1, cluster="ray", **options) as engine:
+    with interruptible(), Engine.launch(model, hosts=2 if what == "answer" else 1, cluster=ray) as engine:
         cluster: Any = engine.cluster
         say(pids=cluster.pids)
         if what == "answer":
