@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,7 +19,6 @@ from apb.decode.placement import PLACEMENTS, Links
 from apb.decode.rules import Rules
 from apb.decode.sampling import Sampling
 from apb.decode.score import Score
-from apb.decode.text import TextStream
 from apb.draft.spec import DraftSpec
 from apb.engine.calls import Calls
 from apb.engine.checks import (
@@ -34,13 +32,14 @@ from apb.engine.checks import (
     nothing_pending,
 )
 from apb.engine.gathering import Gathering
-from apb.engine.generation import rules_asked
+from apb.engine.generation import rules_asked, stop_ids
 from apb.engine.handle import KVHandle
 from apb.engine.metrics import decoded, measured, prefilled, versions
 from apb.engine.options import EngineOptions
 from apb.engine.requests import decode_requests, prefill_request
 from apb.engine.result import Result
 from apb.engine.setup import Setup
+from apb.engine.telling import Teller
 from apb.prompt.prompt import Prompt, Question, Text, make_question, with_question_first
 from apb.strategies import STRATEGIES, Strategy
 from burst.errors import choose
@@ -193,29 +192,19 @@ class Engine:
         )
         self.setup.check_room(handle.next_position, max_new_tokens)
         self._gathering.place(handle, placement, request)
-        stream = TextStream(self.setup.tokenizer, request.stop)
-        first_token: list[float] = []
-
-        def on_event(event: dict[str, Any]) -> None:
-            first_token.append(time.perf_counter())
-            piece = "" if event["id"] in request.stop_ids else stream.push(event["id"])
-            if piece and on_token is not None:
-                on_token(piece)
-
+        teller = Teller(self.setup.tokenizer, request, on_token)
         handle.interrupted = True  # until the answer is whole, however it ends
-        reports = self._calls.each("generate", decode_requests(handle, request, self.cluster.hosts), on_event)
+        reports = self._calls.each("generate", decode_requests(handle, request, self.cluster.hosts), teller.event)
         handle.interrupted = False
-        rest = stream.finish()
-        if rest and on_token is not None:
-            on_token(rest)
+        text = teller.finish()
         answer = reports[handle.owner].decoded
-        assert answer is not None
+        assert answer is not None and teller.first_s is not None
         waited_s = 0.0 if handle.generated else handle.metrics["request_s"]  # the first answer waited for the prefill
-        metrics = decoded(handle.metrics, reports, answer, decoder.name, waited_s + first_token[0] - start)
+        metrics = decoded(handle.metrics, reports, answer, decoder.name, waited_s + teller.first_s - start)
         handle.generated += answer.token_ids
         metrics |= {"conditioned_on": handle.conditioned_on, "hosts_decoding": len({h for h, _ in handle.blocks})}
         metrics |= {"generation_rules": request.rules.changes, "generation_ignored": list(self._rules[1])}
-        return Result(stream.text, tuple(answer.token_ids), answer.finish_reason, metrics)
+        return Result(text, tuple(answer.token_ids), answer.finish_reason, metrics)
 
     def fork(self, handle: KVHandle, query: Text | Question | None = None) -> KVHandle:
         """Ask another question on the same context (only the query phase runs), or copy a cache as it stands.
@@ -303,11 +292,7 @@ class Engine:
         check_alive(handle, self, self.cluster.epoch)
 
     def _stop_ids(self) -> tuple[int, ...]:
-        from apb.models.loading import generation_stop_ids
-
-        if self.setup.spec.config is not None:  # random weights mean nothing by any token
-            return ()
-        return generation_stop_ids(Path(self.model_path))
+        return stop_ids(self.setup.spec)
 
     @functools.cached_property
     def _rules(self) -> tuple[Rules, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""What a model folder's generation configuration asks for: stop tokens, rules that are followed, and the rest."""
+"""Generation configuration of a model folder: stop tokens, rules that are followed, and settings that are not."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from apb.models.files import damaged, read_json
 
 _logger = logging.getLogger(__name__)
 
-# What changes greedy decoding in transformers and is not followed here, with the values that change nothing. What only
-# sampling, caches, speed or the length of answers depends on is the caller's to set.
+# Settings that change greedy decoding in transformers and are not followed here, with the values that change nothing.
+# Settings of sampling, caches, speed and the length of answers are the caller's.
 _IGNORED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -33,6 +33,13 @@ _IGNORED: dict[str, tuple[Any, ...]] = {
     "token_healing": (False,),
     "stop_strings": (),
 }
+
+
+def stop_ids(spec: HostSpec) -> tuple[int, ...]:
+    """Return the model's stop tokens; random weights have none, as no token means anything to them."""
+    from apb.models.loading import generation_stop_ids
+
+    return () if spec.config is not None else generation_stop_ids(Path(spec.model_path))
 
 
 def rules_asked(spec: HostSpec) -> tuple[Rules, tuple[str, ...]]:

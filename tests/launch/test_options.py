@@ -37,7 +37,7 @@ def test_the_engine_has_a_parameter_for_every_option() -> None:
         assert parameters[field.name].default == field.default, field.name
         if field.name != "model":  # or a Setup, which has settled the others
             assert hints[field.name] == fields[field.name], field.name
-    assert set(parameters) == {"cluster", *fields}
+    assert set(parameters) == {"cluster", "cluster_options", *fields}  # and those of the cluster named
 
 
 @pytest.mark.parametrize(
