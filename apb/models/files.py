@@ -14,7 +14,8 @@ from apb.files.tables import safetensors_table
 from burst.errors import UserError
 
 MANIFEST = "MANIFEST.json"  # written last into folders that this package made; says what each file must be
-_JSON_LIMIT_BYTES = 100_000_000  # published tokenizers have up to 35 million
+_TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # of configurations, tokenizers and templates
+_TEXT_LIMIT_BYTES = 100_000_000  # published tokenizers have up to 35 million
 
 Progress = Callable[[str, int, int], None]
 """``(phase, done, total)``: bytes while fetching or unpacking, steps otherwise; total 0 when unknown."""
@@ -43,11 +44,7 @@ def _replace(folder: Path) -> str:
 def read_json(file: Path) -> dict[str, Any]:
     """Return a JSON file's object; raises UserError naming the file when it is missing or damaged."""
     try:
-        about = file.stat()
-        if not stat.S_ISREG(about.st_mode):
-            raise damaged(file, "it is no regular file")
-        if about.st_size > _JSON_LIMIT_BYTES:
-            raise damaged(file, f"it has {about.st_size} bytes, of which {_JSON_LIMIT_BYTES} can be read")
+        _check_text(file)
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise damaged(file, "it is missing") from error
@@ -58,6 +55,25 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise damaged(file, "it holds no JSON object")
     return value
+
+
+def check_texts(folder: Path) -> None:
+    """Reject a folder whose texts are none, or larger than any model's; raises UserError that names the file.
+
+    Libraries read them whole, and would wait for a pipe for ever.
+    """
+    for place in (folder, folder / "additional_chat_templates"):
+        for file in sorted(place.iterdir()) if place.is_dir() else ():
+            if file.suffix in _TEXTS and file.exists():
+                _check_text(file)
+
+
+def _check_text(file: Path) -> None:
+    about = file.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise damaged(file, "it is no regular file")
+    if about.st_size > _TEXT_LIMIT_BYTES:
+        raise damaged(file, f"it has {about.st_size} bytes, of which {_TEXT_LIMIT_BYTES} can be read")
 
 
 def first_line(error: BaseException) -> str:

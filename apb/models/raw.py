@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from apb.models.files import damaged, read_json
+from apb.models.files import check_texts, damaged, read_json
 from burst.errors import UserError
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
@@ -29,11 +29,12 @@ _DEPTH, _ENTRIES = 32, 200_000  # of nested values, and of all values together
 
 
 def check_code(folder: Path) -> None:
-    """Reject a folder that needs code of its own; raises UserError that names ``auto_map``.
+    """Reject a folder whose texts cannot be read, or that needs code of its own; raises UserError.
 
     A folder that names code beside a kind that transformers has, as many published ones do, is read by transformers'
     own classes. The folder's code is never run.
     """
+    check_texts(folder)
     config = read_json(folder / CONFIG)
     check_values(folder / CONFIG, config)
     if (folder / "adapter_config.json").exists():

@@ -94,6 +94,8 @@ NAMED = [
     ("one", "generation_config.json stray eos_token_id", "generation_config.json"),
     ("one", "generation_config.json a pipe", "generation_config.json"),
     ("one", "tokenizer.json three gigabytes of nothing", "tokenizer.json"),
+    ("one", "chat_template.jinja three gigabytes of nothing", "chat_template.jinja"),
+    ("one", "chat_template.jinja a pipe", "chat_template.jinja"),
     ("one", "tokenizer_config.json a device", "tokenizer_config.json"),
     ("one", "model.safetensors a pipe", "model.safetensors"),
     ("one", "model.safetensors length 18446744073709551615", "model.safetensors"),
