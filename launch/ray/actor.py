@@ -51,11 +51,13 @@ class HostActor:
         return self._progress.idle_s()
 
     def listen(self, address: str, world: int, timeout_s: float) -> Outcome:
-        """Open the group's meeting point; return its port."""
+        """Open the group's meeting point; return its port. Imports what hosts need, as ``prepare`` does."""
         from apb.clusters.outcome import attempt
         from launch.hosts.meeting import open_store
 
         def opened() -> int:
+            import apb.host.host  # noqa: F401 - now, or the others would wait for it in the group
+
             self._store = open_store(address, world, timeout_s)
             port: int = self._store.port
             return port
