@@ -45,7 +45,7 @@ class AttentionOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunsModel:
-    """What every benchmark of a model's shape has: the model, and the place of its computation."""
+    """Settings of every benchmark of a model's shape: the model, and the place of its computation."""
 
     model: str = choice("model", "smollm2-135m")
     dtype: str = same(EngineOptions, "dtype")
@@ -54,7 +54,7 @@ class RunsModel:
 
 @dataclass(frozen=True, kw_only=True)
 class RunsEngine(RunsModel):
-    """What every benchmark of an engine has."""
+    """Settings of every benchmark of an engine."""
 
     strategy: Strategy = choice("strategy", "apb")
     compress: Compressor | None = choice("compress", None, COMPRESS)

@@ -30,7 +30,7 @@ class Bench(NamedVerb):
 
     @property
     def names(self) -> Registry[type[Verb]]:
-        """What can be measured."""
+        """The benchmarks by name."""
         from bench.benchmarks.base import BENCHMARKS
 
         return BENCHMARKS

@@ -1,4 +1,4 @@
-"""The program ``apb``: whatever a command comes to, stdout ends with one JSON document."""
+"""The program ``apb``: stdout ends with one JSON document, however a command ends."""
 
 from __future__ import annotations
 

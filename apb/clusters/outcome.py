@@ -1,4 +1,4 @@
-"""What a call came to on each host, carried between processes, and what the call as a whole comes to."""
+"""Outcomes of a call on each host, carried between processes, and of the call as a whole."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Outcome:
 
     @property
     def breaks(self) -> bool:
-        """Whether the host's peers may be left waiting for it: anything but a result or a user's mistake."""
+        """True where the host's peers may be left waiting for it: anything but a result or a user's mistake."""
         return self.error is not None and not isinstance(self.error, UserError)
 
 
@@ -66,7 +66,7 @@ def _consequence(error: Exception) -> int:
 
 
 def intact(outcomes: Mapping[int, Outcome], hosts: int) -> bool:
-    """Whether the hosts can go on together: all gave a result, or all met a mistake.
+    """Return True where the hosts can go on together: all gave a result, or all met a mistake.
 
     Where only some stopped, messages may be left between them.
     """

@@ -1,4 +1,4 @@
-"""What a model's generation configuration asks of the choice of tokens: penalties and bans that look at tokens so far.
+"""Rules of a model's generation configuration for the choice of tokens: penalties and bans that look at tokens so far.
 
 They stand between logits and sampling, in the order and with the arithmetic of transformers, so that greedy decoding
 gives its tokens. They are functions of the logits and of the tokens before a position, along a draft tree's path as in
@@ -81,7 +81,7 @@ class Past:
         return self._ids[:count]
 
     def _completes(self, word: Sequence[int], ids_N: np.ndarray[Any, Any]) -> bool:
-        """Whether one more token would complete a bad word; stop tokens are none."""
+        """Return True where one more token would complete a bad word; stop tokens are none."""
         if len(word) == 1:
             return word[0] not in self._stop_ids
         return len(word) <= len(ids_N) and bool((ids_N[len(ids_N) + 1 - len(word) :] == word[:-1]).all())

@@ -73,7 +73,7 @@ AttentionInterface.register(IMPLEMENTATION, _attend)
 class Adapter:
     """One loaded model: runs tokens at explicit positions through attention that we supply.
 
-    Raises UserError when the architecture asks attention for something that is not honoured.
+    Raises UserError when the architecture asks attention for something unsupported.
     """
 
     def __init__(self, model: PreTrainedModel, shape: ModelShape) -> None:
@@ -98,7 +98,7 @@ class Adapter:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         device: torch.device = self._model.device
         return device
 
@@ -110,7 +110,7 @@ class Adapter:
 
     @property
     def fixed(self) -> bool:
-        """Whether what layers launch depends on nothing but the number of tokens; experts are chosen by values."""
+        """True where layers launch the same kernels for the same number of tokens; experts are chosen by values."""
         config = self._model.config.get_text_config()
         return not any(getattr(config, name, 0) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 

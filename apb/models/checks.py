@@ -38,9 +38,9 @@ class PlainCall(UserError):
 
 
 def refuse(name: str, value: object) -> UserError:
-    """Return the error for something an architecture asks of attention that is not honoured."""
+    """Return the error for something unsupported that an architecture asks of attention."""
     return UserError(
-        f"this model asks attention for '{name}', which distributed prefill does not honour",
+        f"this model asks attention for '{name}', which distributed prefill does not support",
         given=f"{name}={value if not isinstance(value, Tensor) else 'a tensor'}",
         allowed="causal attention over all tokens: no window, soft cap, sinks, mask or dropout",
         remedy="Choose another model, or a checkpoint whose config.json does not set it.",

@@ -23,7 +23,7 @@ _captured = threading.local()
 
 @dataclass
 class Features:
-    """What a draft head reads of tokens that run through the model.
+    """Features of tokens that run through the model, for a draft head.
 
     ``taps``: the layers whose input it reads; empty: the final norm's output. ``rows``: of these tokens only."""
 
@@ -104,7 +104,7 @@ def hook_projections(module: nn.Module, widths: Sequence[int]) -> None:
 
 
 def has_projections(module: nn.Module) -> bool:
-    """Whether q, k and v are plain projections; DeepSeek's compressed keys, for one, are not."""
+    """Return True where q, k and v are plain projections; DeepSeek's compressed keys are not."""
     return hasattr(module, "qkv_proj") or all(hasattr(module, f"{name}_proj") for name in "qkv")
 
 

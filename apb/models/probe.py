@@ -166,7 +166,7 @@ def _running(adapter: Probed) -> Iterator[None]:
 
 
 def _alike(a_SE: Tensor, b_SE: Tensor) -> bool:
-    """Whether hidden states of two runs through the same operations are the same, but for a rounding or two."""
+    """Return True where hidden states of two runs through the same operations differ by roundings alone."""
     tolerance = max(1e-3, 8 * torch.finfo(a_SE.dtype).eps) * float(b_SE.abs().max())
     return float((a_SE - b_SE).abs().max()) <= tolerance
 

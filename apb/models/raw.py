@@ -86,7 +86,7 @@ def needs_code(source: Path | None, auto_map: object) -> UserError:
 
 
 def _known(name: object) -> bool:
-    """Whether transformers has a class of this name."""
+    """Return True where transformers has a class of this name."""
     import transformers
 
     try:

@@ -1,4 +1,4 @@
-"""What a model costs, from its configuration alone."""
+"""Sizes of a model, from its configuration alone."""
 
 from __future__ import annotations
 

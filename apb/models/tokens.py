@@ -57,7 +57,7 @@ def _tokens(tokenizer: Any) -> list[int]:
 
 
 def _only_a_prefix(folder: Path, got: list[int], wanted: list[int]) -> bool:
-    """Whether the folder sets a space before texts, other than its file does, and nothing else differs."""
+    """Return True where the folder sets a space before texts, other than its file does, and nothing else differs."""
     file = folder / CONFIG
     if not file.exists() or read_json(file).get("add_prefix_space") is None:
         return False

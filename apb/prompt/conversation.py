@@ -1,4 +1,4 @@
-"""From a conversation to a prompt in its parts: where document and question stand in any chat template.
+"""Conversations made into prompts: the places of document and question in any chat template.
 
 The rules, in words (`docs/prompts.md` shows them for five templates):
 
@@ -85,7 +85,7 @@ def _end(found: Sequence[Piece], start: int, end: int) -> int:
 
 
 def _asked(text: str, question: str | None) -> tuple[int, int]:
-    """Where in the last user message the question stands: as named, or its last paragraph, or all of it."""
+    """Return the place of the question in the last user message: as named, or its last paragraph, or all of it."""
     end = len(text.rstrip())
     if question is not None:
         wanted = question.strip()

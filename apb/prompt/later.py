@@ -1,4 +1,4 @@
-"""What follows a context that is tokenised already: the tokens that its last text and a later question have together.
+"""Questions that follow a context tokenised already: the tokens that its last text and a later question have together.
 
 A question's first tokens depend on the text before it, never on all of a long document: the context's last text is
 kept, tokenised again together with what follows, and must begin with the same tokens.

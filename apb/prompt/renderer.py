@@ -83,7 +83,7 @@ class _Renderer:
 
     @property
     def alive(self) -> bool:
-        """Whether it can be asked."""
+        """True while the process can be asked."""
         return self.owner == os.getpid() and self._child.poll() is None
 
     def ask(self, body: bytes) -> dict[str, Any] | None:

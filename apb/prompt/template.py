@@ -36,7 +36,7 @@ class Piece:
 
 
 def has_template(tokenizer: Any) -> bool:
-    """Whether the tokenizer has a chat template."""
+    """Return True where the tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 

@@ -31,7 +31,7 @@ class Asked:
 
     @property
     def key(self) -> str:
-        """What tells it from others."""
+        """The question's key among others."""
         return f"{self.kind}/{self.context}/{hashlib.sha256(self.text.encode()).hexdigest()[:12]}"
 
     def prompt(self, tokenizer: Any) -> Prompt:

@@ -25,7 +25,7 @@ PARTS = ("linear", "attention", "selection", "other")
 
 @dataclass
 class Measured:
-    """What the rounds of one strategy gave; the lists are by round."""
+    """Results of one strategy's rounds; the lists are by round."""
 
     setup: Setup
     plan: PrefillPlan

@@ -40,7 +40,7 @@ def _ruler(folder: Path) -> list[Row]:
 
 
 def _case(kind: str, row: Row) -> str:
-    """What two rows of the same case share; a throughput row is one repetition of one."""
+    """Return the key that rows of the same case share; a throughput row is one repetition of a case."""
     if kind == "throughput":
         return f"{row['hardware']}/{row['key']}"
     if kind == "decode":

@@ -1,4 +1,4 @@
-"""From samples to prompts: the question after the document, and for the fair baseline before it as well."""
+"""Prompts of samples: the question after the document, and for the fair baseline before it as well."""
 
 from __future__ import annotations
 

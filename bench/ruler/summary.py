@@ -1,4 +1,4 @@
-"""From samples to tables: means, which compressor is chosen, and the stated comparisons with their corrections."""
+"""Summary of samples: means, the chosen compressor, and the stated comparisons with their corrections."""
 
 from __future__ import annotations
 

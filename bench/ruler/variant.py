@@ -33,7 +33,7 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """What rows and tables call it: options that are not the default's included."""
+        """The variant's name in rows and tables, with the options that are not the default's."""
         return self._label(self.compressor)
 
     @property
@@ -62,7 +62,7 @@ class Variant:
         return "".join(parts) + (", question first" if self.question_first else "")
 
     def takes(self, sample: RulerSample) -> bool:
-        """Whether it can be asked; a text that is continued has no question to put first."""
+        """Return True where the variant can be asked; a text that is continued has no question to put first."""
         return sample.chat or not self.question_first
 
     def prompt(self, sample: RulerSample) -> Prompt:
@@ -72,7 +72,7 @@ class Variant:
 
     @property
     def random(self) -> bool:
-        """Whether it passes a random choice: the floor that every compressor must beat."""
+        """True where random rows are passed: the floor that every compressor must beat."""
         return self.setup.compressor is not None and self.setup.compressor.name == "random"
 
     def fitted(self, lengths: PromptLengths) -> Setup:

@@ -27,7 +27,7 @@ class EveryToken(Engine):
 
 @dataclass(frozen=True)
 class Source:
-    """Where prompts come from: text that is tokenised each time, or token ids where there is no tokenizer."""
+    """Source of prompts: text that is tokenised each time, or token ids where there is no tokenizer."""
 
     setup: Setup
     tokens: int

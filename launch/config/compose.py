@@ -1,4 +1,4 @@
-"""From ``key=value`` words to one resolved configuration a run: Hydra's composition, our own errors."""
+"""Composition of ``key=value`` words into one resolved configuration a run: Hydra's rules, our own errors."""
 
 from __future__ import annotations
 

@@ -49,13 +49,13 @@ class DecodeSettings:
 
     @property
     def answer(self) -> Generation:
-        """What memory has to hold for it."""
+        """The answer that memory has to hold."""
         return Generation(self.max_new_tokens, self.decoder.tree_tokens, self.placement == "gathered")
 
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """Which head a decoder drafts with."""
+    """The head that a decoder drafts with."""
 
     head: str | None = option(
         None,
@@ -77,7 +77,7 @@ class BurstSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """What every verb has."""
+    """Settings of every verb."""
 
     out: str | None = option(
         None, "folder for result.json, config.yaml and apb.log; null: nothing is written", text=True
@@ -86,7 +86,7 @@ class Kept:
 
 @dataclass(frozen=True, kw_only=True)
 class Basics(Kept):
-    """What every verb that prefills has. ``config``: the configuration of a model with random weights."""
+    """Settings of every verb that prefills. ``config``: the configuration of a model with random weights."""
 
     model: str = choice("model", "smollm2-135m")
     strategy: Strategy = choice("strategy", "apb")
@@ -106,7 +106,7 @@ class Basics(Kept):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Basics):
-    """What every verb that reads a document and a question has; ``memory_gb`` is plan's alone."""
+    """Settings of every verb that reads a document and a question; ``memory_gb`` is plan's alone."""
 
     decode: DecodeSettings = choice("decode", "autoregressive")
     chunk_tokens: int | Literal["auto"] | None = option(

@@ -17,7 +17,7 @@ def beat_s(timeout_s: float) -> float:
 
 
 class Vigil:
-    """What is known of the hosts' lives during a call; ``timeout_s`` is how long each may be silent."""
+    """Signs of the hosts' lives during a call; each may be silent for ``timeout_s`` seconds."""
 
     def __init__(self, ranks: Collection[int], timeout_s: float) -> None:
         self.timeout_s = timeout_s

@@ -27,12 +27,12 @@ class Placement:
     here: str  # the caller's node
 
     def is_here(self, rank: int) -> bool:
-        """Whether a host is on the caller's machine."""
+        """Return True for a host on the caller's machine."""
         return self.at[self.bundles[rank]] == self.here
 
     @property
     def alive(self) -> bool:
-        """Whether Ray still keeps all places where they were, on machines that it believes to be up."""
+        """Return True while Ray keeps all places where they were, on machines that it believes to be up."""
         from ray.util import placement_group_table
 
         table = placement_group_table(self.group)

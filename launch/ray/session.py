@@ -138,7 +138,7 @@ def _join(ray: Any, address: str) -> None:
 
 
 def _only_here(ray: Any, address: str) -> bool:
-    """Whether the Ray at HOST:PORT listens on loopback alone, as those started here do.
+    """Return True where the Ray at HOST:PORT listens on loopback alone, as those started here do.
 
     Raises an OSError or a ValueError when nobody listens; Ray itself would try for minutes.
     """

@@ -69,7 +69,7 @@ def main(folder: str) -> None:
 
 
 def _uses(process: psutil.Process, folder: str) -> bool:
-    """Whether a process was told the folder or, under whatever name it shows, writes its log there."""
+    """Return True for a process that was told the folder or, under whatever name it shows, writes its log there."""
     try:
         return any(folder in word for word in process.cmdline()) or any(
             file.path.startswith(folder) for file in process.open_files()

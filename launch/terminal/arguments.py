@@ -1,4 +1,4 @@
-"""What stands on the command line, taken apart before Hydra sees any of it."""
+"""Arguments of the command line, taken apart before Hydra sees any of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people read on stderr: progress, tokens as they come, tables; the same as plain text in a log."""
+"""Display for people on stderr: progress, tokens as they come, tables; the same as plain text in a log."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def _again(signum: int, frame: object) -> None:
 
 
 def _on_its_way() -> bool:
-    """Whether the code under way is the clean-up of an interrupt, which must not be interrupted in turn."""
+    """Return True where the code under way is the clean-up of an interrupt, which must not be interrupted in turn."""
     error = sys.exc_info()[1]
     while error is not None:
         if isinstance(error, KeyboardInterrupt):

@@ -45,7 +45,7 @@ class Seat:
         return outcome
 
     def joined(self, spec: HostSpec) -> bool:
-        """Whether the process group is there, and of this spec's kind."""
+        """Return True where the process group is there, and of this spec's kind."""
         t = self._transport
         return t is not None and t.timeout_s == spec.timeout_s and t.device.type == spec.device.split(":")[0]
 

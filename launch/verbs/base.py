@@ -1,4 +1,4 @@
-"""What a verb is: a word of the command line with settings, found by name.
+"""Verbs: words of the command line with settings, found by name.
 
 A verb's own module imports nothing heavy: what it runs is imported when it runs, its settings when they are shown.
 """
@@ -33,7 +33,7 @@ class Verb(ABC):
 
     @property
     def names(self) -> Registry[type[Verb]] | None:
-        """What the verb's NAME is one of; None where it takes no NAME."""
+        """The names that the verb's NAME is one of; None where it takes no NAME."""
         return None
 
     @abstractmethod

@@ -360,7 +360,7 @@ def test_configurations_that_do_not_fit(target: Target, tmp_path: Path, changes:
     assert words in str(refused.value) + str(refused.value.given)
 
 
-def test_positions_that_are_not_honoured_are_no_damage(target: Target, tmp_path: Path) -> None:
+def test_unsupported_positions_are_no_damage(target: Target, tmp_path: Path) -> None:
     made = config(bias=False) | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
     with pytest.raises(UserError, match="positions") as refused:
         load(write(tmp_path / "head", made, eagle_weights(False, False)), target)

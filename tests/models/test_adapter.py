@@ -173,7 +173,7 @@ def gpt_oss(kinds: list[str]) -> Any:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_honoured_is_refused_by_name(name: str) -> None:
+def test_unsupported_attention_is_rejected_by_name(name: str) -> None:
     word, make = REFUSED[name]
     with pytest.raises(UserError, match=word) as caught:
         check_config(make())

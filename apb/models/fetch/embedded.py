@@ -22,7 +22,7 @@ _COPY_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Embedded:
-    """A quantised model inside a wheel: where it lies and what it must be; sizes are in bytes."""
+    """A quantised model inside a wheel: its place and its hashes; sizes are in bytes."""
 
     name: str
     requirement: str
@@ -46,7 +46,7 @@ EMBEDDED = {SMOLLM2_135M.name: SMOLLM2_135M}
 
 
 def default_cache_dir() -> Path:
-    """Return where converted models lie when the caller names no other place."""
+    """Return the folder of converted models where the caller names no other."""
     return Path.home() / ".cache" / "apb-prefill"
 
 
@@ -179,7 +179,7 @@ def _convert(gguf: Path, folder: Path, on_progress: Progress) -> None:
                 **alone,
             )
             on_progress("Converting", 2, steps)
-            # Where this one file lay is no part of the model.
+            # The place of this one file is no part of the model.
             for key in ("is_local", "local_files_only"):
                 tokenizer.init_kwargs.pop(key, None)
             model.save_pretrained(folder)

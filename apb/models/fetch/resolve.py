@@ -1,4 +1,4 @@
-"""From what the user calls a model to a local folder with its files."""
+"""Resolution of a model's name to a local folder with its files."""
 
 from __future__ import annotations
 
