@@ -46,7 +46,7 @@ class Place:
 
 
 def place(model: str, device: str, dtype: str, display: Display) -> Place:
-    """Find the model and settle device and type; raises UserError for models and devices that are missing or unsupported."""
+    """Find the model and settle device and type; raises UserError where these are missing or unsupported."""
     from apb.models.checks import check_config
     from apb.models.fetch.resolve import resolve
     from apb.models.loading import load_config
