@@ -30,9 +30,9 @@ class Guard:
     """Rank 0's end; ``beat`` says at every beat how long rank 0 may be silent, and what else the guard should know."""
 
     def __init__(self, beat: Callable[[], dict[str, Any]]) -> None:
-        code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import launch.torchrun.guard as g; g.main()"
+        code = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import launch.torchrun.guard as g; "
         self._process = subprocess.Popen(
-            [sys.executable, "-c", code, json.dumps(sys.path)],
+            [sys.executable, "-c", code + "g.main(int(sys.argv[2]))", json.dumps(sys.path), str(os.getpid())],
             stdin=subprocess.PIPE,
             text=True,
             start_new_session=True,  # Ctrl-C and torchrun's signals are for the ranks
@@ -60,9 +60,10 @@ class Guard:
             self._process.stdin.flush()
 
 
-def main() -> None:
-    """Listen until rank 0 is done, gone, silent, still or stuck; tell of all but the first, and end what is left."""
-    leader, heard = os.getppid(), time.monotonic()
+def main(leader: int) -> None:
+    """Listen until rank 0, the process ``leader``, is done, gone, silent, still or stuck; tell of all but the first,
+    and end what is left."""
+    heard = time.monotonic()
     vigil: Vigil | None = None
     pids: list[int] = []
     rest = b""
@@ -71,7 +72,7 @@ def main() -> None:
         if ready:
             data = os.read(0, 1 << 16)
             if not data:
-                return _tell("its process ended: killed, out of memory, or crashed", 0, STEP, [leader, *pids])
+                return _tell("its process ended: killed, out of memory, or crashed", 0, STEP, pids)
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
                 said = json.loads(line)

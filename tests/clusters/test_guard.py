@@ -60,6 +60,18 @@ def test_a_rank_0_that_is_stopped_or_killed_and_the_ranks_beside_it(how: signal.
     assert error["given"].startswith("host 0") and said in error["message"]
 
 
+def test_a_rank_0_that_is_gone_before_its_guard_begins() -> None:
+    """Whoever adopted the guard is not ended in rank 0's place."""
+    code = (
+        "import os, sys, launch.torchrun.guard as g\n"
+        "g.os.kill = lambda *about: print('ended', about, file=sys.stderr)\n"
+        "g.main(2**22 + 1)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, input="", capture_output=True, text=True, timeout=60)
+    assert "its process ended" in json.loads(found.stdout)["error"]["message"]
+    assert "ended (" not in found.stderr
+
+
 def test_work_that_stands_still() -> None:
     assert "its work has stood still for 99 s" in told(rank_0(idle_s=99.0))["message"]
 
