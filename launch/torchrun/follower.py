@@ -65,8 +65,9 @@ class Follower:
         for work in (self._listen, self._beat):
             threading.Thread(target=work, name=work.__name__, daemon=True).start()
         while isinstance(due := self._due.get(), Do):
-            outcome = self._seat.perform(due.command)
-            self._line.send(codec().encode(Done(due.number, outcome)))
+            done = codec().encode(Done(due.number, self._seat.perform(due.command)))
+            with contextlib.suppress(LineError):  # the listening thread finds out, too, and ends this process
+                self._line.send(done)
         self._seat.disconnect()
         if due.failed:  # rank 0 is the one that failed: it ends first, and torchrun reports the first
             if threading.current_thread() is threading.main_thread():

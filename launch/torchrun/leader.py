@@ -127,7 +127,7 @@ class Leader:
         end = time.monotonic() + within_s
         with self._changed:
             while len(self._hello) < self._place.world - 1:
-                if self._file is not None and self._place.store.check(["no key"]):
+                if self._place.store.check(["no key"]):
                     raise no_key()
                 if time.monotonic() > end:
                     rank = min(set(range(1, self._place.world)) - self._hello.keys())

@@ -12,6 +12,7 @@ import secrets
 import socket
 import struct
 import threading
+import time
 
 _MAGIC = b"apb-run1"
 _SIZE = 32  # bytes of a nonce, and of a code
@@ -74,12 +75,13 @@ class Line:
 
 
 def accept(sock: socket.socket, key: bytes, within_s: float) -> tuple[int, Line]:
-    """Let a rank in that shows the key; return its rank and the line. Raises LineError for anyone else."""
+    """Let a rank in that shows the key in time; return its rank and the line. Raises LineError for anyone else."""
+    until = time.monotonic() + within_s
     sock.settimeout(within_s)
     mine = secrets.token_bytes(_SIZE)
     try:
         sock.sendall(_MAGIC + mine)
-        hello = _exactly(sock, _RANK.size + 2 * _SIZE)
+        hello = _exactly(sock, _RANK.size + 2 * _SIZE, until)
         (rank,) = _RANK.unpack_from(hello)
         both = mine + hello[: _RANK.size + _SIZE]
         if not hmac.compare_digest(hello[-_SIZE:], _sign(key, b"follower", both)):
@@ -92,16 +94,17 @@ def accept(sock: socket.socket, key: bytes, within_s: float) -> tuple[int, Line]
 
 
 def call(sock: socket.socket, key: bytes, rank: int, within_s: float) -> Line:
-    """Introduce this rank to rank 0; raises LineError when who answers does not have the key."""
+    """Introduce this rank to rank 0; raises LineError when who answers does not show the key in time."""
+    until = time.monotonic() + within_s
     sock.settimeout(within_s)
     try:
-        opening = _exactly(sock, len(_MAGIC) + _SIZE)
+        opening = _exactly(sock, len(_MAGIC) + _SIZE, until)
         if not opening.startswith(_MAGIC):
             raise LineError("who answers is not a process of this run")
         hello = _RANK.pack(rank) + secrets.token_bytes(_SIZE)
         both = opening[len(_MAGIC) :] + hello
         sock.sendall(hello + _sign(key, b"follower", both))
-        if not hmac.compare_digest(_exactly(sock, _SIZE), _sign(key, b"leader", both)):
+        if not hmac.compare_digest(_exactly(sock, _SIZE, until), _sign(key, b"leader", both)):
             raise LineError("who answers does not have this run's key")
     except OSError as error:
         sock.close()
@@ -113,11 +116,14 @@ def _sign(key: bytes, role: bytes, both: bytes) -> bytes:
     return hmac.new(key, role + both, "sha256").digest()
 
 
-def _exactly(sock: socket.socket, count: int) -> bytes:
-    """Read so many bytes; memory is taken as they come, not as they are announced."""
+def _exactly(sock: socket.socket, count: int, until: float | None = None) -> bytes:
+    """Read so many bytes, by a time of the monotonic clock if there is one; memory is taken as they come, not as they
+    are announced."""
     found = bytearray()
     while len(found) < count:
         try:
+            if until is not None:
+                sock.settimeout(max(1e-3, until - time.monotonic()))
             part = sock.recv(min(_CHUNK, count - len(found)))
         except OSError as error:
             raise LineError(str(error)) from error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,26 @@ def test_without_the_key_nobody_is_let_in() -> None:
     near, far = socket.socketpair()
     with near, pytest.raises(LineError, match="timed out"):
         accept(far, KEY, 0.1)  # who says nothing is not waited for
+
+
+def test_who_says_little_at_a_time_is_not_waited_for_longer() -> None:
+    near, far = socket.socketpair()
+    over = threading.Event()
+
+    def drip() -> None:
+        with contextlib.suppress(OSError):
+            while not over.wait(0.1):
+                near.sendall(b"x")
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    began = time.monotonic()
+    with pytest.raises(LineError, match="timed out"):
+        accept(far, KEY, 0.5)
+    assert time.monotonic() - began < 5.0
+    over.set()
+    thread.join()
+    near.close()
 
 
 def test_another_key_on_either_side() -> None:
