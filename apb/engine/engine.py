@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from apb.clusters import Cluster, Launcher, launcher
+from apb.clusters import CLUSTERS, Cluster, Launcher, launcher
 from apb.compress.base import Compressor
 from apb.decode import decoder as make_decoder
 from apb.decode.base import Decoder, DecodeRequest
@@ -38,10 +38,10 @@ from apb.engine.metrics import decoded, measured, prefilled, versions
 from apb.engine.options import EngineOptions
 from apb.engine.requests import decode_requests, prefill_request
 from apb.engine.result import Result
-from apb.engine.setup import Setup
+from apb.engine.setup import Setup, on_cluster
 from apb.engine.telling import Teller
 from apb.prompt.prompt import Prompt, Question, Text, make_question, with_question_first
-from apb.strategies import STRATEGIES, Strategy
+from apb.strategies import Strategy
 from burst.errors import choose
 
 __all__ = ["Engine", "Result", "versions"]
@@ -79,12 +79,14 @@ class Engine:
 
         ``model`` is a name, a folder, a hub id, or a Setup, which has settled everything but the cluster. ``cluster``
         is the name of one, with ``cluster_options`` of its own (ray: address), or the launcher that
-        ``apb.clusters.launcher(name, ...)`` makes. The other parameters are the fields of EngineOptions, which says
-        what they mean. Raises UserError for anything unknown, before any host starts.
+        ``apb.clusters.launcher(name, ...)`` makes, with hosts and threads where these are left open here. The other
+        parameters are the fields of EngineOptions, which says what they mean. Raises UserError for anything unknown,
+        before any host starts.
         """
         if isinstance(cluster, str):
             started = launcher(cluster, **cluster_options)
         else:
+            CLUSTERS.check(cluster.name, cluster_options)
             started = dataclasses.replace(cluster, **cluster_options)
         given = EngineOptions(
             model=model if isinstance(model, str) else EngineOptions.model,
@@ -104,11 +106,7 @@ class Engine:
             settled = [f.name for f in dataclasses.fields(given) if getattr(given, f.name) != f.default]
             check_unsettled(settled)
             return cls(model, started.start(model.spec, model.hosts))
-        if hosts is None:
-            own = (STRATEGIES.get(strategy) if isinstance(strategy, str) else strategy).default_hosts
-            there = started.started if own is None else None
-            given = dataclasses.replace(given, hosts=started.hosts or there)
-        setup = Setup.make(given)
+        setup = Setup.make(on_cluster(given, started))
         return cls(setup, started.start(setup.spec, setup.hosts))
 
     @property

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apb.clusters import Launcher
 from apb.compress import Compressor, compressor
 from apb.draft.spec import DraftSpec
 from apb.engine.options import EngineOptions
@@ -17,7 +18,7 @@ from apb.plan.memory import Generation, host_memory
 from apb.plan.plan import PrefillPlan
 from apb.plan.shapes import ModelShape
 from apb.prompt.prompt import Prompt, Text, make_prompt, with_question_first
-from apb.strategies import Strategy, strategy
+from apb.strategies import STRATEGIES, Strategy, strategy
 from burst.errors import UserError
 
 DEFAULT_HOSTS = 4
@@ -197,6 +198,16 @@ class Setup:
             remedy=f"Change one of these:{chunked}{halved}{virtual} more machines (cluster.address) with more "
             "cluster.hosts make each block smaller; or shorten the document.",
         )
+
+
+def on_cluster(options: EngineOptions, launcher: Launcher) -> EngineOptions:
+    """Return the options with the launcher's hosts and threads where they leave these open."""
+    chosen = options.strategy
+    own = (STRATEGIES.get(chosen) if isinstance(chosen, str) else chosen).default_hosts
+    hosts = options.hosts or launcher.hosts or (launcher.started if own is None else None)
+    open_threads = options.threads == EngineOptions.threads
+    threads = launcher.threads if open_threads and launcher.threads is not None else options.threads
+    return dataclasses.replace(options, hosts=hosts, threads=threads)
 
 
 def needed_bytes(plan: PrefillPlan, answer: Generation, *, sharing: int, copies: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from apb.engine.options import EngineOptions
-from apb.engine.setup import Setup, fitting_chunk, needed_bytes
+from apb.engine.setup import Setup, fitting_chunk, needed_bytes, on_cluster
 from apb.host.process import available_bytes
 from apb.models.fetch.resolve import resolve
 from apb.models.files import read_json
@@ -34,10 +34,8 @@ class Room:
 def make_setup(settings: Basics, display: Display, decode: DecodeSettings | None = None) -> Setup:
     """Resolve the settings' names and fetch the model if need be; raises UserError. ``decode``: where it decodes."""
     with display.progress(_amount) as on_progress:
-        cluster, own = settings.cluster, settings.strategy.default_hosts
         options = EngineOptions(
             model=settings.model,
-            hosts=cluster.hosts or (cluster.started if own is None else None),
             strategy=settings.strategy,
             compress=settings.compress,
             dtype=settings.dtype,
@@ -48,7 +46,7 @@ def make_setup(settings: Basics, display: Display, decode: DecodeSettings | None
             graphs=decode.graphs if decode is not None else True,
         )
         setup = Setup.make(
-            options,
+            on_cluster(options, settings.cluster),
             config=_random_weights(settings),
             cache_dir=Path(cache) if (cache := os.environ.get("APB_CACHE")) else None,
             on_progress=on_progress,
