@@ -13,7 +13,7 @@ from burst.errors import HostFailure, UserError
 
 @dataclass(frozen=True)
 class Outcome:
-    """One host's result, or the exception that ended its call; travels by pickle."""
+    """One host's result, or the exception that ended its call; travels between processes."""
 
     value: Any = None
     error: Exception | None = None

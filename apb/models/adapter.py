@@ -206,7 +206,7 @@ class Adapter:
         return logits_SV if logits_SV.dtype == torch.float64 else logits_SV.float()
 
     def rotate(self, x_BHSD: Tensor, delta: int | Tensor, layer: int) -> Tensor:
-        """RotateTo a layer's already rotated queries or keys on by ``delta`` positions (RoPE rotations add up).
+        """Rotate a layer's already rotated queries or keys on by ``delta`` positions (RoPE rotations add up).
 
         ``delta`` is one number for all tokens or (S,) whole numbers; negative ones rotate back.
         """

@@ -2,7 +2,7 @@
 
 A chat template is a program of whoever published the model. Jinja's sandbox keeps it from objects, not from running for
 ever or making gigabytes in one operation, so it runs here: a process that imports jinja2 alone, answers one request
-after another, and dies of its limits without harm. ``apb.prompt.template`` starts it with the folders of jinja2 and
+after another, and dies of its limits without harm. ``apb.prompt.renderer`` starts it with the folders of jinja2 and
 markupsafe as arguments.
 
 Both ways a message is eight bytes of length and JSON in UTF-8. Request: ``template``, ``variables`` (one set a text),
