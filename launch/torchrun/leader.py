@@ -96,16 +96,16 @@ class Leader:
         if self._stopped:
             return
         self._stopped = True
+        for rank in self.lost:  # one that is stopped hears nothing, and torchrun would wait for it
+            if rank in self._hello and self._hello[rank].node == self._place.node:
+                with suppress(ProcessLookupError):
+                    os.kill(self._hello[rank].pid, signal.SIGKILL)
         if self._file is not None:
             self._file.remove()
         self._listener.close()
         self.seat.disconnect()
         for rank, line in self._lines.items():
             self._send(rank, line, Stop(failed))
-        for rank in self.lost:  # one that is stopped hears nothing, and torchrun would wait for it
-            if rank in self._hello and self._hello[rank].node == self._place.node:
-                with suppress(ProcessLookupError):
-                    os.kill(self._hello[rank].pid, signal.SIGKILL)
         end = time.monotonic() + (0 if failed else LEAVE_S)
         with self._changed:
             while len(self.lost) < len(self._lines) and time.monotonic() < end:
