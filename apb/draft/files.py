@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apb.draft.base import SINKS, WINDOW, DraftHead, Target
+from apb.draft.base import SINKS, WINDOW, DraftHead, LayerShape, Target
 from apb.draft.eagle import EagleHead
 from apb.files import tensors as stored
 from burst.errors import UserError
@@ -29,6 +29,7 @@ _ARCHITECTURES = (
 )
 _PASSED_OVER = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")  # the target's own, or read apart
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_CONFIG_BYTES = 1_000_000  # published ones have some hundred
 _PROBES = 32  # embedded values that tell one base model from another
 _TOLERANCE = 0.05  # of their mean size: number types differ by less, base models by more
 
@@ -76,12 +77,15 @@ def load(name: str | Path, target: Target) -> DraftHead:
             raise _damaged(path, "it lacks the tensor d2t")
     module, _, name_of = kind.partition(":")
     try:
+        _check_sizes(path, config, tensors)
         if config["draft_rope"] is not None:
             target = dataclasses.replace(target, rotate=target.rotation(config["draft_rope"]))
         head: DraftHead = getattr(importlib.import_module(module), name_of).of(
             config, tensors, target, config["draft_window"], config["draft_sinks"]
         )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise _damaged(path, f"its configuration lacks or misstates {error}") from error
     if head.head_dim != target.shape.head_dim:  # its rotations are the target's
         raise _foreign(path, f"head_dim={head.head_dim}", f"head_dim={target.shape.head_dim}")
@@ -112,18 +116,24 @@ def configuration(path: Path) -> dict[str, Any]:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise _damaged(path, "the folder lacks config.json")
-        text: str | None = (path / "config.json").read_text(encoding="utf-8", errors="replace")
+        config_file = path / "config.json"
+        if config_file.stat().st_size > _CONFIG_BYTES:
+            raise _damaged(path, "its config.json is no configuration")
+        text: str | None = config_file.read_text(encoding="utf-8", errors="replace")
     else:
         text = stored.metadata(path, _damaged).get("config")
     if text is None:
         raise _damaged(path, "it carries no configuration")
     try:
         config = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, f"its configuration is no JSON ({error})") from error
     if not isinstance(config, dict):
         raise _damaged(path, "its configuration is no JSON object")
-    own = config.get("draft_window", config.get("sliding_window") or WINDOW)
+    window = config.get("draft_window", config.get("sliding_window") or WINDOW)
+    sinks = config.get("draft_sinks", SINKS)
+    if (window is not None and (type(window) is not int or window < 1)) or type(sinks) is not int or sinks < 0:
+        raise _damaged(path, f"its configuration names a window of {window} and {sinks} sinks")
     try:
         rope = _rope(config)
     except (TypeError, ValueError) as error:
@@ -135,7 +145,7 @@ def configuration(path: Path) -> dict[str, Any]:
             allowed=", ".join(_ROPE_TYPES),
             remedy="Choose another head, or train one (apb train eagle model=...).",
         )
-    return config | {"draft_window": own, "draft_sinks": int(config.get("draft_sinks", SINKS)), "draft_rope": rope}
+    return config | {"draft_window": window, "draft_sinks": sinks, "draft_rope": rope}
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -206,12 +216,20 @@ def _check_target(
     theirs = tensors.get("embed_tokens.weight")
     if theirs is not None and theirs.shape != target.embedding_WE.shape:
         raise _foreign(path, f"embeddings {tuple(theirs.shape)}", f"embeddings {tuple(target.embedding_WE.shape)}")
-    probe = torch.tensor(json.loads(about["target_probe"])) if "target_probe" in about else None
+    probe = _stored_probe(path, about["target_probe"]) if "target_probe" in about else None
     if theirs is not None:
         probe = _probe(theirs)
     own = _probe(target.embedding_WE)
     if probe is not None and (probe - own).abs().mean() > _TOLERANCE * own.abs().mean():
         raise _foreign(path, "other token embeddings", f"the embeddings of this {target.name}")
+
+
+def _check_sizes(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Reject a layer that the file's numbers cannot fill: it is allocated before it is filled."""
+    layer = LayerShape.of(config)
+    widest = max(layer.intermediate_size, layer.num_attention_heads * layer.head_dim)
+    if widest * layer.hidden_size > sum(tensor.numel() for tensor in tensors.values()):
+        raise _damaged(path, f"its configuration names a width of {widest}, for which it has too few numbers")
 
 
 def _check_ids(path: Path, head: DraftHead) -> None:
@@ -232,6 +250,16 @@ def _fill(path: Path, head: DraftHead, tensors: Mapping[str, Tensor]) -> None:
     if unknown:
         raise _damaged(path, f"it has the tensor {unknown[0]}, which no known head has")
     head.load_state_dict({name: tensors[name] for name in own})
+
+
+def _stored_probe(path: Path, text: str) -> Tensor:
+    try:
+        probe = torch.tensor(json.loads(text), dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError, RecursionError) as error:
+        raise _damaged(path, f"its target_probe is none ({error})") from error
+    if probe.shape != (_PROBES,):
+        raise _damaged(path, f"its target_probe has {tuple(probe.shape)} values")
+    return probe
 
 
 def _probe(embedding_WE: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from apb.models.shape import rope_parameters
 from burst.errors import UserError
 
-# Keywords that carry something attention would have to honour; anything but None (or 0) is refused by name.
+# Keywords that carry something attention would have to do; anything but None (or 0) is rejected.
 _REFUSED = (
     "sliding_window",
     "softcap",

@@ -349,6 +349,11 @@ def without(weights: Weights, name: str) -> Weights:
         ({"rope_theta": 1e4, "rope_scaling": {"factor": 2.0}}, "rope_scaling"),
         ({"rope_theta": 1e4, "rope_scaling": {"type": "linear"}}, "configuration lacks or misstates 'factor'"),
         ({"rope_theta": 1e4, "rope_scaling": [2.0]}, "rope_scaling"),
+        ({"intermediate_size": 10**9}, "a width of 1000000000"),
+        ({"head_dim": 10**9}, "a width of 4000000000"),
+        ({"num_attention_heads": -4, "intermediate_size": -1}, "configuration"),
+        ({"draft_sinks": "some"}, "some sinks"),
+        ({"draft_window": 2.5}, "a window of 2.5"),
         ({"intermediate_size": 97}, "mlp.gate_proj.weight is (96, 64)"),
         ({}, "lacks the tensor fc.bias"),  # no key bias, so there is one
     ],
