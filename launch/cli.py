@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from launch.terminal.interrupt import interruptible
+from launch.terminal.streams import hold, say
 
 # For the time before the code that writes such documents is there.
 _INTERRUPTED = (
@@ -17,6 +17,7 @@ _INTERRUPTED = (
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     words = sys.argv[1:] if argv is None else argv
+    hold()
     with interruptible():
         try:
             from launch.command.command import command  # seconds in which Ctrl-C may come, too
@@ -24,15 +25,10 @@ def main(argv: list[str] | None = None) -> int:
             code, text = command(words)
         except KeyboardInterrupt:
             code, text = 130, _INTERRUPTED
-        _print(text)
-    return code
-
-
-def _print(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # who read it, such as head, has seen enough; Python would flush once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        lost = say(text)
+    if lost is not None:
+        print(f"The result could not be written: {lost}", file=sys.stderr)
+    return code if lost is None else code or 1
 
 
 if __name__ == "__main__":

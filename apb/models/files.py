@@ -145,9 +145,13 @@ def check_manifest(folder: Path, *, full: bool = False) -> None:
 
 def _entries(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     files = read_json(folder / MANIFEST).get("files")
-    if not isinstance(files, dict) or not all({"bytes", "sha256"} <= set(entry) for entry in files.values()):
+    if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
         raise damaged(folder / MANIFEST, "it lists no files")
     yield from files.items()
+
+
+def _is_entry(entry: object) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
 
 
 @contextlib.contextmanager

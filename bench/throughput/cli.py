@@ -61,6 +61,8 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
     rows = [row for row in kept if row["key"].startswith(f"{key}/")]
     found = about | summary(rows)
     _show(found, len(rows), display)
+    if common.cluster.one_process:
+        display.note("Virtual hosts take turns: wall-clock times are those of all hosts together.", style="dim")
     if asked.save:
         keep("throughput", ((row["key"], row) for row in rows))
     return {"bench": "throughput", **found, "rows": rows}
@@ -121,5 +123,3 @@ def _show(found: Mapping[str, Any], count: int, display: Display) -> None:
     ]
     what = f"{found['variant']}, {found['prompt_tokens']:,} tokens, {found['cluster']}"
     display.table(f"{what}: median and interquartile range of {count}", ["", found["strategy"]], rows)
-    if found["cluster"] == "virtual":
-        display.note("Virtual hosts take turns: wall-clock times are those of all hosts together.", style="dim")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ def every_run(verb: Verb, arguments: Arguments) -> tuple[int, str]:
 def _presets(arguments: Arguments) -> Path | None:
     if arguments.presets is None:
         return None
-    folder = Path(arguments.presets).expanduser()
-    if not folder.is_dir():
+    folder = Path(arguments.presets)
+    if not os.path.isdir(folder):
         raise UserError(
             "there is no such folder of presets",
             given=f"--config-dir {arguments.presets}",
@@ -52,6 +53,7 @@ def _once(
     verb: Verb, schema: Schema, arguments: Arguments, words: Sequence[str], display: Display, part: str = ""
 ) -> tuple[int, dict[str, Any]]:
     """Run a verb with one configuration; a sweep's runs are kept in folders of their own."""
+    code, document = DONE, dict[str, Any]()
     try:
         config = compose(schema, words, _presets(arguments))
         out = config.values.get("out")
@@ -59,15 +61,15 @@ def _once(
         if out and not verb.gathers:
             config.values["out"] = folder
         with kept(folder, config.values, display) as result:
-            code = DONE
             try:
                 document = verb.run(arguments, config, display)
             except (Exception, KeyboardInterrupt) as error:  # told here, so that the log has it too
                 code, document = failure(error, display, arguments.verbose)
             result.update(document)
-            return code, document
     except (Exception, KeyboardInterrupt) as error:
-        return failure(error, display, arguments.verbose)
+        failed, told = failure(error, display, arguments.verbose)
+        code, document = _worst({code, failed}), {**document, **told}  # a result that cannot be kept is not lost
+    return code, document
 
 
 def _sweep(
@@ -84,5 +86,8 @@ def _sweep(
         runs.append({"overrides": words, **document})
         if code == INTERRUPTED:
             break
-    worst = next(code for code in (INTERRUPTED, FAILED, USER, DONE) if code in codes)
-    return worst, {"runs": runs}
+    return _worst(codes), {"runs": runs}
+
+
+def _worst(codes: set[int]) -> int:
+    return next(code for code in (INTERRUPTED, FAILED, USER, DONE) if code in codes)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from hydra import compose as hydra_compose
-from hydra.errors import HydraException
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from burst.errors import UserError, choose
 from burst.registry import Option
+from launch.config.composed import composed, known_keys, names
 from launch.config.groups import GROUPS
-from launch.config.schema import Configuration, Schema, defaults
-from launch.config.source import hydra, names
+from launch.config.schema import Configuration, Schema
 from launch.config.texts import texts
 from launch.config.words import parse, single
 
@@ -29,118 +26,47 @@ def compose(schema: Schema, words: Sequence[str], folder: Path | None = None) ->
     presets that do not fit.
     """
     given = [(*word.partition("=")[::2], word) for word in words]
-    with hydra(schema, folder) as loader:
-        groups = {group: names(group, folder) for group in [*schema.groups(), "experiment"]}
-        groups |= {schema.root: list(schema.named)} if schema.named else {}
-        model = next((value for key, value, _ in reversed(given) if key == "model"), None)
-        picks: dict[str, str | None] = {}  # by group; None: null
-        for key, value, word in given:
-            if key == "model" and "model" in groups:
-                picks[key] = value if value in groups["model"] else None
-            elif key in groups and "=" in word:
-                picked = single(parse(word, loader)).value()
-                null = picked is None and (key == "experiment" or _default(schema, key) is None)
-                picks[key] = None if null else choose(key, str(picked), groups[key])
-        chosen = [f"{group}={name}" for group, name in picks.items() if name is not None]
-        base = _composed(schema, chosen)
-        known = _known(schema, base)
-        settings, raw = [], {}
-        for key, value, word in given:
-            if key in groups and (key == "model" or "=" in word):
-                continue
-            if re.fullmatch(r"[\w.]+", key) and key not in known:
-                raise _unknown(schema, key, known, groups, base)
-            option = known.get(key)
-            if option is not None and option.text and "=" in word:
-                raw[key] = (option, value)
-            else:
-                settings.append(f"++{single(parse(word, loader)).input_line}")  # known, if not to every preset
-        found = _composed(schema, chosen + settings) if settings else base
-    values = found.values
+    groups = {group: names(group, folder) for group in [*schema.groups(), "experiment"]}
+    groups |= {schema.root: list(schema.named)} if schema.named else {}
+    picks: dict[str, str | None] = {}  # by group; None: null
+    models = [value for key, value, word in given if key == "model" in groups and "=" in word]
+    for key, value, word in given:
+        if key == "model" in groups:
+            picks[key] = value if value in groups["model"] else None
+        elif key in groups and "=" in word:
+            picked = single(parse(word)).value()
+            null = picked is None and (key == "experiment" or _default(schema, key) is None)
+            picks[key] = None if null else choose(key, str(picked), groups[key])
+    base = composed(schema, [f"{group}={name}" for group, name in picks.items() if name is not None], folder)
+    known = known_keys(schema, base)
+    values, texts_given = base.values, dict[str, tuple[Option, str]]()
+    for key, value, word in given:
+        if key in groups and (key == "model" or "=" in word):
+            continue
+        if key not in known:
+            if not re.fullmatch(r"[\w.]+", key):
+                parse(word)  # which says what is wrong with +key, ~key and key@package
+            raise _unknown(schema, key, known, groups, base)
+        option = known[key]
+        if option is not None and option.text:
+            texts_given[key] = (option, value)
+        else:
+            _place(values, key, single(parse(word)).value())
+    values = _resolved(values, words)
     for group, name in picks.items():
         if group == "model" and name is None:
-            values[group] = {"name": model}
+            values[group] = {"name": models[-1]}
         elif name is None and group != "experiment":
             values[group] = None
-    for key, (option, text) in raw.items():
-        _place(values, key, option, text)
-    return found
+    for key, (option, text) in texts_given.items():
+        _place(values, key, _text(key, option, text))
+    return Configuration(values, base.name)
 
 
 def _default(schema: Schema, group: str) -> str | None:
     if group == schema.root:
         return schema.default
     return next(c.default for name in [None, *schema.named] for c in schema.choices(name) if c.group == group)
-
-
-def _composed(schema: Schema, words: Iterable[str]) -> Configuration:
-    words = list(words)
-    try:
-        config = hydra_compose(schema.root, words, return_hydra_config=True)
-        chosen = config.hydra.runtime.choices.get(schema.root)
-        with open_dict(config):
-            del config["hydra"]
-        values = OmegaConf.to_container(config, resolve=True)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"the settings do not fit together: {(str(error).splitlines() or [type(error).__name__])[0]}",
-            given=" ".join(words) or schema.root,
-            allowed=f"the settings that 'apb {schema.root} --help' shows",
-            remedy="Change the setting that is named.",
-        ) from error
-    assert isinstance(values, dict)
-    found = Configuration({str(key): value for key, value in values.items()}, str(chosen) if chosen else None)
-    _fill(schema, found, words)
-    return found
-
-
-def _fill(schema: Schema, found: Configuration, words: Sequence[str]) -> None:
-    """Add the options that presets left out; raises UserError for keys of presets that this run does not have."""
-    for each in schema.choices(found.name):
-        values = found.values.get(each.group)
-        if isinstance(values, dict) and each.group != "model":
-            options = GROUPS[each.group].options(_name(each.group, values))
-            found.values[each.group] = {k: v for k, v in values.items() if k == "name"} | defaults(options) | values
-    known = _known(schema, found)
-    chosen = {schema.root, *(each.group for each in schema.choices(found.name))}
-    for key in _keys({k: v for k, v in found.values.items() if v is not None or k not in chosen}):
-        if key not in known:
-            raise UserError(
-                f"a preset sets '{key}', which this run does not have",
-                given=" ".join(words) or schema.root,
-                allowed=", ".join(sorted(known)),
-                remedy="Choose another preset, or other choices beside it.",
-            )
-
-
-def _known(schema: Schema, found: Configuration) -> dict[str, Option | None]:
-    """Return every key that can be set, dotted, with its option; a group's ``name`` is set by choosing from it."""
-    known: dict[str, Option | None] = dict(schema.options(found.name))
-    for each in schema.choices(found.name):
-        values = found.values.get(each.group)
-        if not isinstance(values, dict):
-            continue
-        if each.group == "model":
-            known |= dict.fromkeys(_keys(values, "model."))
-        else:
-            options = GROUPS[each.group].options(_name(each.group, values))
-            known |= {f"{each.group}.{option.name}": option for option in options}
-    return known
-
-
-def _name(group: str, values: Mapping[str, Any]) -> str:
-    """Return what a group's values are options of: a choice's own name, where it has one."""
-    return str(values.get("name") or GROUPS[group].names()[0])
-
-
-def _keys(config: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found: list[str] = []
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            found += _keys(value, f"{prefix}{key}.")
-        elif not (prefix and key == "name"):
-            found.append(f"{prefix}{key}")
-    return found
 
 
 def _unknown(
@@ -184,12 +110,31 @@ def _unknown(
     raise AssertionError(key)
 
 
-def _place(config: dict[str, Any], key: str, option: Option, text: str) -> None:
-    value: Any = None if text in ("", "null") else text
+def _resolved(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """Return the configuration with values that refer to others, ``${...}``, in their places."""
+    if not any("${" in word for word in words):
+        return values
+    try:
+        found = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
+    except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"a value that refers to another cannot be found: {(str(error).splitlines() or [type(error).__name__])[0]}",
+            given=" ".join(words),
+            allowed="${KEY} with the key of another setting",
+            remedy="Write the value itself.",
+        ) from error
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
+
+
+def _text(key: str, option: Option, text: str) -> Any:
     if "tuple" in str(option.hint):
-        value = texts(key, text)
-    group, _, name = key.partition(".")
-    if name:
-        config[group][name] = value
-    else:
-        config[key] = value
+        return texts(key, text)
+    return None if text in ("", "null") else text
+
+
+def _place(config: dict[str, Any], key: str, value: Any) -> None:
+    *groups, name = key.split(".")
+    for group in groups:
+        config = config[group]
+    config[name] = value

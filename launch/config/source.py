@@ -40,12 +40,6 @@ def hydra(schema: Schema, folder: Path | None = None) -> Iterator[Any]:
         yield loader
 
 
-def names(group: str, folder: Path | None) -> list[str]:
-    """Return what can be chosen in a group, a user's own presets included."""
-    own = sorted(file.stem for file in (folder / group).glob("*.yaml")) if folder is not None else []
-    return [*GROUPS[group].names(), *own]
-
-
 def _check(folder: Path, root: str) -> None:
     """Raise UserError for a folder that holds no presets or hides other choices."""
     found = [(g, file.stem) for g in GROUPS for file in sorted((folder / g).glob("*.yaml"))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from launch.config.schema import Schema
 from launch.config.source import hydra
 from launch.config.words import parse
 
-MOST_RUNS = 10_000
+MOST_RUNS = 1_000
 
 
 def expand(schema: Schema, words: Sequence[str], folder: Path | None = None) -> list[list[str]]:
@@ -32,7 +33,7 @@ def expand(schema: Schema, words: Sequence[str], folder: Path | None = None) -> 
         for word in words:
             key, equals, value = word.partition("=")
             if equals and key in taken:
-                models = key == "model" and not Path(value).is_dir() and value.split(",")
+                models = key == "model" and not os.path.isdir(value) and value.split(",")
                 found = [f"model={m}" for m in models] if models else [word]
                 runs = _counted(runs, len(found), word)
             else:
@@ -55,7 +56,7 @@ def free_text(schema: Schema) -> set[str]:
 
 
 def _counted(runs: int, values: float, word: str) -> int:
-    if not values:
+    if values <= 0:
         raise _unlisted(word, "there are none")
     if runs * values > MOST_RUNS:
         raise UserError(
@@ -72,10 +73,14 @@ def _count(override: Override, word: str) -> float:
     values = override.value()
     if not isinstance(values, RangeSweep):
         return sum(1 for _ in _values(override, word))
-    start, stop, step = (float(each if each is not None else 0) for each in (values.start, values.stop, values.step))
-    if not all(map(math.isfinite, (start, stop, step))) or step == 0:
+    try:
+        start, stop, step = (float(each or 0) for each in (values.start, values.stop, values.step))
+        runs = (stop - start) / step
+    except (ArithmeticError, ValueError, TypeError):
+        runs = math.nan
+    if math.isnan(runs):
         raise _unlisted(word, "a range has a start, a stop, and a step other than 0")
-    return max(0.0, math.ceil((stop - start) / step))
+    return runs if math.isinf(runs) else max(0.0, math.ceil(runs))
 
 
 def _values(override: Override, word: str) -> list[str]:

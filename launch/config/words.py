@@ -13,7 +13,7 @@ from burst.errors import UserError
 MOST_CHARACTERS = 10_000  # of a word in Hydra's grammar, whose parser is slow; free text has no limit
 
 
-def parse(word: str, loader: Any) -> Override:
+def parse(word: str, loader: Any = None) -> Override:
     """Return a word's meaning; raises UserError for what the grammar does not take, and for + and ~."""
     key, _, value = word.partition("=")
     if len(word) > MOST_CHARACTERS:

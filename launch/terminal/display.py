@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from launch.terminal.streams import Lasting
 
 PLAIN_WIDTH = 110  # columns where there is no terminal to ask
 PLAIN_PAUSE_S = 3.0  # between progress lines where nothing can be drawn over
@@ -21,20 +25,26 @@ class Display:
     """Writes to stderr: with bars on a terminal, else a plain line every few seconds."""
 
     def __init__(self) -> None:
-        live = sys.stderr.isatty()
+        stream: Any = Lasting(sys.stderr)
+        live = stream.isatty()
         self.live = live
-        self._console = Console(file=sys.stderr, width=None if live else PLAIN_WIDTH, highlight=False, soft_wrap=True)
+        self._console = Console(file=stream, width=None if live else PLAIN_WIDTH, highlight=False, soft_wrap=True)
         self._log: Console | None = None
 
     @contextmanager
     def logging_to(self, file: Path) -> Iterator[None]:
-        """Write everything but bars to ``file`` as well."""
-        with file.open("w", encoding="utf-8") as stream:
-            self._log = Console(file=stream, width=PLAIN_WIDTH, highlight=False, soft_wrap=True)
-            try:
-                yield
-            finally:
-                self._log = None
+        """Write everything but bars to ``file`` as well. Raises OSError, at the end, for what it did not take."""
+        stream: Any = Lasting(file.open("w", encoding="utf-8"))
+        self._log = Console(file=stream, width=PLAIN_WIDTH, highlight=False, soft_wrap=True)
+        try:
+            yield
+        finally:
+            self._log = None
+            stream.flush()
+            with contextlib.suppress(OSError):
+                stream.close()
+        if stream.failed is not None:
+            raise stream.failed
 
     def note(self, text: str, style: str = "") -> None:
         """Write one line."""

@@ -83,6 +83,8 @@ def _planted(paragraphs: list[str], depth: float) -> str:
 def _read_file(name: str) -> str:
     where = "standard input" if name == "-" else f"the document '{name}'"
     try:
+        if name == "-" and sys.stdin is None:
+            raise OSError("it is closed")
         if name == "-":
             data = sys.stdin.buffer.read(LIMIT_BYTES + 1)
         else:

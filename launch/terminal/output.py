@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import sys
 import traceback
@@ -10,13 +11,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from burst.errors import HostFailure, UserError
 from launch.terminal.display import Display
 from launch.terminal.interrupt import handled
 
 DONE, FAILED, USER, INTERRUPTED = 0, 1, 2, 130
+# What files and folders answer, and the user can mend.
+_MACHINE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EMFILE, errno.ENFILE),
+}
 
 
 def one_line(document: Mapping[str, Any]) -> str:
@@ -26,6 +30,8 @@ def one_line(document: Mapping[str, Any]) -> str:
 
 def failure(error: BaseException, display: Display, verbose: bool) -> tuple[int, dict[str, Any]]:
     """Tell people of an error and return the exit code and the document for it."""
+    if isinstance(error, OSError) and error.errno in _MACHINE:
+        error = _of_machine(error)
     if isinstance(error, UserError):
         shown = [error.message, str(error.given), str(error.allowed), error.remedy]
         code, kind, (message, given, allowed, remedy) = USER, type(error).__name__, shown
@@ -59,6 +65,16 @@ def told(error: BaseException) -> int:
     return code
 
 
+def _of_machine(error: OSError) -> UserError:
+    what = str(error.filename) if error.filename else "a file of this run"
+    return UserError(
+        f"{what} cannot be read or written: {error.strerror or error}",
+        given=what,
+        allowed="files that can be read, folders that can be written, and room on the disk",
+        remedy="Free some space or mend the permissions, then run again.",
+    )
+
+
 def _place(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
@@ -74,19 +90,31 @@ def kept(out: str | None, config: Mapping[str, Any], display: Display) -> Iterat
     if out is None:
         yield result
         return
+    from omegaconf import OmegaConf
+
     folder = Path(out)
-    try:
+    log = contextlib.ExitStack()
+    with _written(out):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(dict(config))), encoding="utf-8")
-        log = contextlib.ExitStack()
         log.enter_context(display.logging_to(folder / "apb.log"))
-    except OSError as error:
+    try:
+        yield result
+    finally:
+        with _written(out):
+            log.close()
+    with _written(out):
+        (folder / "result.json").write_text(one_line(result) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _written(out: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
         raise UserError(
             f"the folder for results cannot be written: {error}",
             given=f"out={out}",
             allowed="a folder that can be made and written",
             remedy="Choose another out=DIR.",
         ) from error
-    with log:
-        yield result
-        (folder / "result.json").write_text(one_line(result) + "\n", encoding="utf-8")

@@ -8,6 +8,9 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
+
+from launch.terminal.streams import Lasting
 
 _LIBRARIES = ("transformers", "huggingface_hub", "torch", "ray", "filelock", "httpx", "asyncio")
 
@@ -17,9 +20,10 @@ def quiet(verbose: bool) -> Iterator[None]:
     """Send what is printed to stderr and, unless ``verbose``, silence the libraries' warnings."""
     # Tokenizers warn about every fork after they were used; hosts never tokenise in parallel.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    stream: Any = Lasting(sys.stderr)
     loggers = [] if verbose else [logging.getLogger(name) for name in _LIBRARIES]
     levels = [logger.level for logger in loggers]
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+    with contextlib.redirect_stdout(stream), warnings.catch_warnings():
         if not verbose:
             warnings.simplefilter("ignore")
         for logger in loggers:

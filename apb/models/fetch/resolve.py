@@ -12,6 +12,7 @@ from apb.models.files import Progress, silent
 from burst.errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LONGEST = 4095  # characters of a path
 _ALLOWED = f"{', '.join(sorted(EMBEDDED))}, a local folder with config.json, or a hub id 'organisation/model'"
 
 
@@ -23,6 +24,13 @@ def resolve(name: str, *, on_progress: Progress | None = None, cache_dir: Path |
     threads, one call at a time. Raises UserError for anything that leads to no folder, with what to change.
     """
     report = on_progress or silent
+    if len(name) > _LONGEST or "\0" in name:
+        raise UserError(
+            "no model has such a name",
+            given=f"{name[:80]!r}, {len(name):,} characters",
+            allowed=_ALLOWED,
+            remedy="Check the path.",
+        )
     if name in EMBEDDED:
         return ensure(EMBEDDED[name], cache_dir or default_cache_dir(), report)
     path = Path(name).expanduser() if name.startswith("~") else Path(name)
