@@ -25,6 +25,9 @@ def test_plan_of_lengths_alone(apb: Any, model: Path, document: Path) -> None:
     apb(*common, "context_tokens=400", "memory_gb=0.0001").refused("does not fit", "0.0 GB free")
     apb(*common, "compare=true").refused("unknown key 'compare'")
     apb(*common, "context_tokens=4000").refused("longer than the model's context")
+    for key in ("context_tokens", "query_tokens"):
+        many = f"{key}={2**31 - 1}"  # as tokens, more than memory holds
+        apb(*common, "context_tokens=400", many).refused("longer than the model's context")
     assert apb(*common, "context_tokens=4000", "max_positions=5000").code == 0
     apb(*common, "context_tokens=4000", "max_positions=0").refused("max_positions is out of range")
     apb(*common, "context_tokens=1").refused("context_tokens leaves no room")

@@ -74,6 +74,8 @@ def _blank_prompt(setup: Setup, settings: PlanSettings) -> Prompt:
     before, after = like.question.before, like.question.after
     own = settings.query_tokens - len(before) - len(after)
     copied = own + len(separator(setup.tokenizer)) if settings.question_first else 0
+    # Before as many tokens are made as somebody asks for.
+    setup.check_room(settings.context_tokens + settings.query_tokens, settings.decode.max_new_tokens)
     for key, given, least in (
         ("context_tokens", settings.context_tokens, like.head + copied + 1),
         ("query_tokens", settings.query_tokens, len(before) + len(after) + 1),
