@@ -76,6 +76,11 @@ def _entry_points(group: str) -> Mapping[str, importlib.metadata.EntryPoint]:
     return {entry.name: entry for entry in importlib.metadata.entry_points(group=group)}
 
 
+def _written(kind: Any) -> str:
+    """Return where a class is written."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 class Registry(Generic[T]):
     """The implementations of one kind.
 
@@ -89,9 +94,20 @@ class Registry(Generic[T]):
         self._summaries: dict[str, str] = {}
 
     def register(self, name: str, summary: str) -> Callable[[C], C]:
-        """Return a decorator that enters a class under ``name``, which becomes its attribute ``name``."""
+        """Return a decorator that enters a class under ``name``, which becomes its attribute ``name``.
+
+        The decorator raises UserError where another class has that name; the same one may come again, as in notebooks.
+        """
 
         def enter(kind: C) -> C:
+            held = self._found.get(name)
+            if held is not None and _written(held) != _written(kind):
+                raise UserError(
+                    f"two classes are registered as the {self.kind} '{name}'",
+                    given=f"{_written(held)} and {_written(kind)}",
+                    allowed="one class a name",
+                    remedy="Register one of them under another name, or uninstall its package.",
+                )
             kind.name = name
             self.add(name, summary, typing.cast(T, kind))
             return kind
