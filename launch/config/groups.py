@@ -18,6 +18,7 @@ from apb.costs.network import Network
 from apb.decode import DECODERS
 from apb.draft.spec import DraftSpec
 from apb.strategies import STRATEGIES
+from burst.errors import UserError
 from burst.registry import Option, Registry, options
 from launch.config.settings import BurstSettings, DecodeSettings, HeadSettings
 
@@ -75,9 +76,18 @@ class Decoders(Implementations):
         return options(DecodeSettings)
 
     def own(self, name: str) -> list[Option]:
-        """Return the head's options and the decoder's own."""
+        """Return the head's options and the decoder's own; raises UserError for one of these that others hide."""
         head = [*options(HeadSettings), *options(DraftSpec)] if self._registry.get(name).needs_head else []
-        return [*head, *options(self._registry.get(name))]
+        own, taken = options(self._registry.get(name)), {each.name for each in [*self.shared(), *head]}
+        hidden = [f"decode.{each.name}" for each in own if each.name in taken]
+        if hidden:
+            raise UserError(
+                f"the decoder '{name}' names an option as all decoders or draft heads do, which hides it",
+                given=", ".join(hidden),
+                allowed="fields of other names",
+                remedy="Rename the decoder's field.",
+            )
+        return [*head, *own]
 
 
 class Presets(Group):

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
+from apb.decode.base import Decoded, Decoder, Decoding
 from apb.engine.engine import Engine
 from apb.engine.options import EngineOptions
 from burst.errors import UserError
+from burst.registry import Registry, option
 from launch.command.reference import reference
 from launch.config.compose import compose
-from launch.config.groups import GROUPS
+from launch.config.groups import GROUPS, Decoders
 from launch.verbs.base import VERBS
 
 pytest_plugins = ("tests.support.command",)
@@ -55,6 +57,22 @@ def test_every_preset_fits_a_verb() -> None:
     assert set(FITS) == set(GROUPS["experiment"].names())
     for name, verb in FITS.items():
         compose(VERBS.get(verb)().schema(), [f"experiment={name}"])
+
+
+def test_an_option_of_a_decoder_that_another_of_that_name_hides() -> None:
+    decoders: Registry[type[Decoder]] = Registry("decoder", "apb.decode", "decode")
+
+    @decoders.register("hiding", "draws in its own way")
+    @dataclasses.dataclass(frozen=True)
+    class Hiding(Decoder):
+        seed: int = option(5, "of its own")
+
+        def generate(self, decoding: Decoding) -> Decoded:
+            raise NotImplementedError
+
+    with pytest.raises(UserError, match=r"'hiding' names an option .*decode\.seed"):
+        Decoders(decoders).options("hiding")
+    assert "match" in [each.name for each in GROUPS["decode"].options("lookup")]
 
 
 def test_a_preset_chooses_and_the_command_line_has_the_last_word() -> None:
