@@ -47,6 +47,7 @@ class TorchrunCluster:
         if hosts == 1:
             # Its own world of one rank: a call runs in the caller's thread, and no other process is in it.
             here = self._leader.seat.local(spec)
+            self._leader.allow(spec.timeout_s)
             with self._leader.seat.progress.working():
                 self._alone = Host(here, VirtualWorld(1, device=here.device).transports[0])
         else:

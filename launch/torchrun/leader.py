@@ -67,13 +67,17 @@ class Leader:
         """Load the model on all ranks, in a new process group if the old one is not fit."""
         place, fit, self.fit = self._place, self.fit, False
         self._meet(spec.timeout_s)
-        self._vigil.timeout_s = spec.timeout_s
+        self.allow(spec.timeout_s)
         if self._store is None:
             self._store = self.seat.own_store = open_store(place.address, place.world, spec.timeout_s)
         if not (fit and self.seat.joined(spec)):
             self._group += 1
         nodes = tuple(place.node if r == 0 else self._hello[r].node for r in range(place.world))
         return self.command([Start(spec, nodes, self._group, self._store.port)] * place.world)
+
+    def allow(self, timeout_s: float) -> None:
+        """Let every rank, this one included, be silent for so long from now on."""
+        self._vigil.timeout_s = timeout_s
 
     def command(self, commands: Sequence[Command], on_event: OnEvent | None = None) -> dict[int, Outcome]:
         """Have every rank do its part, this one in the caller's thread; return what came of it, by rank.
