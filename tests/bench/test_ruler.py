@@ -128,4 +128,4 @@ def test_mistakes_are_named(words: list[str], says: str, model: str, capsys: pyt
 
 def test_a_benchmark_has_to_be_named(capsys: pytest.CaptureFixture[str]) -> None:
     code, found, _ = command(capsys)
-    assert code == 2 and found["error"]["remedy"] == "Write 'apb bench ruler', for example."
+    assert code == 2 and found["error"]["remedy"] == "Write 'apb bench attention', for example."

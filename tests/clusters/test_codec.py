@@ -85,7 +85,7 @@ def test_what_hosts_answer() -> None:
 @pytest.mark.parametrize("name", DECODERS.names())
 def test_every_decoders_requests(name: str) -> None:
     history = torch.arange(50)
-    request = DecodeRequest(decoder(name), 7, Sampling(0.5, 0.9, 3, 1), (2, 3), ("stop",), history)
+    request = DecodeRequest(decoder(name), 7, Sampling(0.5, 0.9, 3, 1), (2, 3), ("stop",), history=history)
     found = codec().decode(codec().encode(request))
     assert found == request and torch.equal(found.history, history)
 

@@ -98,7 +98,7 @@ def broken(tmp_path: Path, name: str) -> Path:
         ("uneven.pt", "do not fit together"),
         ("other.pt", "holds no tensors named"),
         ("text.bin", "cannot be used"),
-        ("text.safetensors", "cannot be read"),
+        ("text.safetensors", "too few for its header"),
     ],
 )
 def test_damaged_files_are_refused_by_name(tmp_path: Path, name: str, words: str) -> None:
