@@ -72,8 +72,16 @@ def options(kind: type[Any]) -> list[Option]:
 
 @functools.cache
 def _entry_points(group: str) -> Mapping[str, importlib.metadata.EntryPoint]:
-    """Return a group's entry points of all packages by name."""
-    return {entry.name: entry for entry in importlib.metadata.entry_points(group=group)}
+    """Return a group's entry points of all packages by name.
+
+    A package may be found twice, as where a checkout keeps what an earlier installation wrote into it: both count.
+    """
+    found: dict[str, importlib.metadata.EntryPoint] = {}
+    for distribution in importlib.metadata.distributions():
+        for entry in distribution.entry_points:
+            if entry.group == group:
+                found.setdefault(entry.name, entry)
+    return found
 
 
 def _written(kind: Any) -> str:

@@ -34,6 +34,8 @@ def load_ray() -> Any:
     # Ray writes its raylets' complaints to this process's stdout, where the answer goes.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     try:
+        # Ray reads it when it is imported. Its own handler ends the process at a SIGTERM, without a document.
+        os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
         return importlib.import_module("ray")
     except ImportError as error:
         raise UserError(

@@ -43,15 +43,26 @@ def interruptible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def keeping_handlers() -> Iterator[None]:
-    """Put Python's own handlers for SIGINT and SIGTERM back after code that may replace them, as Ray's start does."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Keep the handlers for SIGINT and SIGTERM while code runs that would replace them, as Ray's start does.
+
+    Ray's own handler for SIGTERM leaves by SystemExit, with a code of its own and no document, or is dropped.
+    """
+    module: Any = signal
+    install = signal.signal
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def others(number: int, handler: Any) -> Any:
+        return signal.getsignal(number) if number in kept else install(number, handler)
+
+    module.signal = others
     try:
         yield
     finally:
+        module.signal = install
         if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                if callable(handler):
-                    signal.signal(number, handler)
+            for number, handler in kept.items():
+                if callable(handler):  # below Python, too, code may have installed its own
+                    install(number, handler)
 
 
 def handled() -> None:

@@ -62,7 +62,7 @@ def test_code_that_replaces_signal_handlers() -> None:
     with interruptible(), pytest.raises(KeyboardInterrupt):
         with keeping_handlers():
             signal.signal(signal.SIGTERM, others)
-        signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
 
 def test_what_libraries_print_does_not_reach_stdout(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
