@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -131,7 +132,7 @@ def check_manifest(folder: Path, *, full: bool = False) -> None:
         )
     for name, entry in _entries(folder):
         file = folder / name
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise damaged(file, "it is missing")
         size = file.stat().st_size
         if size != entry["bytes"]:

@@ -59,10 +59,9 @@ def test_code_that_replaces_signal_handlers() -> None:
     def others(signum: int, frame: object) -> None:
         raise AssertionError("the library's own")
 
-    with interruptible(), pytest.raises(KeyboardInterrupt):
-        with keeping_handlers():
-            signal.signal(signal.SIGTERM, others)
-            signal.raise_signal(signal.SIGTERM)
+    with interruptible(), pytest.raises(KeyboardInterrupt), keeping_handlers():
+        signal.signal(signal.SIGTERM, others)
+        signal.raise_signal(signal.SIGTERM)
 
 
 def test_what_libraries_print_does_not_reach_stdout(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from apb.models import (
@@ -154,6 +155,53 @@ def test_a_full_disk_is_noticed_first(
 ) -> None:
     monkeypatch.setattr(embedded.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="too little space"):
+        ensure(fake[0], tmp_path / "cache")
+
+
+@pytest.mark.parametrize("kind", [OSError, SafetensorError, Exception])
+def test_a_disk_that_fills_in_the_conversion(
+    kind: type[Exception], fake: tuple[Embedded, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(self: Any, folder: Path) -> None:
+        raise kind("Error while serializing: No space left on device (os error 28)")
+
+    monkeypatch.undo()  # the conversion itself
+    monkeypatch.setattr(
+        "transformers.AutoTokenizer.from_pretrained",
+        lambda *a, **k: SimpleNamespace(
+            backend_tokenizer=SimpleNamespace(), init_kwargs={}, save_pretrained=lambda folder: None
+        ),
+    )
+    saved = type("Saved", (), {"save_pretrained": fill})()
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: saved)
+    monkeypatch.setattr(embedded, "_obtain", lambda *a: tmp_path / "model.gguf")
+    with pytest.raises(UserError, match=r"could not be stored.*No space left"):
+        ensure(fake[0], tmp_path / "cache")
+
+
+def test_a_user_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    with pytest.raises(UserError, match="no home folder") as caught:
+        embedded.default_cache_dir()
+    assert "APB_CACHE" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        *("[]", "null", "3", '{"config.json": 3}', '{"config.json": ["bytes", "sha256"]}', '{"config.json": null}'),
+        *('{"config.json": {"bytes": "2", "sha256": "x"}}', '{"config.json": {"bytes": 2, "sha256": null}}'),
+        *('{"": {"bytes": 2, "sha256": "x"}}', '{"a\\u0000b": {"bytes": 2, "sha256": "x"}}'),
+        '{"' + "a" * 300 + '": {"bytes": 2, "sha256": "x"}}',
+    ],
+)
+def test_odd_manifests(files: str, fake: tuple[Embedded, Path], tmp_path: Path) -> None:
+    made = ensure(fake[0], tmp_path / "cache")
+    (made / "MANIFEST.json").write_text('{"files": ' + files + "}")
+    with pytest.raises(UserError, match="damaged"):
         ensure(fake[0], tmp_path / "cache")
 
 
