@@ -39,7 +39,7 @@ from apb.engine.options import EngineOptions
 from apb.engine.requests import decode_requests, prefill_request
 from apb.engine.result import Result
 from apb.engine.setup import Setup, on_cluster
-from apb.engine.telling import Teller
+from apb.engine.telling import Teller, layer_events
 from apb.prompt.prompt import Prompt, Question, Text, make_question, with_question_first
 from apb.strategies import Strategy
 from burst.errors import choose
@@ -137,7 +137,7 @@ class Engine:
         plan = self.setup.plan(prompt)
         handle_id = self._calls.names.new()
         requests = [(prefill_request(handle_id, prompt, plan, self.setup.compressor, r),) for r in range(plan.hosts)]
-        reports = self._calls.each("prefill", requests, _layers(on_layer))
+        reports = self._calls.each("prefill", requests, layer_events(on_layer))
         asked = prompt.question if plan.question_len or prompt.copied else None
         names = {"model": self.model_path, "cluster": self.cluster.name}
         return KVHandle(
@@ -295,9 +295,3 @@ class Engine:
     @functools.cached_property
     def _rules(self) -> tuple[Rules, tuple[str, ...]]:
         return rules_asked(self.setup.spec)
-
-
-def _layers(on_layer: Callable[[int, int], None] | None) -> Callable[[dict[str, Any]], None] | None:
-    if on_layer is None:
-        return None
-    return lambda event: on_layer(event["done"], event["total"])

@@ -1,4 +1,4 @@
-"""Telling the caller of an answer's text as its tokens come."""
+"""Telling the caller of layers that are done, and of an answer's text as its tokens come."""
 
 from __future__ import annotations
 
@@ -32,3 +32,10 @@ class Teller:
     def _tell(self, piece: str) -> None:
         if piece and self._on_token is not None:
             self._on_token(piece)
+
+
+def layer_events(on_layer: Callable[[int, int], None] | None) -> Callable[[dict[str, Any]], None] | None:
+    """Return a listener that hands layers done and in all to ``on_layer``; None for none."""
+    if on_layer is None:
+        return None
+    return lambda event: on_layer(event["done"], event["total"])
