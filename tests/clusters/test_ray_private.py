@@ -28,7 +28,13 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def before() -> set[str]:
+    """Listeners of this process, which runs other tests as well, and of its children before Ray starts."""
+    return beyond_loopback()
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory, before: set[str]) -> Iterator[Engine]:
     """Two hosts that never wait for each other in a prefill."""
     model = saved_llama(tmp_path_factory.mktemp("ray"))
     with Engine.launch(model, hosts=2, strategy="star", cluster="ray", timeout_s=60.0) as started:
@@ -44,24 +50,28 @@ def impatient(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> RayCluster:
     return engine.cluster
 
 
-def beyond_loopback(family: list[psutil.Process]) -> list[str]:
-    """Addresses beyond this machine's loopback at which processes listen."""
-    found = []
-    for process in family:
+def beyond_loopback() -> set[str]:
+    """Addresses beyond this machine's loopback at which this process and its children listen."""
+    found = set()
+    for process in family():
         for at in process.net_connections("inet"):
             address = ipaddress.ip_address(at.laddr.ip) if at.status == psutil.CONN_LISTEN else None
             mapped = getattr(address, "ipv4_mapped", None) or address
             if mapped is not None and not mapped.is_loopback:
-                found.append(f"{process.name()} {at.laddr}")
+                found.add(f"{process.name()} {at.laddr}")
     return found
 
 
-def test_nothing_listens_beyond_loopback(engine: Engine) -> None:
-    engine.prefill(CONTEXT, QUESTION, chat=False)
+def family() -> list[psutil.Process]:
+    """This process and all its children."""
     here = psutil.Process()
-    family = [here, *here.children(recursive=True)]
-    assert set(engine.cluster.pids) <= {p.pid for p in family}  # type: ignore[attr-defined]
-    assert beyond_loopback(family) == []
+    return [here, *here.children(recursive=True)]
+
+
+def test_nothing_listens_beyond_loopback(engine: Engine, before: set[str]) -> None:
+    engine.prefill(CONTEXT, QUESTION, chat=False)
+    assert set(engine.cluster.pids) <= {p.pid for p in family()}  # type: ignore[attr-defined]
+    assert beyond_loopback() <= before
 
 
 def test_rays_folder_and_token_are_the_users_alone(engine: Engine) -> None:
