@@ -30,7 +30,7 @@ pytestmark = pytest.mark.ray
 @pytest.fixture(scope="module")
 def before() -> set[str]:
     """Listeners of this process, which runs other tests as well, and of its children before Ray starts."""
-    return beyond_loopback()
+    return beyond_loopback(family())
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +50,10 @@ def impatient(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> RayCluster:
     return engine.cluster
 
 
-def beyond_loopback() -> set[str]:
-    """Addresses beyond this machine's loopback at which this process and its children listen."""
+def beyond_loopback(processes: list[psutil.Process]) -> set[str]:
+    """Addresses beyond this machine's loopback at which processes listen."""
     found = set()
-    for process in family():
+    for process in processes:
         for at in process.net_connections("inet"):
             address = ipaddress.ip_address(at.laddr.ip) if at.status == psutil.CONN_LISTEN else None
             mapped = getattr(address, "ipv4_mapped", None) or address
@@ -71,7 +71,7 @@ def family() -> list[psutil.Process]:
 def test_nothing_listens_beyond_loopback(engine: Engine, before: set[str]) -> None:
     engine.prefill(CONTEXT, QUESTION, chat=False)
     assert set(engine.cluster.pids) <= {p.pid for p in family()}  # type: ignore[attr-defined]
-    assert beyond_loopback() <= before
+    assert beyond_loopback(family()) <= before
 
 
 def test_rays_folder_and_token_are_the_users_alone(engine: Engine) -> None:
