@@ -15,7 +15,7 @@ from torch import Tensor
 
 from apb.attention.cached import CacheAttention
 from apb.attention.chunked import attend_over
-from apb.compress.base import Candidates, Compressor, top_rows
+from apb.compress.base import Candidates, Compressor, check_scores, top_rows
 from apb.kv.layer import LayerKV, Projections
 from apb.plan.plan import PrefillPlan
 from apb.plan.steps import Attend, GatherAnchor, Pass, Region, Select, Step, WaitAnchor, WaitPassing
@@ -211,6 +211,7 @@ class PrefillAttention:
                 rotate=lambda x_BHSD, delta: self._rotate(x_BHSD, delta, layer),
             )
         )
+        check_scores(self._compressor, scores_BKL, block.k_BKTD)
         index_BKR = top_rows(scores_BKL, step.rows, step.skip)
         index_BKRD = index_BKR[..., None].expand(*index_BKR.shape, block.k_BKTD.shape[-1])
         return torch.stack([block.k_BKTD.gather(2, index_BKRD), block.v_BKTD.gather(2, index_BKRD)])

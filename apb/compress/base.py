@@ -15,6 +15,7 @@ from torch import Tensor
 
 from apb.kv.layer import Projections
 from apb.plan.shapes import ModelShape
+from burst.errors import UserError
 from burst.registry import Registry
 
 # Queries or keys (B, heads, S, D), and the positions to turn them on by: one number, or one a token.
@@ -61,6 +62,19 @@ class Compressor(ABC):
     @abstractmethod
     def score(self, block: Candidates) -> Tensor:
         """Return scores (B, K, S), fp32; higher is kept."""
+
+
+def check_scores(by: Compressor, scores: object, keys_BKSD: Tensor) -> None:
+    """Reject scores that are not one real number a token and kv head; raises UserError. Values are not read."""
+    wanted = keys_BKSD.shape[:-1]
+    if not isinstance(scores, Tensor) or scores.shape != wanted or scores.is_complex():
+        kind = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise UserError(
+            f"compressor '{by.name}' returns no score for each token of each kv head",
+            given=kind,
+            allowed=f"a real tensor {tuple(wanted)}: batch, kv heads, block tokens",
+            remedy="Mend the score method of that compressor.",
+        )
 
 
 def top_rows(scores_BKS: Tensor, rows: int, skip: int) -> Tensor:

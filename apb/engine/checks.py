@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from apb.decode.base import Decoder
 from apb.draft.spec import DraftSpec
 from apb.engine.handle import Caches, KVHandle
+from apb.engine.setup import Setup
 from apb.prompt.prompt import Prompt, Text
 from burst.errors import UserError
 
@@ -24,13 +25,9 @@ def check_open(closed: bool, method: str) -> None:
 
 def check_alive(handle: KVHandle, engine: Caches, epoch: int) -> None:
     """Refuse a cache that is not, or no longer, on the engine's hosts; raises UserError."""
-    if handle.engine is not engine or handle.released:
-        raise UserError(
-            "this cache is not on the engine's hosts",
-            given=f"{handle.id}, " + ("released" if handle.released else "prefilled by another engine"),
-            allowed="caches prefilled by this engine and not released",
-            remedy="Call engine.prefill again.",
-        )
+    if handle.released:
+        raise _elsewhere(handle, "released")
+    check_own(handle, engine)
     if handle.interrupted:
         raise UserError(
             "this cache is in an unknown state: an answer from it was interrupted",
@@ -44,6 +41,32 @@ def check_alive(handle: KVHandle, engine: Caches, epoch: int) -> None:
             given=handle.id,
             allowed="caches prefilled since the hosts were restarted",
             remedy="Call engine.prefill again.",
+        )
+
+
+def check_own(handle: KVHandle, engine: Caches) -> None:
+    """Refuse a cache of another engine; raises UserError."""
+    if handle.engine is not engine:
+        raise _elsewhere(handle, "prefilled by another engine")
+
+
+def _elsewhere(handle: KVHandle, given: str) -> UserError:
+    return UserError(
+        "this cache is not on the engine's hosts",
+        given=f"{handle.id}, {given}",
+        allowed="caches prefilled by this engine and not released",
+        remedy="Call engine.prefill again.",
+    )
+
+
+def check_model(model: object) -> None:
+    """Reject what names no model, a Path too: it must not become the default one; raises UserError."""
+    if not isinstance(model, str | Setup):
+        raise UserError(
+            "the model is neither a name nor a Setup",
+            given=f"{model!r}",
+            allowed="a name, a folder or a hub id as a string, or a Setup",
+            remedy="Give str(path) for a Path, or leave model out for the default one.",
         )
 
 

@@ -24,7 +24,9 @@ from apb.engine.calls import Calls
 from apb.engine.checks import (
     check_alive,
     check_head,
+    check_model,
     check_one_question,
+    check_own,
     check_question,
     check_rank,
     check_tokens,
@@ -83,13 +85,14 @@ class Engine:
         parameters are the fields of EngineOptions, which says what they mean. Raises UserError for anything unknown,
         before any host starts.
         """
+        check_model(model)
         if isinstance(cluster, str):
             started = launcher(cluster, **cluster_options)
         else:
             CLUSTERS.check(cluster.name, cluster_options)
             started = dataclasses.replace(cluster, **cluster_options)
         given = EngineOptions(
-            model=model if isinstance(model, str) else EngineOptions.model,
+            model=EngineOptions.model if isinstance(model, Setup) else model,
             hosts=hosts,
             strategy=strategy,
             compress=compress,
@@ -193,13 +196,13 @@ class Engine:
         teller = Teller(self.setup.tokenizer, request, on_token)
         handle.interrupted = True  # until the answer is whole, however it ends
         reports = self._calls.each("generate", decode_requests(handle, request, self.cluster.hosts), teller.event)
-        handle.interrupted = False
         text = teller.finish()
         answer = reports[handle.owner].decoded
         assert answer is not None and teller.first_s is not None
         waited_s = 0.0 if handle.generated else handle.metrics["request_s"]  # the first answer waited for the prefill
         metrics = decoded(handle.metrics, reports, answer, decoder.name, waited_s + teller.first_s - start)
         handle.generated += answer.token_ids
+        handle.interrupted = False
         metrics |= {"conditioned_on": handle.conditioned_on, "hosts_decoding": len({h for h, _ in handle.blocks})}
         metrics |= {"generation_rules": request.rules.changes, "generation_ignored": list(self._rules[1])}
         return Result(text, tuple(answer.token_ids), answer.finish_reason, metrics)
@@ -259,9 +262,9 @@ class Engine:
         return found
 
     def release(self, handle: KVHandle) -> None:
-        """Free a cache on all hosts; may be called twice."""
-        gone = self._calls.closed or handle.released or handle.epoch != self.cluster.epoch
-        if handle.engine is self and not gone:
+        """Free a cache on all hosts; may be called twice. Raises UserError for another engine's cache."""
+        check_own(handle, self)
+        if not (self._calls.closed or handle.released or handle.epoch != self.cluster.epoch):
             self._calls.all("release", handle.id)
         handle.released = True
 

@@ -13,6 +13,7 @@ from apb.compress import Compressor, compressor
 from apb.draft.spec import DraftSpec
 from apb.engine.options import EngineOptions
 from apb.host.messages import HostSpec
+from apb.plan.checks import check_whole
 from apb.plan.draft import Handoff
 from apb.plan.memory import Generation, host_memory
 from apb.plan.plan import PrefillPlan
@@ -148,6 +149,7 @@ class Setup:
                 remedy="Prefill with that one and fork the cache, or make a Prompt for the new one.",
             )
         plan = self.strategy.plan(prompt.lengths, self.hosts, self.shape, self.compressor)
+        check_whole(plan, self.hosts)
         plan = dataclasses.replace(plan, chunk_tokens=self.chunk_tokens, draft=self.handoff)
         scorer = self.compressor
         if scorer is not None and scorer.needs_question and any(plan.kept_rows) and prompt.question is None:
@@ -248,4 +250,6 @@ def _compressor(chosen: Strategy, given: str | Compressor | None) -> Compressor 
                 remedy="Leave compress out, or choose strategy=apb or spava.",
             )
         return None
-    return compressor(given or DEFAULT_COMPRESSOR) if not isinstance(given, Compressor) else given
+    if isinstance(given, Compressor):
+        return given
+    return compressor(DEFAULT_COMPRESSOR if given is None else given)

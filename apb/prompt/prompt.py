@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -206,7 +207,7 @@ def _empty(what: str) -> UserError:
 
 def _ids(given: Sequence[int], what: str) -> tuple[int, ...]:
     try:
-        ids = tuple(int(i) for i in given)
+        ids = tuple(map(operator.index, given.tolist() if hasattr(given, "tolist") else given))
     except (TypeError, ValueError) as error:
         raise UserError(
             f"the {what} is neither text nor token ids",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 pytest_plugins = ("tests.support.command",)
 
 
@@ -94,3 +96,9 @@ def test_budgets_are_shown(apb: Any, model: Path) -> None:
     assert 0.9 * cost * full < max(plan["prefill_flops"]) <= cost * full < max(fixed["prefill_flops"])
     assert plan["bytes_by_kind"]["passing"] <= fixed["bytes_by_kind"]["passing"]
     apb(*words, "strategy.cost=0.01").refused("strategy.cost", "FLOPs")
+
+
+@pytest.mark.parametrize("words", [[], ["chat=false"], ["question_first=true"]])
+def test_the_preset_for_a_shape_without_a_tokenizer_plans(apb: Any, words: list[str]) -> None:
+    found = apb("plan", "experiment=long", "cluster=virtual", *words).document
+    assert found["context_tokens"] == 131072 and found["query_tokens"] == 64 and found["fits"]

@@ -69,11 +69,15 @@ def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> di
 
 def _blank_prompt(setup: Setup, settings: PlanSettings) -> Prompt:
     """A prompt of the asked lengths, with the head, separator and tail that the template would add."""
-    like = make_prompt(setup.tokenizer, "a", "a", chat=settings.chat)
+    if setup.tokenizer is None:  # random weights have no template and no text to separate
+        like, between = Prompt((0,), 0, Question((), (0,), (), None)), 0
+    else:
+        like = make_prompt(setup.tokenizer, "a", "a", chat=settings.chat)
+        between = len(separator(setup.tokenizer))
     assert like.question is not None and settings.context_tokens is not None
     before, after = like.question.before, like.question.after
     own = settings.query_tokens - len(before) - len(after)
-    copied = own + len(separator(setup.tokenizer)) if settings.question_first else 0
+    copied = own + between if settings.question_first else 0
     # Before as many tokens are made as somebody asks for.
     setup.check_room(settings.context_tokens + settings.query_tokens, settings.decode.max_new_tokens)
     for key, given, least in (
