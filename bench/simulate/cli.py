@@ -21,6 +21,7 @@ from launch.config.build import chosen_compressor
 from launch.config.typed import typed
 from launch.terminal.display import Display, seconds, size
 
+MOST_HOSTS = 2_048  # tables of who sends to whom have a cell for each pair
 FINE = 64  # hosts up to which lengths and host counts between the asked ones are costed to find crossovers
 
 
@@ -30,6 +31,7 @@ def run(config: Mapping[str, Any], display: Display) -> dict[str, Any]:
     for key in ("hosts", "tokens"):
         values = getattr(asked, key)
         in_range(f"bench.{key}", list(values), bool(values) and min(values) >= 1, "a list of numbers, 1 or more")
+    in_range("bench.hosts", list(asked.hosts), max(asked.hosts) <= MOST_HOSTS, f"up to {MOST_HOSTS:,} hosts")
     network = typed(Network, config["network"], "network.")
     rates = load(Path(asked.rates)) if asked.rates else assumed(asked.machine)
     base = dataclasses.replace(base_setup(config, display), compressor=chosen_compressor(config))

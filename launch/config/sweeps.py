@@ -17,7 +17,7 @@ from launch.config.schema import Schema
 from launch.config.source import hydra
 from launch.config.words import parse
 
-MOST_RUNS = 1_000
+MOST_RUNS = 256
 
 
 def expand(schema: Schema, words: Sequence[str], folder: Path | None = None) -> list[list[str]]:

@@ -18,6 +18,7 @@ _WORDS = {
     str: "text",
     tuple: "a list of texts",
 }
+_MOST = 1e308  # whole numbers beyond it are no floats
 T = TypeVar("T")
 
 
@@ -52,7 +53,7 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     if origin not in _WORDS:
         return value  # made here, not read
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if origin is float and number:
+    if origin is float and number and not (isinstance(value, int) and abs(value) > _MOST):
         return float(value)
     element = typing.get_args(arm)[0] if origin is tuple else None
     if element is not None and isinstance(value, list) and all(type(v) is element for v in value):

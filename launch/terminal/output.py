@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -24,14 +25,30 @@ _MACHINE = {
 
 
 def one_line(document: Mapping[str, Any]) -> str:
-    """Return the document as one line of ASCII, which no terminal, locale or line splitter can break."""
-    return json.dumps(document, allow_nan=False)
+    """Return the document as one line of ASCII, which no terminal, locale or line splitter can break.
+
+    JSON has no infinity: numbers that are not finite become null.
+    """
+    try:
+        return json.dumps(document, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(document), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def failure(error: BaseException, display: Display, verbose: bool) -> tuple[int, dict[str, Any]]:
     """Tell people of an error and return the exit code and the document for it."""
     if isinstance(error, OSError) and error.errno in _MACHINE:
         error = _of_machine(error)
+    if isinstance(error, MemoryError):
+        error = _of_memory(error)
     if isinstance(error, UserError):
         shown = [error.message, str(error.given), str(error.allowed), error.remedy]
         code, kind, (message, given, allowed, remedy) = USER, type(error).__name__, shown
@@ -72,6 +89,15 @@ def _of_machine(error: OSError) -> UserError:
         given=what,
         allowed="files that can be read, folders that can be written, and room on the disk",
         remedy="Free some space or mend the permissions, then run again.",
+    )
+
+
+def _of_memory(error: MemoryError) -> UserError:
+    return UserError(
+        f"this process ran out of memory: {error or 'no more is to be had'}",
+        given=_place(error),
+        allowed="what this machine's memory holds",
+        remedy="Lower lengths, hosts or batch sizes.",
     )
 
 

@@ -59,6 +59,7 @@ def test_out_that_cannot_be_written(ask: Any, document: Path) -> None:
         (["decode.temperature=-1"], ["decode.temperature is out of range"]),
         (["decode.temperature=warm"], ["decode.temperature must be a number"]),
         (["decode.temperature=nan"], ["decode.temperature"]),
+        ([f"needle_depth=1{'0' * 400}"], ["needle_depth must be a number"]),
         (["decode.top_p=0"], ["decode.top_p is out of range"]),
         (["decode.top_k=-1"], ["decode.top_k is out of range"]),
         (["decode.seed=-1"], ["decode.seed is out of range"]),
