@@ -1,1 +1,1 @@
-"""What ask and plan do: a model, a plan and hosts for a document and a question."""
+"""Prefill verbs, ask and plan: a model, a plan and hosts for a document and a question."""

@@ -1,4 +1,4 @@
-"""From settings to a setup that is known to fit: what ask and plan do before any host starts."""
+"""Preparation of ask and plan before any host starts: settings made into a setup that is known to fit."""
 
 from __future__ import annotations
 

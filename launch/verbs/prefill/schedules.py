@@ -1,4 +1,4 @@
-"""Which exact schedule would be fastest for a prefill, as ``apb plan burst.explain=true`` tells it."""
+"""Explanation of the fastest exact schedule for a prefill, for ``apb plan burst.explain=true``."""
 
 from __future__ import annotations
 
