@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
@@ -78,7 +78,8 @@ class ProcessGroupTransport(GroupOperations):
         # A communicator a channel, and so a stream of its own, on NCCL; gloo's operations do not wait for each other.
         for name in channels if self.on_gpu else ():
             if name not in self._channels:
-                group = dist.new_group(timeout=timedelta(seconds=self.timeout_s))
+                # Any: torch 2.14 declares a number as well, for ranks outside the group, of which there are none here.
+                group: Any = dist.new_group(timeout=timedelta(seconds=self.timeout_s))
                 # A communicator's first call must involve all its ranks, or NCCL waits for those that are left out.
                 dist.all_reduce(torch.zeros(1, device=self.device), group=group)
                 self._channels[name] = group
