@@ -6,7 +6,7 @@ Shapes: B batch, H query heads, K kv heads, S queries, T keys, D head dim, E val
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,17 +18,36 @@ from burst.layouts.masks import MaskPiece
 
 TOKENS = 2  # the dim of tokens in every tensor here
 
+# Keys and values as they travel -> (B, K', T, D) and (B, K', T, E) as attention sees them, for the heads worked on.
+Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
 
 @dataclass(frozen=True)
 class Blocks:
-    """Runs the pieces of a mask through a kernel; ``accurate`` widens the inputs, so no part is rounded."""
+    """Runs the pieces of a mask through a kernel; ``accurate`` widens the inputs, so no part is rounded.
+
+    ``expand`` makes keys and values of what travels, ``at_once`` rows at a time: no more of them exist together, and
+    each row is expanded once a block, whatever pieces see it. Forward only.
+    """
 
     kernel: Kernel
     scale: float
     accurate: bool = False
+    expand: Expand | None = None
+    at_once: int = 4096
 
     def forward(self, total: Accumulator, q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[MaskPiece]) -> None:
         """Merge the attention of q (B, H, S, D) over k (B, K, T, D) and v (B, K, T, E) into ``total``."""
+        if self.expand is None:
+            self._forward(total, q, k, v, pieces)
+            return
+        for start in range(0, k.shape[TOKENS], self.at_once):
+            stop = min(start + self.at_once, k.shape[TOKENS])
+            seen = [part for piece in pieces for part in piece.over(start, stop)]
+            if seen:
+                self._forward(total, q, *self.expand(k[:, :, start:stop], v[:, :, start:stop]), seen)
+
+    def _forward(self, total: Accumulator, q: Tensor, k: Tensor, v: Tensor, pieces: Iterable[MaskPiece]) -> None:
         if self.accurate:
             q, k, v = _wide(q), _wide(k), _wide(v)
         for piece in pieces:
@@ -56,6 +75,7 @@ class Blocks:
         ``given`` has q (B, H, S, D), dout (B, H, S, E), the whole softmax's lse (B, H, S), out (B, H, S, E)
         or delta (B, H, S), or both.
         """
+        assert self.expand is None, "what is expanded has no gradient"
         acc = accumulate_dtype(k.dtype)
         for piece in pieces:
             rows = {name: _rows(x, piece.q, piece) for name, x in given.items()}

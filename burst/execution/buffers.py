@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from burst.kernels.merge import accumulate_dtype
-from burst.schedules.payload import PAYLOAD, AttentionShape, Heads, Role
+from burst.schedules.payload import PAYLOAD, AttentionShape, Heads, Role, widths
 
 Field = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of one tensor
 
@@ -35,6 +35,7 @@ class Form:
     value_dim: int
     dtype: torch.dtype
     accurate: bool = False
+    carried: tuple[int, int] | None = None  # widths of k and v on their way, where attention sees others
 
     @property
     def acc(self) -> torch.dtype:
@@ -58,12 +59,13 @@ class Form:
             grad_size=self.acc.itemsize,
             state_size=self.acc.itemsize,
             partial_size=self.partial.itemsize,
+            carried=self.carried,
         )
 
     def fields(self, role: Role, rows: int, heads: Heads | None) -> dict[str, Field]:
         """Return one block's tensors by name, in the message's order."""
         n_q, n_kv = (self.q_heads, self.kv_heads) if heads is None else (heads.q_count, heads.kv_count)
-        dims = {"head": (self.head_dim,), "value": (self.value_dim,), None: ()}
+        dims = widths(self.head_dim, self.value_dim, self.carried)
         types = {"element": self.dtype, "gradient": self.acc, "state": self.acc, "partial": self.partial}
         return {
             part.name: ((self.batch, n_q if part.heads == "q" else n_kv, rows, *dims[part.dim]), types[part.kind])

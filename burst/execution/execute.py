@@ -24,8 +24,9 @@ class Execution:
     """One rank's run of one schedule.
 
     ``own`` are the rank's tensors by name, rows in the order of ``Schedule.layout``: forward q (B, H, S, D),
-    k (B, K, T, D), v (B, K, T, E); backward also lse (B, H, S), out and dout (B, H, S, E). In head groups the
-    backward takes all but dout as the forward left them in ``working``; ``resume`` starts a forward there.
+    k (B, K, T, D), v (B, K, T, E), the latter two as wide as ``form.carried`` where that says so; backward also
+    lse (B, H, S), out and dout (B, H, S, E). In head groups the backward takes all but dout as the forward left them
+    in ``working``; ``resume`` starts a forward there.
     ``label`` begins the names of steps in failures.
     """
 
@@ -131,7 +132,7 @@ class Execution:
             return
         part = Accumulator()
         self.blocks.forward(part, q, kv["k"], kv["v"], pieces)
-        begin(part, q, kv["v"].shape[3])
+        begin(part, q, self.form.value_dim)
         target = self.memory.tensors(result, step.q_block)
         for name, x in zip(("out", "lse"), part.finish(), strict=True):
             target[name].copy_(x)

@@ -86,6 +86,7 @@ def check_made_for(made: Schedule, form: Form, transport: Transport, options: At
         ("kv heads", made.shape.kv_heads, form.kv_heads),
         ("head dim", made.shape.head_dim, form.head_dim),
         ("value dim", made.shape.value_dim, form.value_dim),
+        ("widths on the way", made.shape.carried, form.carried),
         ("layout", made.layout, options.layout),
         ("keys", keys, options.keys or options.layout),
         ("nodes", made.nodes, transport.nodes),

@@ -59,6 +59,21 @@ class MaskPiece(NamedTuple):
         rows = self.q_stop - self.q_start
         return rows * (rows + 1) // 2 if self.causal else rows * (self.k_stop - self.k_start)
 
+    def over(self, start: int, stop: int) -> Iterator[MaskPiece]:
+        """Yield the piece's part over the key rows [start, stop), whose rows then count from ``start``."""
+        first, last = max(self.k_start, start), min(self.k_stop, stop)
+        if first >= last:
+            return
+        keys = first - start, last - start
+        if not self.causal:
+            yield MaskPiece(self.q_start, self.q_stop, *keys)
+            return
+        top, bottom = (self.q_start + k - self.k_start for k in (first, last))  # the rows on the diagonal
+        yield MaskPiece(top, bottom, *keys, causal=last - first > 1, flip=self.flip and last - first > 1)
+        rest = (self.q_start, top) if self.flip else (bottom, self.q_stop)
+        if rest[0] < rest[1]:
+            yield MaskPiece(*rest, *keys)
+
 
 def pieces(
     q_spans: Iterable[Span], k_spans: Iterable[Span], *, causal: bool, window: int | None

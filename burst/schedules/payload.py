@@ -4,18 +4,22 @@ Roles travel between ranks or stay in a rank's slots. ``kv``, ``q`` and ``qd`` a
 the traveller of a Q-pass backward (queries, dO, and the two numbers a row that its backward needs). ``part`` is the
 result of pass-Q: a partial output with its lse. ``out`` has the output of the rank's own queries; its lse does not
 travel. ``dq`` and ``dkv`` are gradients. ``qkv`` and ``dout`` go to head groups, ``out`` and ``dqkv`` come back.
+
+Keys and values may travel in a narrower form than attention sees them in: ``carried`` are their widths on the way.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 Role = Literal["kv", "q", "qd", "part", "out", "dq", "dkv", "qkv", "dout", "dqkv"]
+Dim = Literal["head", "value", "key row", "value row", None]  # the last dim of a tensor; the rows are those carried
 
 
 class Part(NamedTuple):
-    """One tensor of a block: (batch, heads, rows, dim), without a dim for states.
+    """One tensor of a block: (batch, heads, rows, dim), without a dim for states (None).
 
     ``kind`` is its type: ``element`` that of the inputs, ``gradient`` that of gradients on their way, ``state`` that
     of lse and delta, ``partial`` that of partial outputs and of gradients on their way back from head groups.
@@ -23,11 +27,12 @@ class Part(NamedTuple):
 
     name: str
     heads: Literal["q", "kv"]
-    dim: Literal["head", "value", None]
+    dim: Dim
     kind: Literal["element", "gradient", "state", "partial"]
 
 
-_Q, _K, _V = Part("q", "q", "head", "element"), Part("k", "kv", "head", "element"), Part("v", "kv", "value", "element")
+_Q = Part("q", "q", "head", "element")
+_K, _V = Part("k", "kv", "key row", "element"), Part("v", "kv", "value row", "element")
 _LSE, _DELTA = Part("lse", "q", None, "state"), Part("delta", "q", None, "state")
 _OUT, _DOUT = Part("out", "q", "value", "element"), Part("dout", "q", "value", "element")
 _DQ, _DK, _DV = (_Q._replace(name="dq"), _K._replace(name="dk"), _V._replace(name="dv"))
@@ -45,6 +50,12 @@ PAYLOAD: dict[Role, tuple[Part, ...]] = {
     "dout": (_DOUT,),
     "dqkv": tuple(part._replace(kind="partial") for part in (_DQ, _DK, _DV)),
 }
+
+
+def widths(head_dim: int, value_dim: int, carried: tuple[int, int] | None) -> dict[Dim, tuple[int, ...]]:
+    """Return the shape of each kind of last dim; ``carried``: widths of keys and values where others travel."""
+    key, value = carried or (head_dim, value_dim)
+    return {"head": (head_dim,), "value": (value_dim,), "key row": (key,), "value row": (value,), None: ()}
 
 
 class Heads(NamedTuple):
@@ -82,6 +93,7 @@ class AttentionShape:
     grad_size: int = 4  # gradients on the wire (eg)
     state_size: int = 4  # L and D: fp32; 8 for fp64
     partial_size: int = 2  # partial outputs of pass-Q and dqkv on the wire; 4 in the accurate mode
+    carried: tuple[int, int] | None = None  # widths of k and v on their way, where attention sees others
 
     def row_bytes(self, role: Role, heads: Heads | None = None) -> int:
         """Bytes of one token of a role, for the given heads (all when None)."""
@@ -92,6 +104,6 @@ class AttentionShape:
             "partial": self.partial_size,
         }
         n_q, n_kv = (self.q_heads, self.kv_heads) if heads is None else (heads.q_count, heads.kv_count)
-        dims = {"head": self.head_dim, "value": self.value_dim, None: 1}
-        parts = PAYLOAD[role]
-        return self.batch * sum((n_q if p.heads == "q" else n_kv) * dims[p.dim] * size[p.kind] for p in parts)
+        dims, parts = widths(self.head_dim, self.value_dim, self.carried), PAYLOAD[role]
+        each = ((n_q if p.heads == "q" else n_kv) * math.prod(dims[p.dim]) * size[p.kind] for p in parts)
+        return self.batch * sum(each)
