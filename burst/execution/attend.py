@@ -32,6 +32,7 @@ def attention(
     scale: float | None = None,
     window: int | None = None,
     sinks: Tensor | None = None,
+    soft_cap: float | None = None,
     keys: Layout | None = None,
     forward: str = "auto",
     backward: str = "auto",
@@ -66,6 +67,7 @@ def attention(
         window      a query sees its last ``window`` keys, its own included (both sides when not causal).
         sinks       (H,), a learned logit a head that joins each softmax's denominator. Its gradient is this
                     rank's share, like that of any weight: sum it over ranks.
+        soft_cap    scores become soft_cap * tanh(score / soft_cap) before the mask; sinks are not capped.
         keys        the layout of k and v where they hold history before ``layout``'s chunk; see
                     ``Layout.extend``.
         forward     the traveller: kv, or q (whose partial outputs come back); auto: kv, but with history
@@ -95,6 +97,7 @@ def attention(
         causal=causal,
         scale=scale,
         window=window,
+        soft_cap=soft_cap,
         keys=keys,
         forward=forward,
         backward=backward,

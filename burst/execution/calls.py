@@ -14,7 +14,7 @@ from torch import Tensor
 from burst.execution.blocks import Blocks
 from burst.execution.buffers import Form
 from burst.execution.options import BACKWARD, AttentionOptions, check_call, check_made_for
-from burst.kernels import kernel
+from burst.kernels import capped, kernel
 from burst.layouts.layout import Layout
 from burst.layouts.masks import Span
 from burst.planner.planner import plan
@@ -47,7 +47,7 @@ def make_call(
     """Check the arguments, make the schedules and let the ranks agree on them; see ``burst.attention``."""
     form = check_call(q, k, v, sinks, transport, options)
     blocks = Blocks(
-        kernel(options.kernel, q.device, form.acc if options.accurate else form.dtype),
+        capped(kernel(options.kernel, q.device, form.acc if options.accurate else form.dtype), options.soft_cap),
         form.head_dim**-0.5 if options.scale is None else options.scale,
         options.accurate,
     )
@@ -58,7 +58,7 @@ def make_call(
     call = AttentionCall(transport, form, blocks, _forward(form, transport, options))
     if wants_gradient:
         call = _with_backward(call, options)
-    _agree(call, sinks, options.return_lse)
+    _agree(call, sinks, options)
     return call
 
 
@@ -118,10 +118,11 @@ def first_tokens(layout: Layout, stop: int) -> Layout:
     return replace(layout, n_tokens=stop, cu_seqlens=tuple(min(edge, stop) for edge in layout.cu_seqlens), spans=spans)
 
 
-def _agree(call: AttentionCall, sinks: Tensor | None, return_lse: bool) -> None:
+def _agree(call: AttentionCall, sinks: Tensor | None, given: AttentionOptions) -> None:
     """Let the ranks compare what they are about to do, before the first message of this kind of call."""
     schedules = [s for s in (call.forward, call.backward, call.again) if s is not None]
-    options = f"{call.form}, scale {call.blocks.scale!r}, sinks {sinks is not None}, return_lse {return_lse}"
+    options = f"{call.form}, scale {call.blocks.scale!r}, soft cap {given.soft_cap!r}, sinks {sinks is not None}"
+    options += f", return_lse {given.return_lse}"
     text = f"{[s.digest for s in schedules]} {options}"
     call.transport.agree_once(text, step="attention agree", here=f"{call.forward.name}, {options}")
     call.transport.open(sorted({channel for s in schedules for channel in s.channels}))

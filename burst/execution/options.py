@@ -13,6 +13,7 @@ from torch import Tensor
 from burst.errors import UserError, choose
 from burst.execution.buffers import Form
 from burst.kernels.base import check_inputs, reject
+from burst.kernels.soft_cap import check_cap
 from burst.layouts.layout import Layout
 from burst.planner.topology import Topology
 from burst.schedules import Schedule
@@ -33,6 +34,7 @@ class AttentionOptions:
     causal: bool
     scale: float | None
     window: int | None
+    soft_cap: float | None
     keys: Layout | None
     forward: str
     backward: str
@@ -52,6 +54,8 @@ def check_call(
     if q.shape[1] == 0 or v.shape[3] == 0:
         given = f"{q.shape[1]} query heads, value dim {v.shape[3]}"
         _reject("there is nothing to attend with", given, "1 or more", "Check the projections.")
+    if options.soft_cap is not None:
+        check_cap("attention", options.soft_cap)
     choose("forward", options.forward, FORWARD)
     choose("backward", options.backward, BACKWARD)
     layout, rank = options.layout, transport.rank

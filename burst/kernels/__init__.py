@@ -7,8 +7,9 @@ import importlib
 import torch
 
 from burst.kernels.base import KERNELS, Kernel
+from burst.kernels.soft_cap import capped
 
-__all__ = ["KERNELS", "Kernel", "kernel"]
+__all__ = ["KERNELS", "Kernel", "capped", "kernel"]
 
 
 def kernel(name: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Kernel:

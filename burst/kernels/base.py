@@ -52,6 +52,7 @@ class Kernel:
 
     A backend is two functions. The checks and the special cases that backends do not agree on are here. ``device`` is
     the only device type the backend runs on, None for any; ``any_value_dim`` says whether it takes E other than D.
+    ``capped`` makes both functions for a soft cap where the backend knows any (``burst/kernels/soft_cap.py``).
     """
 
     name: str
@@ -59,6 +60,7 @@ class Kernel:
     block_backward: Backward
     device: str | None = None
     any_value_dim: bool = True
+    capped: Callable[[float], tuple[Forward, Backward]] | None = None
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None
@@ -166,9 +168,10 @@ def backend(
     block_backward: Backward,
     device: str | None = None,
     any_value_dim: bool = True,
+    capped: Callable[[float], tuple[Forward, Backward]] | None = None,
 ) -> Kernel:
     """Enter a kernel under ``name`` and return it; ``summary`` is one line for people."""
-    return KERNELS.add(name, summary, Kernel(name, block, block_backward, device, any_value_dim))
+    return KERNELS.add(name, summary, Kernel(name, block, block_backward, device, any_value_dim, capped))
 
 
 def check_inputs(who: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:

@@ -28,20 +28,15 @@ def attend(q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, causal: bool, scale: 
     """
     if q_BHSD.dtype == torch.float64:
         return reference.attend(q_BHSD, k_BKTD, v_BKTE, causal, scale)
-    heads, length = q_BHSD.shape[1:3]
-    value_dim = v_BKTE.shape[3]
-    q, k, v = aligned(q_BHSD), aligned(k_BKTD), aligned(v_BKTE)
-    if _takes_flash(q_BHSD, v_BKTE):
+    states, value_dim = q_BHSD.shape[:3], v_BKTE.shape[3]
+    if takes_flash(q_BHSD, v_BKTE):
+        q, k, v = flash_inputs(q_BHSD, k_BKTD, v_BKTE)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
-    else:
-        group = heads // k.shape[1]
-        if group > 1:  # this op knows no groups; flash does
-            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
-            q, k, v, None, True, 0.0, causal, scale=scale
-        )[:2]
-    # The efficient op pads its lse to a multiple of 32 queries; out carries the padding of the value dim.
-    return out[..., :value_dim], lse[..., :length]
+        return out[..., :value_dim], lse
+    (q,), (k, v) = _ungrouped(causal, k_BKTD.shape[1], (aligned(q_BHSD),), (aligned(k_BKTD), aligned(v_BKTE)))
+    out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
+    # The op pads its lse to a multiple of 32 queries; out carries the padding of the value dim.
+    return out[..., :value_dim].reshape(*states, value_dim), lse[..., : q.shape[2]].reshape(states)
 
 
 def backward(
@@ -54,33 +49,55 @@ def backward(
     """
     if q_BHSD.dtype == torch.float64:
         return reference.backward(q_BHSD, k_BKTD, v_BKTE, rows, causal, scale)
-    dim, value_dim, keys = q_BHSD.shape[3], v_BKTE.shape[3], k_BKTD.shape[2]
-    q, k, v, out, dout = (aligned(x) for x in (q_BHSD, k_BKTD, v_BKTE, rows.with_out(), rows.dout))
-    lse_BHS = rows.lse.contiguous()
+    dim, value_dim, kv_heads, keys = q_BHSD.shape[3], v_BKTE.shape[3], *k_BKTD.shape[1:3]
+    given = (q_BHSD, k_BKTD, v_BKTE, rows.with_out(), rows.dout)
     # Without dropout nothing reads the random state, but the schemas ask for one.
-    seed, offset = (torch.zeros(2, dtype=torch.uint64, device=q.device) for _ in range(2))
-    if _takes_flash(q_BHSD, v_BKTE):
+    seed, offset = (torch.zeros(2, dtype=torch.uint64, device=q_BHSD.device) for _ in range(2))
+    if takes_flash(q_BHSD, v_BKTE):
+        (q, k, v, out, dout), lse = flash_inputs(*given), rows.lse.contiguous()
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            dout, q, k, v, out, lse_BHS, None, None, q.shape[2], keys, 0.0, causal, seed, offset, scale=scale
+            dout, q, k, v, out, lse, None, None, q.shape[2], keys, 0.0, causal, seed, offset, scale=scale
         )
         return dq[..., :dim], dk[..., :dim], dv[..., :value_dim]
-    group = q.shape[1] // k.shape[1]
-    if group > 1:
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    q, k, v, out, dout = (aligned(x) for x in given)
+    (q, out, dout, lse), (k, v) = _ungrouped(causal, kv_heads, (q, out, dout, rows.lse.unsqueeze(-1)), (k, v))
     # The op reads the lse in the padded form in which its forward writes it: +inf, so that padding weighs 0.
-    lse_BHS = pad(lse_BHS, (0, -lse_BHS.shape[2] % LSE_ALIGN), value=math.inf)
+    lse = lse.squeeze(-1).contiguous()
+    lse = pad(lse, (0, -lse.shape[2] % LSE_ALIGN), value=math.inf)
     wanted = [True, True, True, False]
     dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-        dout, q, k, v, None, out, lse_BHS, seed[0], offset[0], 0.0, wanted, causal, scale=scale
+        dout, q, k, v, None, out, lse, seed[0], offset[0], 0.0, wanted, causal, scale=scale
     )
-    if group > 1:  # summed wide: G bf16 terms in a row would lose bits
-        dk, dv = (x.unflatten(1, (-1, group)).sum(2, dtype=torch.float32).to(x.dtype) for x in (dk, dv))
-    return dq[..., :dim], dk[..., :dim], dv[..., :value_dim]
+    if dk.shape[1] > kv_heads:  # summed wide: G bf16 terms in a row would lose bits
+        dk, dv = (x.unflatten(1, (kv_heads, -1)).sum(2, dtype=torch.float32).to(x.dtype) for x in (dk, dv))
+    return dq[..., :dim].reshape(q_BHSD.shape), dk[..., :dim], dv[..., :value_dim]
 
 
-def _takes_flash(q_BHSD: Tensor, v_BKTE: Tensor) -> bool:
+def takes_flash(q_BHSD: Tensor, v_BKTE: Tensor) -> bool:
+    """Return whether the flash operators take these inputs: half precision, dims of up to 256, a device for it."""
     dim = q_BHSD.shape[3]
-    return q_BHSD.dtype != torch.float32 and v_BKTE.shape[3] == dim <= FLASH_MAX_DIM and _has_flash(q_BHSD.device)
+    return q_BHSD.dtype != torch.float32 and v_BKTE.shape[3] <= dim <= FLASH_MAX_DIM and _has_flash(q_BHSD.device)
+
+
+def flash_inputs(*tensors: Tensor) -> list[Tensor]:
+    """Make tensors fit for the flash operators, which know one dim: shorter values are padded with zeros."""
+    dim = max(x.shape[3] for x in tensors)
+    return [aligned(pad(x, (0, dim - x.shape[3])) if x.shape[3] < dim else x) for x in tensors]
+
+
+def _ungrouped(
+    causal: bool, kv_heads: int, by_query: tuple[Tensor, ...], by_key: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Give the efficient op, which knows no groups of heads, as many query heads as kv heads.
+
+    Without a mask the queries of a group become rows of one head; keys are repeated for causal blocks alone.
+    """
+    group = by_query[0].shape[1] // kv_heads
+    if group == 1:
+        return by_query, by_key
+    if causal:
+        return by_query, tuple(x.repeat_interleave(group, 1) for x in by_key)
+    return tuple(x.reshape(x.shape[0], kv_heads, -1, x.shape[3]) for x in by_query), by_key
 
 
 def aligned(x_BHSD: Tensor) -> Tensor:

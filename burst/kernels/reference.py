@@ -16,15 +16,22 @@ from burst.kernels.merge import accumulate_dtype
 
 
 def attend(
-    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, causal: bool, scale: float, seen_ST: Tensor | None = None
+    q_BHSD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTE: Tensor,
+    causal: bool,
+    scale: float,
+    seen_ST: Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute softmax(scale q k^T) v and its lse in fp32 (fp64 for fp64); ``out`` is rounded to q's dtype.
 
     ``seen_ST`` (bool): which keys each query sees, for small blocks such as a draft tree's; at least one each.
+    ``soft_cap`` makes scores soft_cap * tanh(score / soft_cap).
     """
     with _as_given(q_BHSD.device):
         q_BKRD, k, v = _grouped(q_BHSD, k_BKTD.shape[1]), _wide(k_BKTD), _wide(v_BKTE)
-        scores_BHST = _scores(q_BKRD, k, q_BHSD.shape, causal, scale)
+        scores_BHST = _masked(_scores(q_BKRD, k, q_BHSD.shape, scale, soft_cap), causal)
         if seen_ST is not None:
             scores_BHST = scores_BHST.masked_fill(~seen_ST, -math.inf)
         lse_BHS = scores_BHST.logsumexp(-1)
@@ -34,18 +41,30 @@ def attend(
 
 
 def backward(
-    q_BHSD: Tensor, k_BKTD: Tensor, v_BKTE: Tensor, rows: Rows, causal: bool, scale: float
+    q_BHSD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTE: Tensor,
+    rows: Rows,
+    causal: bool,
+    scale: float,
+    soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute P = exp(scale q k^T - lse), dS = P (dO V^T - delta) scale, dS K, dS^T Q and P^T dO."""
+    """Compute P = exp(scale q k^T - lse), dS = P (dO V^T - delta) scale, dS K, dS^T Q and P^T dO.
+
+    Under a ``soft_cap`` dS is multiplied by the slope of the cap, 1 - (capped score / cap)^2.
+    """
     with _as_given(q_BHSD.device):
         delta_BHS = row_sums(rows.dout, rows.with_out()) if rows.delta is None else rows.delta
         kv_heads, shape = k_BKTD.shape[1], q_BHSD.shape
         q_BKRD, dout_BKRE = _grouped(q_BHSD, kv_heads), _grouped(rows.dout, kv_heads)
         k, v = _wide(k_BKTD), _wide(v_BKTE)
-        scores_BHST = _scores(q_BKRD, k, shape, causal, scale)
-        weights_BKRT = (scores_BHST - rows.lse.unsqueeze(-1)).exp().view(*q_BKRD.shape[:3], -1)
+        scores_BHST = _scores(q_BKRD, k, shape, scale, soft_cap)
+        slope_BHST = None if soft_cap is None else 1 - (scores_BHST / soft_cap).square()
+        weights_BKRT = (_masked(scores_BHST, causal) - rows.lse.unsqueeze(-1)).exp().view(*q_BKRD.shape[:3], -1)
         delta_BKR1 = delta_BHS.reshape(*q_BKRD.shape[:3], 1)
         dscores_BKRT = weights_BKRT * (dout_BKRE @ v.mT - delta_BKR1) * scale
+        if slope_BHST is not None:
+            dscores_BKRT = dscores_BKRT * slope_BHST.view(dscores_BKRT.shape)
         dq_BHSD = (dscores_BKRT @ k).view(shape)
         dk_BKTD, dv_BKTE = dscores_BKRT.mT @ q_BKRD, weights_BKRT.mT @ dout_BKRE
         return dq_BHSD.to(q_BHSD.dtype), dk_BKTD.to(q_BHSD.dtype), dv_BKTE.to(q_BHSD.dtype)
@@ -67,13 +86,18 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(accumulate_dtype(x.dtype))
 
 
-def _scores(q_BKRD: Tensor, k_BKTD: Tensor, shape: torch.Size, causal: bool, scale: float) -> Tensor:
-    """Return the scaled scores (B, H, S, T), -inf where ``causal`` hides a later key."""
+def _scores(q_BKRD: Tensor, k_BKTD: Tensor, shape: torch.Size, scale: float, soft_cap: float | None) -> Tensor:
+    """Return the scaled and capped scores (B, H, S, T) of all keys."""
     scores_BHST = (q_BKRD @ k_BKTD.mT * scale).view(*shape[:3], k_BKTD.shape[2])
-    if causal:
-        later_ST = torch.ones(scores_BHST.shape[2:], dtype=torch.bool, device=q_BKRD.device).triu(1)
-        scores_BHST = scores_BHST.masked_fill(later_ST, -math.inf)
-    return scores_BHST
+    return scores_BHST if soft_cap is None else (scores_BHST / soft_cap).tanh() * soft_cap
+
+
+def _masked(scores_BHST: Tensor, causal: bool) -> Tensor:
+    """Return the scores with -inf where ``causal`` hides a later key."""
+    if not causal:
+        return scores_BHST
+    later_ST = torch.ones(scores_BHST.shape[2:], dtype=torch.bool, device=scores_BHST.device).triu(1)
+    return scores_BHST.masked_fill(later_ST, -math.inf)
 
 
 KERNEL = backend("reference", "plain softmax, the oracle, on any device", attend, backward)

@@ -52,6 +52,13 @@ def test_exact_long(edges: tuple[int, ...]) -> None:
     check(random.Random(0).sample(cases, 8))
 
 
+@pytest.mark.parametrize("way", SCHEDULES)
+def test_exact_with_soft_caps(way: str) -> None:
+    base = Case(4, schedule=way, backward="kv", heads=(4, 2), edges=(0, 57), soft_cap=0.7, scale=1.5, value_dim=12)
+    per_node = 2 if way in ("burst", "double_ring", "usp") else None
+    check([replace(base, per_node=per_node, **options) for options in ({"sinks": True}, {"window": 9})])
+
+
 @pytest.mark.parametrize("where", LAYOUTS)
 @pytest.mark.parametrize("backward", ["kv", "q"])
 def test_exact_with_every_size_and_scale(where: str, backward: str) -> None:

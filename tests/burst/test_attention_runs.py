@@ -30,6 +30,7 @@ OTHERS: list[dict[str, Any]] = [
     {"causal": False},
     {"schedule": "allgather"},
     {"scale": 0.2},
+    {"soft_cap": 5.0},
     {"window": 4},
     {"accurate": True},
 ]
@@ -114,6 +115,7 @@ def call_with(t: Transport, n: int = 32, world: int | None = None, **options: An
         ({"schedule": "rnig"}, "unknown schedule 'rnig'"),
         ({"backward": "v"}, "unknown backward 'v'"),
         ({"scale": -1.0}, "scale must be positive"),
+        ({"soft_cap": 0.0}, "soft cap must be positive"),
         ({"window": 0}, "the window holds no key"),
         ({"window": 0, "schedule": "auto"}, "no schedule can run: the window holds no key"),
         ({"forward": "v"}, "unknown forward 'v'"),

@@ -75,11 +75,17 @@ def test_equals_dense_attention(
     assert_close(kernel(name)(q, k, v, causal=causal, scale=0.3), dense(q, k, v, causal, 0.3), dtype)
 
 
-@pytest.mark.parametrize("dim", [16, 24, 40, 64, 80, 96, 128])
+# Among them: DeepSeek's expanded heads, its latents as one head, Gemma 4's full layers.
+DIMS = [*((n, n) for n in (16, 24, 40, 64, 80, 96, 128, 256, 512)), (192, 128), (576, 512), (96, 64), (16, 48)]
+
+
+@pytest.mark.parametrize("dim, value_dim", DIMS)
 @pytest.mark.parametrize("dtype", ATOL)
 @pytest.mark.parametrize("length, causal", [(17, True), (129, False)])
-def test_cpu_equals_reference_for_head_dims(dim: int, dtype: torch.dtype, length: int, causal: bool) -> None:
-    q, k, v = draw((6, 2), length, length, dim, dtype)
+def test_cpu_equals_reference_for_head_dims(
+    dim: int, value_dim: int, dtype: torch.dtype, length: int, causal: bool
+) -> None:
+    q, k, v = draw((6, 2), length, length, dim, dtype, value_dim=value_dim)
     assert_close(kernel("cpu")(q, k, v, causal=causal), kernel("reference")(q, k, v, causal=causal), dtype)
 
 
@@ -230,7 +236,7 @@ def test_cuda_alignment() -> None:
 
 
 @pytest.mark.parametrize("flash", [True, False])
-@pytest.mark.parametrize("dim, value_dim", [(20, 20), (64, 64), (288, 288), (64, 40)])
+@pytest.mark.parametrize("dim, value_dim", [(20, 20), (64, 64), (288, 288), (64, 40), (192, 128), (512, 512)])
 @pytest.mark.parametrize("dtype", ATOL)
 def test_cuda_calls_fit_torchs_schemas(
     monkeypatch: pytest.MonkeyPatch, flash: bool, dim: int, value_dim: int, dtype: torch.dtype
@@ -267,7 +273,9 @@ def test_cudnn_equals_reference(dim: int) -> None:
 
 @gpu
 @needs_cuda
-@pytest.mark.parametrize("dim, value_dim", [(20, 20), (64, 64), (128, 128), (288, 288), (64, 40)])
+@pytest.mark.parametrize(
+    "dim, value_dim", [(20, 20), (64, 64), (128, 128), (288, 288), (64, 40), (192, 128), (512, 512), (576, 512)]
+)
 @pytest.mark.parametrize("dtype", ATOL)
 def test_cuda_equals_reference(dim: int, value_dim: int, dtype: torch.dtype) -> None:
     for heads in HEADS:

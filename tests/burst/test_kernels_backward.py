@@ -6,6 +6,7 @@ Shapes: B batch, H query heads, K kv heads, S queries, T keys, D head dim, E val
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,10 +130,48 @@ def test_empty_blocks(name: str, queries: int, keys: int) -> None:
         assert x.shape == y.shape and x.dtype == y.dtype and not x.any()
 
 
-def test_value_dim() -> None:
-    q, k, v, dout = draw((6, 2), 9, 9, 16, value_dim=24)
-    blocks = [(slice(0, 9), True)]
-    assert_close(shares("reference", q, k, v, dout, blocks, True), dense(q, k, v, dout, blocks), torch.float64)
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("dim, value_dim", [(16, 24), (96, 64), (192, 128), (576, 512), (512, 512)])
+@pytest.mark.parametrize("dtype", RTOL)
+def test_head_dims(name: str, dim: int, value_dim: int, dtype: torch.dtype) -> None:
+    q, k, v, dout = draw((6, 2), 9, 19, dim, dtype, value_dim)
+    blocks = [(slice(0, 9), True), (slice(9, 19), False)]
+    for by_delta in (False, True):
+        assert_close(shares(name, q, k, v, dout, blocks, by_delta), dense(q, k, v, dout, blocks), dtype)
+
+
+class EfficientOps:
+    """torch's efficient operators, which know no groups and pad the lse, made of plain attention on a CPU."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *options: object, scale: float) -> tuple[Tensor, Tensor]:
+        assert q.shape[1] == k.shape[1], "no groups of heads"
+        out, lse = kernel("reference")(q, k, v, causal=options[3] is True, scale=scale)
+        return out, torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32), value=math.inf)
+
+    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: object, scale: float) -> list[Tensor]:
+        _, out, lse, _, _, _, _, causal = options
+        assert isinstance(out, Tensor) and isinstance(lse, Tensor) and lse.shape[2] % 32 == 0
+        lse = lse[..., : q.shape[2]]
+        run = kernel("reference").backward
+        return [*run(q, k, v, out, lse, dout, causal=causal is True, scale=scale), dout]
+
+
+@pytest.mark.parametrize("heads", [(9, 3), (8, 1), (4, 4)])
+@pytest.mark.parametrize("dim, value_dim", [(16, 16), (512, 512), (44, 20)])
+def test_groups_of_heads_on_cuda(
+    heads: tuple[int, int], dim: int, value_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ops = EfficientOps()
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", ops.forward)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_efficient_attention_backward", ops.backward)
+    run = replace(kernel("cuda"), device=None)
+    q, k, v, dout = draw(heads, 33, 50, dim, torch.float32, value_dim)
+    blocks = [(slice(0, 33), True), (slice(33, 50), False)]
+    parts = [run(q, k[:, :, rows], v[:, :, rows], causal=causal) for rows, causal in blocks]
+    out, lse = merge(parts, q.dtype)
+    grads = [run.backward(q, k[:, :, rows], v[:, :, rows], out, lse, dout, causal=causal) for rows, causal in blocks]
+    total = [grads[0][0] + grads[1][0], *(torch.cat([a, b], 2) for a, b in zip(*(g[1:] for g in grads), strict=True))]
+    assert_close(total, dense(q, k, v, dout, blocks), torch.float32)
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-30, 1e30])
@@ -162,7 +201,7 @@ def test_mistakes_are_named() -> None:
 
 
 @pytest.mark.parametrize("flash", [True, False])
-@pytest.mark.parametrize("dim, value_dim", [(20, 20), (64, 64), (288, 288), (64, 40)])
+@pytest.mark.parametrize("dim, value_dim", [(20, 20), (64, 64), (288, 288), (64, 40), (192, 128), (512, 512)])
 @pytest.mark.parametrize("dtype", RTOL)
 def test_cuda_calls_fit_torchs_schemas(
     monkeypatch: pytest.MonkeyPatch, flash: bool, dim: int, value_dim: int, dtype: torch.dtype
@@ -179,7 +218,7 @@ def test_cuda_calls_fit_torchs_schemas(
 
 @gpu
 @needs_cuda
-@pytest.mark.parametrize("dim, value_dim", [(20, 20), (64, 64), (128, 128), (288, 288), (64, 40)])
+@pytest.mark.parametrize("dim, value_dim", [(20, 20), (64, 64), (128, 128), (288, 288), (64, 40), (192, 128)])
 @pytest.mark.parametrize("dtype", RTOL)
 @pytest.mark.parametrize("by_delta", [False, True])
 def test_cuda_shares_add_up(dim: int, value_dim: int, dtype: torch.dtype, by_delta: bool) -> None:

@@ -42,6 +42,7 @@ class Case:
     causal: bool = True
     window: int | None = None
     sinks: bool = False
+    soft_cap: float | None = None
     scale: float | None = None
     dim: int = 8
     value_dim: int = 8
@@ -63,7 +64,7 @@ class Case:
             f"{self.heads[0]}over{self.heads[1]}",
         ]
         parts.append("+".join(map(str, self.edges)))
-        rest = ("causal", "window", "sinks", "scale", "dim", "value_dim", "batch", "checkpoint", "per_node")
+        rest = ("causal", "window", "sinks", "soft_cap", "scale", "dim", "value_dim", "batch", "checkpoint", "per_node")
         parts += [f"{n}={getattr(self, n)}" for n in rest if getattr(self, n) != getattr(base, n)]
         return "/".join(parts)
 
@@ -128,6 +129,7 @@ def dense(case: Case) -> tuple[Tensor, ...]:
         case.causal,
         case.window,
         case.sinks,
+        case.soft_cap,
         case.scale,
         case.dim,
         case.value_dim,
@@ -142,6 +144,7 @@ def _dense(
     causal: bool,
     window: int | None,
     with_sinks: bool,
+    soft_cap: float | None,
     scale: float | None,
     dim: int,
     value_dim: int,
@@ -156,6 +159,7 @@ def _dense(
         own = slice(head, head + 1), slice(head // group, head // group + 1)
         leaves = [x.clone().requires_grad_() for x in (q[:, own[0]], k[:, own[1]], v[:, own[1]], sinks[own[0]])]
         scores = leaves[0] @ leaves[1].mT * (dim**-0.5 if scale is None else scale)
+        scores = scores if soft_cap is None else soft_cap * (scores / soft_cap).tanh()
         scores = scores.masked_fill(hidden_NN, -math.inf)
         sink = leaves[3].expand(*scores.shape[:3], 1) if with_sinks else scores.new_full((1,), -math.inf)
         weights = torch.cat([scores, sink.expand(*scores.shape[:3], 1)], -1).softmax(-1)[..., :-1]
@@ -201,6 +205,7 @@ def compute(case: Case, world: VirtualWorld | None = None) -> tuple[tuple[Tensor
             causal=case.causal,
             window=case.window,
             sinks=sinks,
+            soft_cap=case.soft_cap,
             scale=case.scale,
             checkpoint=case.checkpoint,
             accurate=case.accurate,
