@@ -21,6 +21,7 @@ from apb.draft.base import RotateTo, Target
 from apb.draft.draft import Draft
 from apb.models.checks import PlainCall, check_config, check_keywords
 from apb.models.chunked import Finished, InChunks, chunkable
+from apb.models.classes import decoder
 from apb.models.hooks import (
     Features,
     active_features,
@@ -81,7 +82,7 @@ class Adapter:
         self.shape = shape
         self.draft: Draft | None = None  # virtual hosts share it, as they share the model
         self._model = model
-        self._base = model.base_model
+        self._base = decoder(model)
         model.set_attn_implementation(IMPLEMENTATION)
         self._attentions = self._attention_modules()
         for module in self._attentions:

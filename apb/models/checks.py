@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from apb.models.shape import rope_parameters
+from apb.models.towers import TOWERS
 from burst.errors import UserError
 
 # Keywords that carry something attention would have to do; anything but None (or 0) is rejected.
@@ -65,7 +66,9 @@ def check_config(config: Any) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise refuse("is_encoder_decoder", True)
     if config.get_text_config() is not config:
-        raise refuse("other inputs than text", getattr(config, "model_type", "?"))
+        raise _composite(getattr(config, "model_type", "?"))
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        raise refuse("use_bidirectional_attention", config.use_bidirectional_attention)
     # A key that this kind of configuration does not have is another family's: its model never reads it.
     own = inspect.signature(type(config).__init__).parameters
     layer_types = getattr(config, "layer_types", None) if "layer_types" in own else None
@@ -85,6 +88,15 @@ def check_config(config: Any) -> None:
             raise refuse("rope_type", rope["rope_type"])
     if not ropes and getattr(config, "rope_theta", None) is None:
         raise refuse("positions other than RoPE", getattr(config, "model_type", "?"))
+
+
+def _composite(kind: str) -> UserError:
+    return UserError(
+        f"models of the kind {kind} take other inputs than text, and no text tower of theirs is known",
+        given=f"model_type={kind}",
+        allowed=f"decoders of text, and the text towers of {', '.join(sorted(TOWERS))}",
+        remedy="Choose one of these, or a checkpoint of the text model alone.",
+    )
 
 
 def _quantised(name: str, value: Any) -> UserError:

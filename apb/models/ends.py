@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from apb.draft.base import finished
+from apb.models.classes import decoder
 
 # Sizes of the made-up logits, from where no cap bends them to where every cap is all there is.
 _SIZES = (0.25, 1.0, 4.0, 16.0, 64.0, 4096.0)
@@ -46,7 +47,7 @@ def learn_ends(model: Any, ids_S: Tensor, first_SE: Tensor, keywords: Mapping[st
 
     ``first_SE``: what its first layer got of the tokens ``ids_S``; ``keywords``: those of a call of the whole model.
     """
-    config, base = model.config, model.base_model
+    config, base = model.config, decoder(model)
     found = Ends(_embedding_scale(model.get_input_embeddings().weight, ids_S, first_SE, config), None)
     head = model.get_output_embeddings()
     if base is model or not isinstance(head, nn.Linear):

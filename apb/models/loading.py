@@ -13,7 +13,8 @@ from apb.models.files import damaged, first_line, quiet, read_json, reading
 from apb.models.placement import resolve_device, resolve_dtype, torch_dtype
 from apb.models.raw import check_code, check_values
 from apb.models.tokens import as_in_file
-from apb.models.weights import check_fit, check_weights, not_fitting, readable, weights_file
+from apb.models.towers import TOWERS, Tower, find_tower, is_tower, text_config
+from apb.models.weights import check_fit, check_weights, held, not_fitting, readable, weights_file
 from burst.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,13 +25,19 @@ _logger = logging.getLogger(__name__)
 
 
 def load_config(path: Path) -> PretrainedConfig:
-    """Return the folder's configuration; raises UserError when it is damaged or of an unknown kind."""
+    """Return the folder's configuration, of a composite that of its text tower.
+
+    Raises UserError when it is damaged or of an unknown kind.
+    """
     file = path / "config.json"
     check_code(path)
     with quiet(), reading(file, "the configuration of a decoder that the installed transformers knows"):
         from transformers import AutoConfig
 
-        config = _plain(AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False))
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if is_tower(config):
+            config = text_config(config, read_json(file), held(path))
+        config = _plain(config)
         config._name_or_path = str(path)
         return config
 
@@ -68,14 +75,18 @@ def load_model(path: Path, *, dtype: str, device: str) -> PreTrainedModel:
     from apb.models.shape import parameter_shapes
 
     generation_stop_ids(path)  # transformers ignores a damaged file, and with it the stop tokens
-    check_fit(path, check_weights(path), parameter_shapes(config))
+    found, wanted, tower = check_weights(path), parameter_shapes(config), None
+    if read_json(path / "config.json").get("model_type") in TOWERS:
+        tower = find_tower(found, wanted, str(weights_file(path)))
+        found = tower.shapes(found)
+    check_fit(path, found, wanted)
     # On a device, weights go there tensor by tensor; on the CPU without a device map they stay memory-mapped.
     placement = {} if device == "cpu" else {"device_map": {"": device}}
     allowed = "weights that the installed transformers can load into the model of config.json"
     with quiet(), readable(path) as folder, reading(weights_file(path), allowed):
-        from transformers import AutoModelForCausalLM
+        from apb.models.classes import causal_lm
 
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = causal_lm().from_pretrained(
             folder,
             config=config,
             dtype=torch_dtype(dtype),
@@ -83,9 +94,10 @@ def load_model(path: Path, *, dtype: str, device: str) -> PreTrainedModel:
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are named below
+            key_mapping=None if tower is None else tower.key_mapping,
             **placement,
         )
-    _check_loaded(path, info)
+    _check_loaded(path, info, tower)
     model.eval()
     model.requires_grad_(False)
     loaded: PreTrainedModel = model
@@ -111,7 +123,8 @@ def make_config(values: Mapping[str, Any]) -> PretrainedConfig:
         from transformers import AutoConfig
 
         try:
-            return _plain(AutoConfig.for_model(**values))
+            config = AutoConfig.for_model(**values)
+            return _plain(text_config(config, values, None) if is_tower(config) else config)
         except Exception as error:  # as in ``reading``
             raise UserError(
                 f"the model configuration cannot be used: {first_line(error)}",
@@ -128,13 +141,11 @@ def random_model(values: Mapping[str, Any], *, dtype: str, device: str) -> PreTr
     """
     config = make_config(values)
     with quiet(), torch.random.fork_rng(devices=[device] if device != "cpu" else []):
-        from transformers import AutoModelForCausalLM
+        from apb.models.classes import causal_lm
 
         torch.manual_seed(0)
         with torch.device(device):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=torch_dtype(dtype), trust_remote_code=False
-            )
+            model: PreTrainedModel = causal_lm().from_config(config, dtype=torch_dtype(dtype), trust_remote_code=False)
     model.eval()
     model.requires_grad_(False)
     return model
@@ -168,11 +179,13 @@ def generation_stop_ids(source: Path | PreTrainedModel) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _check_loaded(path: Path, info: dict[str, Any]) -> None:
+def _check_loaded(path: Path, info: dict[str, Any], tower: Tower | None) -> None:
     mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
     missing = sorted(info["missing_keys"])
     if missing or mismatched:
         raise not_fitting(path, missing, sorted(mismatched))
-    if info["unexpected_keys"]:
-        names = sorted(info["unexpected_keys"])
-        _logger.warning("%s has %d tensors that the model does not use, such as %s", path, len(names), names[0])
+    if tower is not None:
+        _logger.debug("%s has %d tensors outside its text tower, which are left out", path, tower.outside)
+    unused = [name for name in info["unexpected_keys"] if tower is None or name in tower.names.values()]
+    if unused:
+        _logger.warning("%s has %d tensors that the model does not use, such as %s", path, len(unused), min(unused))

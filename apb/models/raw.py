@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from apb.models.files import check_texts, damaged, read_json
+from apb.models.towers import TOWERS
 from burst.errors import UserError
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
@@ -66,7 +67,8 @@ def check_values(source: Path | None, config: Mapping[str, Any]) -> None:
 
         kind, classes = config.get("model_type"), config.get("architectures")
         known = [_known(name) for name in classes] if isinstance(classes, list) else []
-        if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not all(known):
+        decoder = isinstance(kind, str) and (kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind in TOWERS)
+        if not decoder or not all(known):
             raise needs_code(source, auto_map)
     for place, key, value in _walk(source, config):
         most = _MOST_COUNTED if _COUNTED.search(key.lower()) else _MOST

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from apb.models.classes import causal_lm
 from apb.models.files import first_line
 from apb.plan.shapes import ModelShape
 from burst.errors import UserError
@@ -37,7 +38,7 @@ def _skeleton(config: Any) -> Iterator[PreTrainedModel]:
     """Yield the model without storage; raises UserError for a configuration of which none can be made or counted."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+            model = causal_lm().from_config(copy.deepcopy(config), trust_remote_code=False)
         yield model
     except (UserError, torch.OutOfMemoryError):
         raise

@@ -36,6 +36,14 @@ def weights_file(folder: Path) -> Path:
     )
 
 
+def held(folder: Path) -> list[str] | None:
+    """Return the names of the folder's tensors, by its index or its file alone; None where it has neither."""
+    for name in (SAFETENSORS, SAFETENSORS_INDEX, PICKLE, PICKLE_INDEX):
+        if (folder / name).exists():
+            return list(_placed(folder / name) if name.endswith(".json") else _table(folder / name))
+    return None
+
+
 def check_weights(folder: Path) -> Shapes:
     """Return the shapes of the folder's tensors; raises UserError naming the first file that is not whole."""
     file = weights_file(folder)
