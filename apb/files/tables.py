@@ -41,6 +41,11 @@ def safetensors_table(file: Path, damaged: Damaged) -> Shapes:
 
     Raises ``damaged``'s error where header and file disagree, as they do after an interrupted copy.
     """
+    return {name: shape for name, (shape, _) in safetensors_entries(file, damaged).items()}
+
+
+def safetensors_entries(file: Path, damaged: Damaged) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return shapes and types in a safetensors file's header; raises as ``safetensors_table``."""
     size = _regular(file, damaged)
     try:
         with file.open("rb") as stream:
@@ -49,6 +54,7 @@ def safetensors_table(file: Path, damaged: Damaged) -> Shapes:
                 raise damaged(file, f"{size} bytes are too few for its header")
             header = json.loads(stream.read(length))
         entries = [(name, *_entry(value)) for name, value in header.items() if name != "__metadata__"]
+        types = {name: str(header[name]["dtype"]) for name, *_ in entries}
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -64,7 +70,7 @@ def safetensors_table(file: Path, damaged: Damaged) -> Shapes:
         if start != end:
             raise damaged(file, f"the tensor {name} does not begin where the one before ends")
         end = stop
-    return {name: shape for name, shape, _, _ in entries}
+    return {name: (shape, types[name]) for name, shape, _, _ in entries}
 
 
 def _entry(value: Any) -> tuple[tuple[int, ...], int, int]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from apb.models.quantised import check_quantisation
 from apb.models.shape import rope_parameters
 from apb.models.towers import TOWERS
 from burst.errors import UserError
@@ -60,9 +61,7 @@ def check_keywords(module: nn.Module, given: Mapping[str, Any]) -> None:
 
 def check_config(config: Any) -> None:
     """Reject what a configuration asks of attention, or of the weights, that is not supported; raises UserError."""
-    for name in ("quantization_config", "compression_config"):
-        if getattr(config, name, None):
-            raise _quantised(name, getattr(config, name))
+    check_quantisation(config)
     if getattr(config, "is_encoder_decoder", False):
         raise refuse("is_encoder_decoder", True)
     if config.get_text_config() is not config:
@@ -96,14 +95,4 @@ def _composite(kind: str) -> UserError:
         given=f"model_type={kind}",
         allowed=f"decoders of text, and the text towers of {', '.join(sorted(TOWERS))}",
         remedy="Choose one of these, or a checkpoint of the text model alone.",
-    )
-
-
-def _quantised(name: str, value: Any) -> UserError:
-    method = value.get("quant_method") if isinstance(value, dict) else getattr(value, "quant_method", None)
-    return UserError(
-        f"the model's weights are quantised ({name} in config.json), which apb does not run",
-        given=f"{name}: {method or value}",
-        allowed="weights in float32, bfloat16, float16 or float64",
-        remedy="Choose the model's unquantised checkpoint, or dequantise this one and save it.",
     )

@@ -11,6 +11,7 @@ import torch
 
 from apb.models.files import damaged, first_line, quiet, read_json, reading
 from apb.models.placement import resolve_device, resolve_dtype, torch_dtype
+from apb.models.quantised import check_quantisation, dequantising, unpacked
 from apb.models.raw import check_code, check_values
 from apb.models.tokens import as_in_file
 from apb.models.towers import TOWERS, Tower, find_tower, is_tower, text_config
@@ -71,11 +72,12 @@ def load_model(path: Path, *, dtype: str, device: str) -> PreTrainedModel:
     """
     device = resolve_device(device)
     config = load_config(path)
+    check_quantisation(config)
     dtype = resolve_dtype(dtype, device, config)
     from apb.models.shape import parameter_shapes
 
     generation_stop_ids(path)  # transformers ignores a damaged file, and with it the stop tokens
-    found, wanted, tower = check_weights(path), parameter_shapes(config), None
+    found, wanted, tower = unpacked(path, check_weights(path), config), parameter_shapes(config), None
     if read_json(path / "config.json").get("model_type") in TOWERS:
         tower = find_tower(found, wanted, str(weights_file(path)))
         found = tower.shapes(found)
@@ -88,7 +90,7 @@ def load_model(path: Path, *, dtype: str, device: str) -> PreTrainedModel:
 
         model, info = causal_lm().from_pretrained(
             folder,
-            config=config,
+            config=dequantising(config),
             dtype=torch_dtype(dtype),
             local_files_only=True,
             trust_remote_code=False,

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from apb.files.tables import Shapes, pickle_table, safetensors_table
+from apb.files.tables import Shapes, pickle_table, safetensors_entries, safetensors_table
 from apb.models.files import damaged, read_json
 from burst.errors import UserError
 
@@ -55,6 +55,15 @@ def check_weights(folder: Path) -> Shapes:
         if name not in tables[shard]:
             raise damaged(folder / shard, f"the tensor {name} is missing from it")
     return {name: tables[shard][name] for name, shard in placed.items()}
+
+
+def check_types(folder: Path) -> dict[str, str]:
+    """Return the types of the folder's tensors as safetensors names them; raises UserError for other files."""
+    file = weights_file(folder)
+    if file.name not in (SAFETENSORS, SAFETENSORS_INDEX):
+        raise damaged(file, "quantised weights are read from safetensors files only")
+    shards = sorted(set(_placed(file).values())) if file.suffix == ".json" else [file.name]
+    return {name: kind for s in shards for name, (_, kind) in safetensors_entries(folder / s, damaged).items()}
 
 
 def check_fit(folder: Path, found: Shapes, wanted: Mapping[str, tuple[int, ...]]) -> None:

@@ -115,7 +115,7 @@ def test_a_tiny_vocabulary_and_few_positions_can_be_probed() -> None:
 
 
 def test_a_quantised_checkpoint_is_refused_before_anything_is_loaded() -> None:
-    for method in ("gptq", "awq", "bitsandbytes", "compressed-tensors", "hqq", "fp8", "mxfp4"):
+    for method in ("gptq", "awq", "bitsandbytes", "compressed-tensors", "hqq", "mxfp4"):
         config = transformers.LlamaConfig(**COMMON, quantization_config={"quant_method": method, "bits": 4})
         with pytest.raises(UserError, match=f"quantization_config.*{method}"):
             check_config(config)
