@@ -9,7 +9,7 @@ from tests.sweep.run import architectures
 from tests.sweep.verdict import EXACT, REJECTED, WRONG, judge
 
 SAMPLE = ("llama", "qwen3_moe", "gpt_oss", "gemma3_text", "gemma4_text", "llama4_text", "deepseek_v3", "qwen3_next")
-SAMPLE += ("nemotron_h", "falcon_h1", "gpt2", "bert", "mamba2")
+SAMPLE += ("nemotron_h", "falcon_h1", "gpt2", "bert", "mamba2", "llava")
 
 
 @pytest.mark.parametrize("model_type", SAMPLE)

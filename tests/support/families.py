@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import transformers as hf
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from apb.models.adapter import Adapter
+from apb.models.classes import causal_lm
 from apb.models.shape import model_shape
 from tests.support.family_attention import ATTENTION
 from tests.support.family_base import VOCAB, WINDOW, Family
@@ -45,22 +45,21 @@ def build_stirred(config: Any, dtype: torch.dtype = torch.float32, seed: int = 0
     """Return a random model whose every part matters: norms, biases, sinks and decays are drawn, none is trivial."""
     config = copy.deepcopy(config)
     torch.manual_seed(seed)
-    if type(config) in AutoModelForCausalLM._model_mapping:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    else:  # a text tower that transformers only knows as part of a composite
-        name = type(config).__name__.removesuffix("Config").removesuffix("Text")
-        model = getattr(hf, f"{name}ForCausalLM")._from_config(config, attn_implementation="eager")
+    model = causal_lm().from_config(config, attn_implementation="eager")
     model.set_experts_implementation("eager")
+    stir(model, seed)
+    return model.to(dtype).eval()
+
+
+def stir(model: nn.Module, seed: int = 0) -> None:
+    """Draw what transformers starts at a constant, or far from trained values."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in [*model.named_parameters(), *model.named_buffers()]:
             _stir(name, weight, rng)
-    return model.to(dtype).eval()
 
 
 def _stir(name: str, weight: Tensor, rng: torch.Generator) -> None:
-    """Draw a parameter that transformers starts at a constant, or far from trained values."""
-
     def uniform(low: float, high: float) -> Tensor:
         return torch.empty(weight.shape).uniform_(low, high, generator=rng)
 

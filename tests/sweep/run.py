@@ -8,19 +8,23 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 
 import torch
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils import logging
 
+from apb.models.towers import TOWERS
 from tests.sweep.verdict import WRONG, Verdict, judge
 
-# Text towers that transformers only maps as parts of composites.
-TOWERS = {"mistral4": "Mistral4ForCausalLM"}
+UNLISTED = {"mistral4": "Mistral4ForCausalLM"}  # a decoder that transformers only maps as part of a composite
 DEADLINE_S = 180.0
 
 
 def architectures() -> dict[str, str]:
-    """Return the class of each type of configuration that has a causal language model."""
-    return dict(sorted({**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **TOWERS}.items()))
+    """Return the class of each type of configuration that has a causal language model or a text tower."""
+    towers = {name: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name] for name in TOWERS}
+    return dict(sorted({**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **UNLISTED, **towers}.items()))
 
 
 def sweep(model_types: Sequence[str], processes: int = 2) -> Iterator[Verdict]:
@@ -59,4 +63,5 @@ def sweep(model_types: Sequence[str], processes: int = 2) -> Iterator[Verdict]:
 def _judge(there: Connection, model_type: str, name: str) -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     there.send(judge(model_type, name))

@@ -8,20 +8,16 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from apb.models.adapter import Adapter
-from apb.models.checks import check_config
-from apb.models.shape import model_shape
 from apb.prompt.prompt import Prompt, Question
 from apb.strategies import strategy
 from burst.errors import UserError
 from tests.support import tiny
-from tests.support.families import FAMILIES, build_stirred, whole_greedy, whole_logits
-from tests.sweep.shrink import shrunk
+from tests.support.families import whole_greedy, whole_logits
+from tests.sweep.candidates import Candidate, candidates
 
 EXACT, REJECTED, WRONG, UNBUILT = "exact", "rejected", "WRONG", "cannot be built here"
 LIMIT = 1e-4  # of fp32 logits, all of them of size 1 to 10
@@ -41,24 +37,23 @@ class Verdict:
 
 
 def judge(model_type: str, name: str) -> Verdict:
-    """Return the verdict on one architecture at tiny size: the worst of its variants in the families' table."""
-    variants = [family.config for family in FAMILIES.values() if family.make.model_type == model_type]
-    found = [_judge(model_type, name, make) for make in variants or [lambda: shrunk(model_type)]]
+    """Return the verdict on one architecture at tiny size: the worst of those on its variants."""
+    found = [_judge(model_type, name, make) for make in candidates(model_type)]
     return max(found, key=lambda v: ((EXACT, UNBUILT, REJECTED, WRONG).index(v.verdict), v.error))
 
 
-def _judge(model_type: str, name: str, make: Callable[[], Any]) -> Verdict:
+def _judge(model_type: str, name: str, make: Callable[[], Candidate]) -> Verdict:
     try:
-        model = build_stirred(make())
-        prompt = small_prompt(model.config.get_text_config().vocab_size)
-        want_SV = whole_logits(model, prompt.token_ids)
-        tokens = whole_greedy(model, prompt.token_ids, NEW_TOKENS)
+        candidate = make()
+        prompt = small_prompt(candidate.vocab)
+        want_SV = whole_logits(candidate.model, prompt.token_ids)
+        tokens = whole_greedy(candidate.model, prompt.token_ids, NEW_TOKENS)
     except Exception as error:  # any of 200 foreign models may fail in its own way; the page says how
         return Verdict(model_type, name, UNBUILT, _line(error))
     if not bool(want_SV.isfinite().all()):
         return Verdict(model_type, name, UNBUILT, "its random weights give numbers that are not finite")
     try:
-        adapter = _adapted(model, make())
+        adapter = candidate.adapt()
     except UserError as error:
         return Verdict(model_type, name, REJECTED, _reason(error))
     except Exception as error:
@@ -69,12 +64,6 @@ def _judge(model_type: str, name: str, make: Callable[[], Any]) -> Verdict:
         return Verdict(model_type, name, WRONG, f"rejected late: {_reason(error)}")
     except Exception as error:
         return Verdict(model_type, name, WRONG, f"{_line(error)} ({_place(error)})")
-
-
-def _adapted(model: PreTrainedModel, config: Any) -> Adapter:
-    """Return the model behind an adapter, checked in the order in which an engine is set up."""
-    check_config(config)
-    return Adapter(model, model_shape(config, model.dtype))
 
 
 def _compared(
