@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 from torch import Tensor
@@ -123,21 +122,22 @@ class Engine:
         query: Text | None = None,
         chat: bool = True,
         question_first: bool = False,
+        max_new_tokens: int = 0,
         on_layer: Callable[[int, int], None] | None = None,
     ) -> KVHandle:
         """Prefill a context over the hosts and run the question, if there is one, over the sharded cache.
 
         ``context`` and ``query`` are text or token ids; ``chat`` puts them into the chat template (a Prompt has its
         question and its template already); ``question_first`` puts the question before the document as well. Without a
-        question the cache is unconditioned: ask with ``handle.fork(query=...)``. ``on_layer(done, total)`` reports
-        progress.
+        question the cache is unconditioned: ask with ``handle.fork(query=...)``. ``max_new_tokens``: of an answer that
+        needs room; LongRoPE is told of both. ``on_layer(done, total)`` reports progress.
         """
         start = time.perf_counter()
         check_one_question(context, query)
         prompt = context if isinstance(context, Prompt) else self.setup.prompt(context, query, chat=chat)
         if question_first:
             prompt = with_question_first(self.setup.tokenizer, prompt)
-        plan = self.setup.plan(prompt)
+        plan = self.setup.plan(prompt, max_new_tokens)
         handle_id = self._calls.names.new()
         requests = [(prefill_request(handle_id, prompt, plan, self.setup.compressor, r),) for r in range(plan.hosts)]
         reports = self._calls.each("prefill", requests, layer_events(on_layer))
@@ -152,6 +152,7 @@ class Engine:
             blocks=plan.blocks,
             owner=plan.hosts - 1,
             epoch=self.cluster.epoch,
+            rope_length=plan.rope_length,
             metrics=names | prefilled(prompt, plan, reports, time.perf_counter() - start),
         )
 
@@ -191,7 +192,7 @@ class Engine:
             (stop,) if isinstance(stop, str) else tuple(stop or ()),
             self._rules[0],
         )
-        self.setup.check_room(handle.next_position, max_new_tokens)
+        self.setup.check_room(handle.next_position, max_new_tokens, handle.rope_length)
         self._gathering.place(handle, placement, request)
         teller = Teller(self.setup.tokenizer, request, on_token)
         handle.interrupted = True  # until the answer is whole, however it ends
@@ -222,7 +223,7 @@ class Engine:
                 question = make_question(self.setup.tokenizer, question, chat=prompt.chat, after=prompt)
             prompt, generated, ids = dataclasses.replace(prompt, question=question), [], question.query_ids
             self.setup.check_ids(ids)
-            self.setup.check_room(len(prompt.token_ids), 0)
+            self.setup.check_room(len(prompt.token_ids), 0, handle.rope_length)
         new_id = self._calls.names.new()
         reports = self._calls.all("fork", handle.id, new_id, ids)
         metrics = handle.metrics | {"query_tokens": prompt.lengths.query, "forked": True}
@@ -256,7 +257,7 @@ class Engine:
         ids = tuple(int(i) for i in token_ids)
         check_tokens(ids)
         self.setup.check_ids(ids)
-        self.setup.check_room(handle.next_position, len(ids))
+        self.setup.check_room(handle.next_position, len(ids), handle.rope_length)
         found: Score | None = self._calls.all("score", handle.id, ids, first)[handle.owner]
         assert found is not None
         return found
@@ -280,9 +281,7 @@ class Engine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def links(self) -> Links:

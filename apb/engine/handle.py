@@ -49,6 +49,9 @@ class KVHandle:
     owner: int  # the host that keeps new KV and decides tokens
     epoch: int
     metrics: dict[str, Any] = field(repr=False)
+    rope_length: int | None = (
+        None  # tokens, answer included, that RoPE was told of; None where it does not depend on it
+    )
     generated: list[int] = field(default_factory=list, repr=False)
     released: bool = False
     interrupted: bool = False  # an answer broke off half-way: hosts may disagree about where it stopped

@@ -150,7 +150,8 @@ class Setup:
             )
         plan = self.strategy.plan(prompt.lengths, self.hosts, self.shape, self.compressor)
         check_whole(plan, self.hosts)
-        plan = dataclasses.replace(plan, chunk_tokens=self.chunk_tokens, draft=self.handoff)
+        length = None if self.shape.rope_border is None else len(prompt.token_ids) + new_tokens
+        plan = dataclasses.replace(plan, chunk_tokens=self.chunk_tokens, draft=self.handoff, rope_length=length)
         scorer = self.compressor
         if scorer is not None and scorer.needs_question and any(plan.kept_rows) and prompt.question is None:
             raise UserError(
@@ -162,8 +163,11 @@ class Setup:
         self.check_room(len(prompt.token_ids), new_tokens)
         return plan
 
-    def check_room(self, tokens: int, new_tokens: int) -> None:
-        """Refuse what goes beyond the model's positions; nothing is ever truncated. Raises UserError."""
+    def check_room(self, tokens: int, new_tokens: int, rope_length: int | None = None) -> None:
+        """Refuse what goes beyond the model's positions; nothing is ever truncated. Raises UserError.
+
+        ``rope_length``: what the cache was made for; over the border that RoPE has there, other keys would be needed.
+        """
         limit = self.shape.max_positions
         if tokens + new_tokens > limit:
             over = tokens + new_tokens - limit
@@ -173,6 +177,15 @@ class Setup:
                 allowed=f"{limit} positions",
                 remedy=f"Shorten the document by {over} tokens, lower decode.max_new_tokens, choose a model with a "
                 "longer context, or set max_positions where the model takes more than its config.json says.",
+            )
+        border = self.shape.rope_border
+        if border is not None and rope_length is not None and rope_length <= border < tokens + new_tokens:
+            raise UserError(
+                "this cache cannot grow so long: beyond a length the model rotates all keys otherwise (LongRoPE)",
+                given=f"{tokens} tokens + {new_tokens} new tokens = {tokens + new_tokens}",
+                allowed=f"{border} tokens on a cache that was prefilled for {rope_length}",
+                remedy=f"Prefill again for {tokens + new_tokens} tokens: max_new_tokens of Engine.prefill says how "
+                "long the answer may be. Or ask for fewer tokens.",
             )
 
     def check_memory(self, plan: PrefillPlan, answer: Generation, available: int, *, sharing: int, copies: int) -> None:

@@ -30,6 +30,7 @@ from apb.kv.cache import HostCache, Tail
 from apb.kv.gather import gather
 from apb.models.adapter import Adapter
 from apb.models.graphed import GraphedAdapter
+from apb.models.lengths import agreed
 from burst.kernels import kernel
 from burst.transport import Transport
 
@@ -57,13 +58,15 @@ class Host:
 
     def prefill(self, request: PrefillRequest) -> HostReport:
         """Run this host's block (and anchor) through the model, keep its KV, then run the query phase."""
-        measured = self._measured(lambda: self._prefill(request))
+        with agreed(request.plan.rope_length):
+            measured = self._measured(lambda: self._prefill(request))
         measured.query_s = self._query_s
         return measured
 
     def fork(self, source: str, handle: str, query_ids: tuple[int, ...] | None) -> HostReport:
         """Copy a cache: as it is, or cut to its context and asked another question."""
-        return self._measured(lambda: self._fork(source, handle, query_ids))
+        with agreed(self._caches[source].rope_length):
+            return self._measured(lambda: self._fork(source, handle, query_ids))
 
     def gather(self, source: str, handle: str, rank: int) -> HostReport:
         """Merge a cache on host ``rank`` as a new one; the old one stays."""
@@ -99,7 +102,8 @@ class Host:
             )
             report.append(request.decoder.generate(decoding))
 
-        measured = self._measured(run)
+        with agreed(self._caches[handle].rope_length):
+            measured = self._measured(run)
         measured.decoded = report[0]
         return measured
 
@@ -121,7 +125,8 @@ class Host:
         """Score given tokens on a copy of a cache; the host that decides returns the score, others None."""
         with torch.inference_mode():
             cache = self._caches[handle].fork()
-            return score(self.adapter, self.kernel, self.transport, cache, token_ids, first)
+            with agreed(cache.rope_length):
+                return score(self.adapter, self.kernel, self.transport, cache, token_ids, first)
 
     def release(self, *handles: str) -> None:
         """Forget caches."""
@@ -159,6 +164,7 @@ class Host:
             spans=tuple(h.spans for h in plan.host_plans),
             tail=Tail(plan.shape.layers),
             length=plan.lengths.context,
+            rope_length=plan.rope_length,
         )
         passes = Passes(self.adapter, plan, self.transport.rank, request.anchor_ids, request.block_ids)
         fused = plan.fused and plan.chunk_tokens is None and bool(request.query_ids)

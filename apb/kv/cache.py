@@ -105,6 +105,7 @@ class HostCache:
     length: int  # tokens with KV, context and tail: the next token's position
     logits: Tensor | None = None  # (V,) of the next token, on the owner
     undecoded: int | None = None  # the last decided token when its KV is not in the cache yet
+    rope_length: int | None = None  # that the model rotates for; None where its RoPE does not depend on it
     draft: DraftRows | None = None  # on the owner, where the engine has a draft head
 
     @property

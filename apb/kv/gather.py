@@ -47,6 +47,7 @@ def gather(cache: HostCache, rank: int, transport: Transport, shape: ModelShape,
         length=cache.length,
         logits=logits if transport.rank == rank else None,
         undecoded=cache.undecoded,
+        rope_length=cache.rope_length,
     )
 
 

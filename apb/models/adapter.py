@@ -32,6 +32,7 @@ from apb.models.hooks import (
     projecting,
     take_projections,
 )
+from apb.models.lengths import rotate_as_agreed
 from apb.models.probe import probe
 from apb.plan.shapes import ModelShape
 from burst.errors import UserError
@@ -83,6 +84,7 @@ class Adapter:
         self.draft: Draft | None = None  # virtual hosts share it, as they share the model
         self._model = model
         self._base = decoder(model)
+        rotate_as_agreed(self._base, shape.rope_border)
         model.set_attn_implementation(IMPLEMENTATION)
         self._attentions = self._attention_modules()
         for module in self._attentions:

@@ -32,7 +32,7 @@ _REFUSED = (
     "dropout",
 )
 # Frequencies that change with the sequence length: hosts that see different positions would rotate differently.
-_REFUSED_ROPE = ("dynamic", "longrope")
+_REFUSED_ROPE = ("dynamic",)
 
 
 class PlainCall(UserError):

@@ -15,6 +15,7 @@ from apb.attention.base import Attention
 from apb.graphs.capture import Capture, Cut, Pieces
 from apb.models.adapter import Adapter
 from apb.models.hooks import active_features
+from apb.models.lengths import agreed_length
 
 _Found = tuple[Tensor | None, dict[int, Tensor]]  # logits, and the features by tap
 
@@ -43,7 +44,7 @@ class GraphedAdapter(Adapter):
         self.__dict__ |= adapter.__dict__
         self._sizes: Set[int] = frozenset()
         self._adapter, self._capture = adapter, capture
-        self._pieces: dict[tuple[int, bool, tuple[int, ...] | None], Pieces[_Found]] = {}
+        self._pieces: dict[tuple[int, bool, tuple[int, ...] | None, bool], Pieces[_Found]] = {}
 
     def only(self, sizes: Set[int]) -> None:
         """Run steps of these numbers of tokens as graphs; graphs of other sizes are given up."""
@@ -70,7 +71,9 @@ class GraphedAdapter(Adapter):
     def _step(self, ids_S: Tensor, positions_S: Tensor, attention: Attention, wanted: bool) -> Tensor | None:
         features = active_features()
         taps = None if features is None else features.taps
-        key = len(ids_S), wanted, taps
+        border, length = self.shape.rope_border, agreed_length()
+        beyond = border is not None and length is not None and length > border
+        key = len(ids_S), wanted, taps, beyond
         if key not in self._pieces:
             self._pieces[key] = self._captured(ids_S, positions_S, wanted, taps)
         logits_SV, parts = self._pieces[key]((ids_S, positions_S), attention)

@@ -21,6 +21,7 @@ from apb.models.checks import PlainCall
 from apb.models.chunked import KEYWORD
 from apb.models.ends import Ends, learn_ends
 from apb.models.hooks import FINAL, capturing
+from apb.models.lengths import agreed
 from apb.models.reference import Compared, narrowed, reference_attention
 from apb.plan.shapes import ModelShape
 from burst.errors import UserError
@@ -106,7 +107,9 @@ def probe(adapter: Probed, model: Any) -> Ends:
             )
         if not _alike(ours.parts[FINAL], theirs.parts[FINAL]):
             raise _unfit(adapter, "what it computes depends on more than its attention's output")
-        _check_rotation(adapter)
+        for length in {adapter.shape.max_positions, adapter.shape.rope_border or adapter.shape.max_positions}:
+            with agreed(length):
+                _check_rotation(adapter, length - 1)
         with _running(adapter):
             return learn_ends(model, ids_S, ours.parts[0], {KEYWORD: replayed})
 
@@ -120,9 +123,8 @@ def _probe_ids(adapter: Probed) -> Tensor:
     return torch.tensor(ids, device=adapter.device)
 
 
-def _check_rotation(adapter: Probed) -> None:
+def _check_rotation(adapter: Probed, far: int) -> None:
     shape, probe = adapter.shape, _Probe()
-    far = shape.max_positions - 1
     distances = sorted({min(_NEAR, far), far})
     ids_S = torch.full((1 + len(distances),), shape.vocab // 2, device=adapter.device)
     with _running(adapter):

@@ -73,7 +73,7 @@ def unpacked(folder: Path, found: Shapes, config: Any) -> Shapes:
     out: Shapes = {}
     for name, shape in found.items():
         stem = name.removesuffix(_BLOCKS)
-        if name.endswith((_SCALES, _SCALE, *_BESIDE)):
+        if name.endswith((_SCALE, *_BESIDE)) or name.removesuffix(_SCALES) + _BLOCKS in found:
             continue
         if stem != name:
             if len(shape) != 4 or types[name] != "U8" or found.get(stem + _SCALES) != shape[:3]:

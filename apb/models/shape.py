@@ -79,6 +79,7 @@ def _counted(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> ModelSh
         total_params=total,
         element_size=dtype.itemsize,
         max_positions=position_limit(config),
+        rope_border=rope_border(config),
         expert_row_bytes=visited * _expert_bytes(config.hidden_size, inner, dtype.itemsize) if inner else 0,
     )
     for name in ("layers", "hidden", "intermediate", "q_heads", "kv_heads", "head_dim", "vocab", "max_positions"):
@@ -105,6 +106,14 @@ def position_limit(config: Any) -> int:
         else:
             scaled.append(limit)
     return max([limit, min(scaled, default=limit)])
+
+
+def rope_border(config: Any) -> int | None:
+    """Return how many tokens a sequence has at most where RoPE depends on its length; None where it does not."""
+    for rope in rope_parameters(config):
+        if rope.get("rope_type") == "longrope":
+            return int(rope["original_max_position_embeddings"])
+    return None
 
 
 def rope_parameters(config: Any) -> list[dict[str, Any]]:

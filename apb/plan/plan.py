@@ -83,6 +83,7 @@ class PrefillPlan:
     fused: bool = False  # whether the question runs in the blocks' own pass; in chunks it has a pass of its own
     chunk_tokens: int | None = None  # tokens that a host runs through a layer at once; None: all of its own
     draft: Handoff | None = None  # what a draft head takes over; None without one
+    rope_length: int | None = None  # tokens, answer included, that RoPE is told of; None where it does not depend on it
 
     @property
     def hosts(self) -> int:

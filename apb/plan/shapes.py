@@ -23,6 +23,7 @@ class ModelShape:
     element_size: int  # bytes
     max_positions: int
     expert_row_bytes: int = 0  # of a token that lives at once in all experts it visits; 0 without experts
+    rope_border: int | None = None  # longer sequences are rotated otherwise (LongRoPE); None: all alike
 
     @property
     def mlp_row_bytes(self) -> int:

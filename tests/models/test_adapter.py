@@ -140,8 +140,6 @@ def test_rotating_on_equals_rotating_from_scratch(config: Any, delta: int) -> No
 # -- refusals -------------------------------------------------------------------------------------------
 
 DYNAMIC = YARN | {"rope_type": "dynamic"}
-LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 1024}
-LONG |= {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
 REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
     "mistral": ("sliding_window", lambda: transformers.MistralConfig(**COMMON, sliding_window=64)),
     "qwen2": (
@@ -153,7 +151,6 @@ REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
     "gemma2-window": ("sliding_window", lambda: gemma2("sliding_attention")),
     "gpt_oss-window": ("sliding_window", lambda: gpt_oss(["sliding_attention", "full_attention"])),
     "dynamic": ("rope_type", lambda: transformers.LlamaConfig(**COMMON, rope_parameters=DYNAMIC)),
-    "longrope": ("rope_type", lambda: transformers.Phi3Config(**COMMON, rope_parameters=LONG)),
     "images": ("other inputs than text", transformers.Gemma3Config),
     "gpt2": ("positions other than RoPE", transformers.GPT2Config),
     "bloom": ("positions other than RoPE", transformers.BloomConfig),

@@ -63,6 +63,7 @@ def _answer(setup: Setup, settings: AskSettings, document: str, question: str, d
                 question,
                 chat=settings.chat,
                 question_first=settings.question_first,
+                max_new_tokens=decode.max_new_tokens,
                 on_layer=lambda done, total: on_progress(what, done, total),
             )
         display.note(f"Prefill: {seconds(time.perf_counter() - start)}", style="dim")

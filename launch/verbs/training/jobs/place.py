@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from apb.models.fetch.embedded import default_cache_dir
+from burst.errors import UserError
 from launch.terminal.display import Display
 
 if TYPE_CHECKING:
@@ -51,11 +52,19 @@ def place(model: str, device: str, dtype: str, display: Display) -> Place:
     from apb.models.fetch.resolve import resolve
     from apb.models.loading import load_config
     from apb.models.placement import resolve_device, resolve_dtype
+    from apb.models.shape import rope_border
 
     cache = Path(os.environ.get("APB_CACHE") or default_cache_dir())
     with display.progress() as on_progress:
         path = resolve(model, on_progress=on_progress, cache_dir=cache)
     config = load_config(path)
     check_config(config)
+    if rope_border(config) is not None:
+        raise UserError(
+            "nothing is trained for models whose RoPE depends on the sequence's length (LongRoPE)",
+            given=str(path),
+            allowed="models that rotate sequences of all lengths alike",
+            remedy="Choose another model.",
+        )
     device = resolve_device(device)
     return Place(path, device, resolve_dtype(dtype, device, config), cache)
