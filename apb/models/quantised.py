@@ -17,7 +17,7 @@ from apb.models.weights import check_types, weights_file
 from burst.errors import UserError
 
 _BLOCKS, _SCALES = "_blocks", "_scales"  # of MXFP4: two numbers of 4 bits a byte, one exponent for 32 numbers
-_SCALE, _BESIDE = "_scale_inv", (".activation_scale",)  # of fp8
+_SCALE = "_scale_inv"  # of fp8
 _BLOCK = (128, 128)  # rows and columns with one scale where a configuration does not say
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _PACKED = ("U8", "I8", *_FP8)
@@ -37,7 +37,7 @@ def check_quantisation(config: Any) -> None:
     said = quantisation(config)
     if not said:
         return
-    method = str(getattr(said["quant_method"], "value", said["quant_method"]))
+    method = _method(said)
     known = {
         "mxfp4": getattr(config, "model_type", None) == "gpt_oss",
         "fp8": said.get("expert_dtype", "fp8") == "fp8",
@@ -71,9 +71,10 @@ def unpacked(folder: Path, found: Shapes, config: Any) -> Shapes:
         return found
     file, types, block = weights_file(folder), check_types(folder), said.get("weight_block_size", _BLOCK)
     out: Shapes = {}
+    scales = (_SCALES,) if _method(said) == "mxfp4" else (_SCALE, ".activation_scale")
     for name, shape in found.items():
         stem = name.removesuffix(_BLOCKS)
-        if name.endswith((_SCALE, *_BESIDE)) or name.removesuffix(_SCALES) + _BLOCKS in found:
+        if name.endswith(scales):
             continue
         if stem != name:
             if len(shape) != 4 or types[name] != "U8" or found.get(stem + _SCALES) != shape[:3]:
@@ -86,6 +87,10 @@ def unpacked(folder: Path, found: Shapes, config: Any) -> Shapes:
         else:
             out[name] = shape
     return out
+
+
+def _method(said: Mapping[str, Any]) -> str:
+    return str(getattr(said["quant_method"], "value", said["quant_method"]))
 
 
 def _check_scales(
