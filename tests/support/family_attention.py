@@ -22,6 +22,8 @@ from tests.support.family_base import (
     with_types,
 )
 
+LONG = 110  # tokens from which on LongRoPE turns otherwise
+
 
 def _long_rope(original: int) -> dict[str, Any]:
     factors = {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.0 + 0.5 * i for i in range(8)]}
@@ -146,7 +148,7 @@ ATTENTION: dict[str, Family] = {
     ),
     "phi3-longrope": Family(
         hf.Phi3Config,
-        layers(2) | _long_rope(64),
+        layers(2) | _long_rope(LONG),
         ("full", "full"),
         {"long factors": _long_rope(1000)},
         without=("head_dim",),
@@ -160,7 +162,7 @@ ATTENTION: dict[str, Family] = {
     ),
     "phi3-longrope-window": Family(
         hf.Phi3Config,
-        layers(2) | _long_rope(64) | {"sliding_window": WINDOW},
+        layers(2) | _long_rope(LONG) | {"sliding_window": WINDOW},
         ("window", "window"),
         WIDE | {"long factors": _long_rope(1000)},
         without=("head_dim",),
