@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from apb.clusters.base import CLUSTERS, Cluster, Launcher
 
 
-def launcher(name: str, **options: Any) -> Launcher:
-    """Return the way of starting the cluster ``name``; raises UserError for unknown names and options."""
-    made: Launcher = CLUSTERS.make(name, options)
-    return made
+def launcher(given: str | Launcher, **options: Any) -> Launcher:
+    """Return the way of starting a cluster, by its name or another way with further options.
+
+    Raises UserError for unknown names and options.
+    """
+    if isinstance(given, str):
+        made: Launcher = CLUSTERS.make(given, options)
+        return made
+    CLUSTERS.check(given.name, options)
+    return dataclasses.replace(given, **options)
 
 
 __all__ = ["CLUSTERS", "Cluster", "Launcher", "launcher"]

@@ -70,6 +70,17 @@ def check_model(model: object) -> None:
         )
 
 
+def check_stretched(setup: Setup) -> None:
+    """Reject a model whose YaRN factor is still open when it is to be loaded; raises UserError."""
+    if setup.stretches is not None:
+        raise UserError(
+            "yarn=auto needs the prompt before the model is loaded",
+            given="yarn=auto",
+            allowed="'apb ask' and 'apb plan' with yarn=auto, or a whole number",
+            remedy="Set yarn=N, or give Engine.launch a Setup that covers the prompt: setup.covering(tokens).",
+        )
+
+
 def check_unsettled(settled: Sequence[str]) -> None:
     """Reject options beside a Setup, which has settled them; raises UserError."""
     if settled:

@@ -6,11 +6,11 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from torch import Tensor
 
-from apb.clusters import CLUSTERS, Cluster, Launcher, launcher
+from apb.clusters import Cluster, Launcher, launcher
 from apb.compress.base import Compressor
 from apb.decode import decoder as make_decoder
 from apb.decode.base import Decoder, DecodeRequest
@@ -28,6 +28,7 @@ from apb.engine.checks import (
     check_own,
     check_question,
     check_rank,
+    check_stretched,
     check_tokens,
     check_unsettled,
     nothing_pending,
@@ -72,6 +73,7 @@ class Engine:
         timeout_s: float = 600.0,
         chunk_tokens: int | None = None,
         max_positions: int | None = None,
+        yarn: int | Literal["auto"] | None = None,
         draft: str | DraftSpec | None = None,
         graphs: bool = True,
         **cluster_options: Any,
@@ -85,11 +87,7 @@ class Engine:
         before any host starts.
         """
         check_model(model)
-        if isinstance(cluster, str):
-            started = launcher(cluster, **cluster_options)
-        else:
-            CLUSTERS.check(cluster.name, cluster_options)
-            started = dataclasses.replace(cluster, **cluster_options)
+        started = launcher(cluster, **cluster_options)
         given = EngineOptions(
             model=EngineOptions.model if isinstance(model, Setup) else model,
             hosts=hosts,
@@ -101,14 +99,15 @@ class Engine:
             timeout_s=timeout_s,
             chunk_tokens=chunk_tokens,
             max_positions=max_positions,
+            yarn=yarn,
             draft=draft,
             graphs=graphs,
         )
         if isinstance(model, Setup):
             settled = [f.name for f in dataclasses.fields(given) if getattr(given, f.name) != f.default]
             check_unsettled(settled)
-            return cls(model, started.start(model.spec, model.hosts))
-        setup = Setup.make(on_cluster(given, started))
+        setup = model if isinstance(model, Setup) else Setup.make(on_cluster(given, started))
+        check_stretched(setup)
         return cls(setup, started.start(setup.spec, setup.hosts))
 
     @property

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from apb.compress.base import Compressor
 from apb.draft.spec import DraftSpec
 from apb.strategies.base import Strategy
 from burst.errors import in_range
 from burst.registry import option
+
+MOST_YARN = 64  # what models are published with is up to 32
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class EngineOptions:
     timeout_s: float = option(600.0, "seconds that a host may be silent, or its work stand still")
     chunk_tokens: int | None = option(None, "tokens a host runs through a layer at once; null: its whole block")
     max_positions: int | None = option(None, "positions the model takes; null: as its configuration says")
+    yarn: int | Literal["auto"] | None = option(
+        None,
+        "factor of YaRN for models with plain RoPE, a whole number; auto: the smallest that has room for prompt and "
+        "answer; null: as the model's configuration says",
+    )
     draft: str | DraftSpec | None = option(None, "the head that decode=eagle2 drafts with; null: none")
     graphs: bool = option(True, "steps of decoding as CUDA graphs between calls of attention, on GPUs")
 
@@ -44,6 +52,8 @@ class EngineOptions:
         for name in ("hosts", "chunk_tokens", "max_positions"):
             value = getattr(self, name)
             in_range(name, value, value is None or _whole(value), f"{whole}, or None")
+        fits = self.yarn in (None, "auto") or (type(self.yarn) is int and 1 <= self.yarn <= MOST_YARN)
+        in_range("yarn", self.yarn, fits, f"a whole number, 1 to {MOST_YARN}, auto, or None")
         in_range("threads", self.threads, _whole(self.threads), whole)
         timeout = self.timeout_s
         in_range("timeout_s", timeout, math.isfinite(timeout) and timeout > 0, "more than 0 seconds")

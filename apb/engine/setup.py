@@ -11,7 +11,7 @@ from typing import Any
 from apb.clusters import Launcher
 from apb.compress import Compressor, compressor
 from apb.draft.spec import DraftSpec
-from apb.engine.options import EngineOptions
+from apb.engine.options import MOST_YARN, EngineOptions
 from apb.host.messages import HostSpec
 from apb.plan.checks import check_whole
 from apb.plan.draft import Handoff
@@ -41,6 +41,7 @@ class Setup:
     hosts: int
     chunk_tokens: int | None = None  # tokens that a host runs through a layer at once; None: all of its own
     handoff: Handoff | None = None  # what the draft head takes over from a prefill; None without one
+    stretches: int | None = None  # positions before YaRN, whose factor is not settled yet; None: nothing is open
 
     @classmethod
     def make(
@@ -63,6 +64,7 @@ class Setup:
         from apb.models.loading import generation_stop_ids, load_config, load_tokenizer, make_config
         from apb.models.placement import resolve_device, resolve_dtype, torch_dtype
         from apb.models.shape import model_shape
+        from apb.models.yarn import with_yarn, yarn_base
 
         options = EngineOptions(model, **others) if isinstance(model, str) else dataclasses.replace(model, **others)
         chosen = _strategy(options.strategy)
@@ -73,7 +75,8 @@ class Setup:
         check_config(found)
         device = resolve_device(options.device)
         dtype = resolve_dtype(options.dtype, device, found)
-        shape = model_shape(found, torch_dtype(dtype))
+        factor = None if options.yarn == "auto" else options.yarn
+        shape = model_shape(with_yarn(found, factor), torch_dtype(dtype))
         stops = generation_stop_ids(path) if path is not None else ()
         if options.max_positions is not None:
             shape = dataclasses.replace(shape, max_positions=options.max_positions)
@@ -97,7 +100,9 @@ class Setup:
                 draft=spec,
                 config=config,
                 graphs=options.graphs,
+                yarn=factor,
             ),
+            stretches=yarn_base(found) if options.yarn == "auto" else None,
             handoff=None if spec is None or path is None else spec.handoff(shape, stops),
             shape=shape,
             tokenizer=None if path is None else load_tokenizer(path),
@@ -106,6 +111,14 @@ class Setup:
             hosts=count,
             chunk_tokens=options.chunk_tokens,
         )
+
+    def covering(self, tokens: int) -> Setup:
+        """Return the same model with room for a sequence of so many tokens, where ``yarn=auto`` left that open."""
+        if self.stretches is None:
+            return self
+        factor = min(max(1, -(-tokens // self.stretches)), MOST_YARN)
+        shape = dataclasses.replace(self.shape, max_positions=factor * self.stretches)
+        return dataclasses.replace(self, shape=shape, spec=dataclasses.replace(self.spec, yarn=factor), stretches=None)
 
     def using(self, strategy: str | Strategy, hosts: int | None = None) -> Setup:
         """Return the same model with another strategy, its own default compressor and host count."""
@@ -176,7 +189,8 @@ class Setup:
                 given=f"{tokens} prompt tokens + {new_tokens} new tokens = {tokens + new_tokens}",
                 allowed=f"{limit} positions",
                 remedy=f"Shorten the document by {over} tokens, lower decode.max_new_tokens, choose a model with a "
-                "longer context, or set max_positions where the model takes more than its config.json says.",
+                "longer context, or set max_positions where the model takes more than its config.json says."
+                + ("" if self.spec.yarn is None else " A larger yarn is another model: start another engine."),
             )
         border = self.shape.rope_border
         if border is not None and rope_length is not None and rope_length <= border < tokens + new_tokens:

@@ -16,13 +16,14 @@ def load_adapter(spec: HostSpec) -> Adapter:
     from apb.models.loading import generation_stop_ids, load_config, load_model, random_model
     from apb.models.placement import torch_dtype
     from apb.models.shape import model_shape
+    from apb.models.yarn import with_yarn
 
     if spec.config is not None:
-        random = random_model(spec.config, dtype=spec.dtype, device=spec.device)
+        random = random_model(spec.config, dtype=spec.dtype, device=spec.device, yarn=spec.yarn)
         return Adapter(random, model_shape(random.config, torch_dtype(spec.dtype)))
     path = Path(spec.model_path)
-    config = load_config(path)
-    model = load_model(path, dtype=spec.dtype, device=spec.device)
+    config = with_yarn(load_config(path), spec.yarn)
+    model = load_model(path, dtype=spec.dtype, device=spec.device, yarn=spec.yarn)
     if model.device.type == "cpu":
         for parameter in model.parameters():
             parameter.detach().sum()  # mapped files are read now, while loading, not within the first prefill

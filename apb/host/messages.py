@@ -28,6 +28,7 @@ class HostSpec:
     timeout_s: float = 600.0  # every wait's deadline
     config: Mapping[str, Any] | None = None  # random weights of this configuration; model_path is then only a name
     graphs: bool = True  # decode steps as CUDA graphs, on CUDA devices
+    yarn: int | None = None  # factor that RoPE is stretched by; None: as the model's configuration says
 
 
 @dataclass(frozen=True)

@@ -63,19 +63,21 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         return as_in_file(path, AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False))
 
 
-def load_model(path: Path, *, dtype: str, device: str) -> PreTrainedModel:
+def load_model(path: Path, *, dtype: str, device: str, yarn: int | None = None) -> PreTrainedModel:
     """Return the folder's model in evaluation mode, without gradients, on one device.
 
-    ``dtype`` and ``device`` are the names that ``apb.models.placement`` knows. Raises UserError for unknown
-    names, absent devices, and weights that are damaged or do not fit config.json: transformers would fill in
-    random numbers for what is missing.
+    ``dtype`` and ``device`` are the names that ``apb.models.placement`` knows, ``yarn`` the factor that RoPE is
+    stretched by. Raises UserError for unknown names, absent devices, and weights that are damaged or do not fit
+    config.json: transformers would fill in random numbers for what is missing.
     """
     device = resolve_device(device)
     config = load_config(path)
     check_quantisation(config)
     dtype = resolve_dtype(dtype, device, config)
     from apb.models.shape import parameter_shapes
+    from apb.models.yarn import with_yarn
 
+    config = with_yarn(config, yarn)
     generation_stop_ids(path)  # transformers ignores a damaged file, and with it the stop tokens
     found, wanted, tower = unpacked(path, check_weights(path), config), parameter_shapes(config), None
     if read_json(path / "config.json").get("model_type") in TOWERS:
@@ -136,12 +138,14 @@ def make_config(values: Mapping[str, Any]) -> PretrainedConfig:
             ) from error
 
 
-def random_model(values: Mapping[str, Any], *, dtype: str, device: str) -> PreTrainedModel:
+def random_model(values: Mapping[str, Any], *, dtype: str, device: str, yarn: int | None = None) -> PreTrainedModel:
     """Return a model of this configuration with random weights, the same ones every time, made on the device.
 
     For times and bytes only: what depends on what is attended to means nothing.
     """
-    config = make_config(values)
+    from apb.models.yarn import with_yarn
+
+    config = with_yarn(make_config(values), yarn)
     with quiet(), torch.random.fork_rng(devices=[device] if device != "cpu" else []):
         from apb.models.classes import causal_lm
 

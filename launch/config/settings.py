@@ -95,12 +95,14 @@ class Basics(Kept):
     dtype: str = same(EngineOptions, "dtype")
     device: str = same(EngineOptions, "device")
     max_positions: int | None = same(EngineOptions, "max_positions")
+    yarn: int | Literal["auto"] | None = same(EngineOptions, "yarn")
     timeout_s: float = same(EngineOptions, "timeout_s")
     config: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         timeout, positions = self.timeout_s, self.max_positions
         in_range("timeout_s", timeout, math.isfinite(timeout) and timeout > 0, "more than 0 seconds")
+        in_range("yarn", self.yarn, not isinstance(self.yarn, int) or self.yarn >= 1, "auto, null, or 1 and more")
         in_range("max_positions", positions, positions is None or 1 <= positions < 2**31, "1 or more")
 
 

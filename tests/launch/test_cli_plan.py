@@ -30,7 +30,10 @@ def test_plan_of_lengths_alone(apb: Any, model: Path, document: Path) -> None:
     for key in ("context_tokens", "query_tokens"):
         many = f"{key}={2**31 - 1}"  # as tokens, more than memory holds
         apb(*common, "context_tokens=400", many).refused("longer than the model's context")
+        apb(*common, "context_tokens=400", many, "yarn=auto").refused("longer than the model's context")
     assert apb(*common, "context_tokens=4000", "max_positions=5000").code == 0
+    assert apb(*common, "context_tokens=4000", "yarn=auto").code == 0
+    apb(*common, "context_tokens=4000", "yarn=1").refused("longer than the model's context")
     apb(*common, "context_tokens=4000", "max_positions=0").refused("max_positions is out of range")
     apb(*common, "context_tokens=1").refused("context_tokens leaves no room")
     apb(*common, "context_tokens=400", "query_tokens=2").refused("query_tokens leaves no room")

@@ -41,6 +41,7 @@ def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> di
 def _checked(setup: Setup, settings: AskSettings, document: str, question: str, display: Display) -> Setup:
     """Return the setup with its chunks chosen; raises UserError for what does not fit."""
     prompt = setup.prompt(document, question, chat=settings.chat, question_first=settings.question_first)
+    setup = setup.covering(len(prompt.token_ids) + settings.decode.max_new_tokens)
     setup, plan = in_chunks(setup, setup.plan(prompt, settings.decode.max_new_tokens), settings, display)
     room = check_fits(setup, plan, settings)
     if room.available is None:

@@ -41,6 +41,7 @@ def run(arguments: Arguments, config: Mapping[str, Any], display: Display) -> di
     else:
         prompt = setup.prompt(*texts, chat=settings.chat, question_first=settings.question_first)
     answer = settings.decode.answer
+    setup = setup.covering(len(prompt.token_ids) + answer.new_tokens)
     setup, plan = in_chunks(setup, setup.plan(prompt, answer.new_tokens), settings, display)
     _show(plan, answer, setup, settings, display)
     schedules = None
@@ -79,7 +80,8 @@ def _blank_prompt(setup: Setup, settings: PlanSettings) -> Prompt:
     own = settings.query_tokens - len(before) - len(after)
     copied = own + between if settings.question_first else 0
     # Before as many tokens are made as somebody asks for.
-    setup.check_room(settings.context_tokens + settings.query_tokens, settings.decode.max_new_tokens)
+    asked, new = settings.context_tokens + settings.query_tokens, settings.decode.max_new_tokens
+    setup.covering(asked + new).check_room(asked, new)
     for key, given, least in (
         ("context_tokens", settings.context_tokens, like.head + copied + 1),
         ("query_tokens", settings.query_tokens, len(before) + len(after) + 1),

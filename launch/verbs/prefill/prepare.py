@@ -42,6 +42,7 @@ def make_setup(settings: Basics, display: Display, decode: DecodeSettings | None
             device=settings.device,
             timeout_s=settings.timeout_s,
             max_positions=settings.max_positions,
+            yarn=settings.yarn,
             draft=decode.draft if decode is not None else None,
             graphs=decode.graphs if decode is not None else True,
         )
