@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+TEMPLATE = "chat_template.json"  # of older composites, where transformers lets their processors alone read it
 # Spaces in a row, between words and before digits, line breaks, case, accents, other scripts, symbols of more bytes.
 _TEXT = "def f(x):\n    return x + 12345\n\nIt's a naïve café, OK?\t42 %  Привет, 世界! 🙂 <b>x</b>"
 _FIRST_WORD = 4  # tokens; "def" has no more in any tokenizer, with a space before it or without
@@ -27,6 +28,7 @@ def as_in_file(folder: Path, loaded: Any) -> PreTrainedTokenizerBase:
     """Return a tokenizer whose tokens are those of the folder's tokenizer.json, ``loaded`` where it has them.
 
     A byte-level file that was read otherwise is read again as it is. A folder without that file has nothing to compare.
+    The chat template of a composite may be in a file of its own.
     Raises UserError where the tokens are others.
     """
     from tokenizers import Tokenizer
@@ -48,6 +50,9 @@ def as_in_file(folder: Path, loaded: Any) -> PreTrainedTokenizerBase:
                     allowed=f"a tokenizer class that reads {FILE} as it is",
                     remedy=f"Update transformers, or set tokenizer_class to PreTrainedTokenizerFast in {CONFIG}.",
                 )
+    older = folder / TEMPLATE
+    if not tokenizer.chat_template and older.exists():
+        tokenizer.chat_template = read_json(older).get("chat_template")
     made: PreTrainedTokenizerBase = tokenizer
     return made
 

@@ -67,7 +67,7 @@ def measure(
     ``steps`` counts forward passes of the target; ``decided`` the tokens that they decided, bonus tokens included: the
     first token comes from the prefill and counts for none. Bytes are those of all hosts, work that of the drafting one.
     """
-    handle = engine.prefill(prompt)
+    handle = engine.prefill(prompt, max_new_tokens=new_tokens)
     rows, plain = [], None
     for name, each in made:
         copy = handle.fork()

@@ -69,7 +69,7 @@ def measure(engine: Engine, source: Source, new_tokens: int) -> dict[str, Any]:
     start = time.perf_counter()
     prompt = source.prompt()
     tokenise_s = time.perf_counter() - start if source.setup.tokenizer is not None else 0.0
-    handle = engine.prefill(prompt)
+    handle = engine.prefill(prompt, max_new_tokens=new_tokens)
     result = engine.generate(handle, new_tokens)
     engine.release(handle)
     before, after = handle.metrics, result.metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Callable
@@ -14,12 +15,14 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
+from apb.engine.engine import Engine
 from apb.models.checks import check_config
 from apb.models.loading import generation_stop_ids, load_config, load_model, make_config
 from apb.models.shape import model_shape
 from apb.models.towers import TOWERS
 from burst.errors import UserError
 from tests.support.composites import COMPOSITES, composite, composite_config, plain, renamed, tensors, text_logits
+from tests.support.tiny import byte_tokenizer
 
 IDS_S = torch.arange(5, 75) % 250
 
@@ -179,6 +182,21 @@ def test_what_is_no_tower_is_rejected(config: Callable[[], Any], message: str, t
 def test_composites_that_let_images_alone_see_ahead_are_towers(tmp_path: Path) -> None:
     composite_config("gemma4", use_bidirectional_attention="vision").save_pretrained(tmp_path)
     assert load_config(tmp_path).model_type == "gemma4_text"
+
+
+def test_hosts_prefill_the_tower_of_a_composite(tmp_path: Path) -> None:
+    model = composite(composite_config("llava", vocab_size=300, max_position_embeddings=4096))
+    model.save_pretrained(tmp_path)
+    tokenizer = copy.deepcopy(byte_tokenizer())
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    with Engine.launch(str(tmp_path), hosts=3, strategy="ring", dtype="float32") as engine:
+        handle = engine.prefill("the king of the hill sees the sea " * 5, "Who sees the stars?")
+        assert handle.prompt.chat
+        wanted = text_logits(model, torch.tensor(handle.prompt.token_ids))[-1]
+        assert torch.allclose(engine.logits(handle), wanted, atol=1e-4)
+        assert len(engine.generate(handle, 4).token_ids) <= 4
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "gemma3"])
