@@ -13,10 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from apb.attention.base import Layers
 from apb.attention.cached import CacheAttention
 from apb.attention.chunked import attend_over
 from apb.compress.base import Candidates, Compressor, check_scores, top_rows
-from apb.kv.layer import LayerKV, Projections
+from apb.layers.base import Place
+from apb.layers.call import AttentionCall, Call
+from apb.layers.full import Full, FullCache
+from apb.layers.partials import finish
+from apb.layers.rows import LayerKV, Projections
 from apb.plan.plan import PrefillPlan
 from apb.plan.steps import Attend, GatherAnchor, Pass, Region, Select, Step, WaitAnchor, WaitPassing
 from burst.kernels import Kernel
@@ -37,7 +42,7 @@ class _LayerState:
     share: LayerKV  # the anchor's rows that this host runs
     anchor: list[LayerKV]  # all of the anchor, in parts by the hosts that ran them
     question: list[Tensor]  # the embedded question's queries (B, H, Q, D), in parts
-    passed: dict[int, Tensor]  # selected rows (2, B, K, R, D) by the number of the block they come from
+    passed: dict[int, Tensor]  # selected rows (B, K, R, D + E) by the number of the block they come from
 
 
 class PrefillAttention:
@@ -56,7 +61,8 @@ class PrefillAttention:
         """``question_delta``: positions between the anchor's copy of the question and the question itself."""
         self.plan = plan
         self.host = plan.host_plans[transport.rank]
-        self.kept: list[LayerKV] = []
+        self._layers, self._mixers = Layers(plan, Place(transport, kernel)), plan.shape.mixers
+        self.kept = self._layers.caches
         self.needs_projections = compressor is not None and compressor.needs_projections
         chunk = plan.chunk_tokens
         self._chunk = chunk if chunk is not None and chunk < self.host.tokens_run else None
@@ -65,34 +71,35 @@ class PrefillAttention:
         self._numbers = plan.numbers[transport.rank]
         self._due = _due(self.host.steps) if self._chunk is not None else {}
 
-    def __call__(
-        self,
-        layer: int,
-        q_BHSD: Tensor,
-        k_BKSD: Tensor,
-        v_BKSD: Tensor,
-        scale: float,
-        projections: Projections | None,
-    ) -> Tensor:
-        """Execute the steps of one layer and return the attention output (B, S, H, D)."""
-        a = self.host.anchor_len
+    def __call__(self, call: Call) -> Tensor:
+        """Execute the steps of one layer and return the call's output."""
+        out = self._layers.run(call)
+        if out is None:
+            out = self._attend(call)
+        self._on_layer(call.layer)
+        return out
+
+    def _attend(self, call: Call) -> Tensor:
+        kind, cache = self._mixers[call.layer], self.kept[call.layer]
+        assert isinstance(kind, Full) and isinstance(cache, FullCache) and isinstance(call, AttentionCall)
+        a, rows = self.host.anchor_len, LayerKV(call.k_BKSD, call.v_BKSE)
         # Copies, so that the kept KV does not hold the anchor's rows in memory.
-        kept = LayerKV(k_BKSD[:, :, a:].clone(), v_BKSD[:, :, a:].clone())
-        self.kept.append(kept)
-        share = LayerKV(k_BKSD[:, :, :a], v_BKSD[:, :, :a])
+        kept = rows.rows(a, len(rows)).clone()
+        cache.fill(kept)
+        share = rows.rows(0, a)
         sizes = [stop - start for start, stop in self.host.spans]
-        ends = list(itertools.accumulate(sizes, initial=a))
-        parts = zip(kept.k_BKTD.split(sizes, dim=2), kept.v_BKTD.split(sizes, dim=2), strict=True)
+        ends = list(itertools.accumulate(sizes, initial=0))
+        scale, kernel = call.scale, kind.kernel(self._kernel)
         here = _LayerState(
-            number=layer,
-            q_BHSD=q_BHSD,
+            number=call.layer,
+            q_BHSD=call.q_BHSD,
             scale=scale,
-            projections=projections,
-            rows=[slice(start, stop) for start, stop in itertools.pairwise(ends)],
-            blocks=[LayerKV(k, v) for k, v in parts],
+            projections=call.projections,
+            rows=[slice(a + start, a + stop) for start, stop in itertools.pairwise(ends)],
+            blocks=[kept.rows(start, stop) for start, stop in itertools.pairwise(ends)],
             share=share,
             anchor=[share],
-            question=[q_BHSD[:, :, slice(*self.plan.question_rows(self.host.rank))]],
+            question=[call.q_BHSD[:, :, slice(*self.plan.question_rows(self.host.rank))]],
             passed={},
         )
         merged = {("anchor", 0): Accumulator()} | {("block", i): Accumulator() for i in range(len(sizes))}
@@ -113,27 +120,25 @@ class PrefillAttention:
                 case WaitPassing():
                     arriving[step.block].wait()
                 case Attend() if self._chunk is None:
-                    k, v = self._keys_of(step, here)
-                    part = self._kernel(self._queries_of(step, here), k, v, causal=step.causal, scale=scale)
+                    kv = _concat(self._keys_of(step, here))
+                    part = kernel(self._queries_of(step, here), kv.k_BKTD, kv.v_BKTE, causal=step.causal, scale=scale)
                     merged[step.queries, step.block].add(*part)
             for attends in self._due.get(at, ()):
                 assert self._chunk is not None
-                keys = [(*self._keys_of(attend, here), attend.causal) for attend in attends]
-                attend_over(self._queries_of(attends[0], here), keys, self._kernel, scale, self._chunk)
+                keys = [(_concat(self._keys_of(attend, here)), attend.causal) for attend in attends]
+                attend_over(self._queries_of(attends[0], here), keys, kernel, scale, self._chunk, call.sinks_H)
 
-        self._on_layer(layer)
         if self._chunk is not None:
-            return q_BHSD.transpose(1, 2)
-        outs = [done.finish(q_BHSD.dtype)[0] for done in merged.values() if done.ready]
-        out_BHSD = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
-        return out_BHSD.transpose(1, 2)
+            return call.q_BHSD.transpose(1, 2)
+        outs = [finish(done, call.q_BHSD.dtype, call.sinks_H) for done in merged.values() if done.ready]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
     def _queries_of(self, step: Attend, here: _LayerState) -> Tensor:
         rows = slice(0, self.host.anchor_len) if step.queries == "anchor" else here.rows[step.block]
         return here.q_BHSD[:, :, rows]
 
-    def _keys_of(self, step: Attend, here: _LayerState) -> tuple[Tensor, Tensor]:
-        return _concat([part for name in step.keys for part in self._keys(name, step.block, here)])
+    def _keys_of(self, step: Attend, here: _LayerState) -> list[LayerKV]:
+        return [part for name in step.keys for part in self._keys(name, step.block, here)]
 
     def _keys(self, region: Region, block: int, here: _LayerState) -> list[LayerKV]:
         """Return a region's keys and values in parts: they are laid side by side only where they are attended to."""
@@ -148,13 +153,14 @@ class PrefillAttention:
                 return [here.blocks[block]]
             case "passing":
                 earlier = sorted(number for number in here.passed if number < self._numbers[block])
-                return [LayerKV(here.passed[number][0], here.passed[number][1]) for number in earlier]
+                wide = here.share.k_BKTD.shape[3]
+                return [_split(here.passed[number], wide) for number in earlier]
 
     # -- the anchor -----------------------------------------------------------------------------------------------
 
     def _gather_anchor(self, step: GatherAnchor, here: _LayerState) -> Gathered:
         """Post this host's share of the anchor, and the question's queries in it, as one flat message."""
-        own = [here.share.k_BKTD, here.share.v_BKTD, *(here.question if step.question else [])]
+        own = [here.share.k_BKTD, here.share.v_BKTE, *(here.question if step.question else [])]
         packed = torch.cat([x.flatten() for x in own])
         shapes = [(sum(self._share_sizes(rank, step.question, here)),) for rank in range(self.plan.hosts)]
         return self._transport.all_gather(packed, shapes, kind="anchor", step=f"layer {here.number}: anchor")
@@ -162,9 +168,10 @@ class PrefillAttention:
     def _share_sizes(self, rank: int, question: bool, here: _LayerState) -> list[int]:
         """Return how many numbers of K, V and queries a host's share has."""
         _, heads, _, width = here.q_BHSD.shape
-        kv = self.plan.host_plans[rank].anchor_len * here.blocks[0].k_BKTD.shape[1] * width
+        rows, block = self.plan.host_plans[rank].anchor_len, here.blocks[0]
+        kv = [rows * x.shape[1] * x.shape[3] for x in (block.k_BKTD, block.v_BKTE)]
         first, last = self.plan.question_rows(rank)
-        return [kv, kv, *([(last - first) * heads * width] if question else [])]
+        return [*kv, *([(last - first) * heads * width] if question else [])]
 
     def _take_anchor(self, parts: list[Tensor], here: _LayerState) -> None:
         """Unpack all hosts' shares."""
@@ -174,15 +181,16 @@ class PrefillAttention:
         here.anchor, here.question = [], []
         for rank, part in enumerate(parts):
             k, v, *asked = part.split(self._share_sizes(rank, shared.question, here))
-            size = (batch, here.blocks[0].k_BKTD.shape[1], self.plan.host_plans[rank].anchor_len, width)
-            here.anchor.append(LayerKV(k.view(size), v.view(size)))
+            rows, own = self.plan.host_plans[rank].anchor_len, (here.share.k_BKTD, here.share.v_BKTE)
+            sizes = [(batch, x.shape[1], rows, x.shape[3]) for x in own]
+            here.anchor.append(LayerKV(k.view(sizes[0]), v.view(sizes[1])))
             first, last = self.plan.question_rows(rank)
             here.question += [q.view(batch, heads, last - first, width) for q in asked]
 
     # -- passing --------------------------------------------------------------------------------------------------
 
     def _select(self, step: Select, here: _LayerState) -> Tensor:
-        """Return the kept rows, K and V in one tensor (2, B, K, R, D), so that they travel as one message."""
+        """Return the kept rows, K and V in one tensor (B, K, R, D + E), so that they travel as one message."""
         with self._transport.during("selection"):
             return self._selected(step, here)
 
@@ -194,15 +202,14 @@ class PrefillAttention:
             question_q = self._rotate(torch.cat(here.question, dim=2), self._question_delta, layer)
         projections = here.projections
         if projections is not None:
-            raw = (projections.q_BSE, projections.k_BSE, projections.v_BSE)
-            projections = Projections(*(x[:, rows] for x in raw))
+            projections = projections.rows(rows.start, rows.stop)
         scores_BKL = self._compressor.score(
             Candidates(
                 layer=layer,
                 rank=self._numbers[step.block],
                 q_BHSD=here.q_BHSD[:, :, rows],
                 k_BKSD=block.k_BKTD,
-                v_BKSD=block.v_BKTD,
+                v_BKSD=block.v_BKTE,
                 scale=here.scale,
                 question_q_BHQD=question_q,
                 projections=projections,
@@ -213,13 +220,16 @@ class PrefillAttention:
         )
         check_scores(self._compressor, scores_BKL, block.k_BKTD)
         index_BKR = top_rows(scores_BKL, step.rows, step.skip)
-        index_BKRD = index_BKR[..., None].expand(*index_BKR.shape, block.k_BKTD.shape[-1])
-        return torch.stack([block.k_BKTD.gather(2, index_BKRD), block.v_BKTD.gather(2, index_BKRD)])
+        picked = [
+            x.gather(2, index_BKR[..., None].expand(-1, -1, -1, x.shape[3])) for x in (block.k_BKTD, block.v_BKTE)
+        ]
+        return torch.cat(picked, dim=-1)
 
     def _pass(self, step: Pass, here: _LayerState) -> Handle:
         """Post the passing of one block; ``here.passed`` gets the buffers of what is received with it."""
-        t, plan, k = self._transport, self.plan, here.blocks[step.block].k_BKTD
-        shapes = [(2, k.shape[0], k.shape[1], rows, k.shape[3]) for rows in plan.kept_rows]
+        t, plan, block = self._transport, self.plan, here.blocks[step.block]
+        k, wide = block.k_BKTD, block.k_BKTD.shape[3] + block.v_BKTE.shape[3]
+        shapes = [(k.shape[0], k.shape[1], rows, wide) for rows in plan.kept_rows]
         number = self._numbers[step.block]
         own = here.passed.get(number)
         if own is None:
@@ -259,23 +269,11 @@ class WithQuestion:
         self.needs_projections = prefill.needs_projections
         self._prefill, self._question, self._tokens = prefill, question, tokens
 
-    def __call__(
-        self,
-        layer: int,
-        q_BHSD: Tensor,
-        k_BKSD: Tensor,
-        v_BKSD: Tensor,
-        scale: float,
-        projections: Projections | None,
-    ) -> Tensor:
-        """Return the attention output (B, S, H, D) of all rows."""
+    def __call__(self, call: Call) -> Tensor:
+        """Return the output of all rows."""
         n = self._tokens
-        if projections is not None:
-            raw = (projections.q_BSE, projections.k_BSE, projections.v_BSE)
-            projections = Projections(*(x[:, :n] for x in raw))
-        (q, asked_q), (k, asked_k), (v, asked_v) = ((x[:, :, :n], x[:, :, n:]) for x in (q_BHSD, k_BKSD, v_BKSD))
-        out_BSHD = self._prefill(layer, q, k, v, scale, projections)
-        return torch.cat([out_BSHD, self._question(layer, asked_q, asked_k, asked_v, scale, None)], dim=1)
+        out = self._prefill(call.rows(0, n))
+        return call.join([out, self._question(call.rows(n, call.tokens))])
 
 
 def _due(steps: Sequence[Step]) -> dict[int, list[list[Attend]]]:
@@ -294,7 +292,12 @@ def _due(steps: Sequence[Step]) -> dict[int, list[list[Attend]]]:
     return {at: [calls[whose] for whose in last if last[whose] == at] for at in sorted(set(last.values()))}
 
 
-def _concat(parts: list[LayerKV]) -> tuple[Tensor, Tensor]:
+def _concat(parts: list[LayerKV]) -> LayerKV:
     if len(parts) == 1:
-        return parts[0].k_BKTD, parts[0].v_BKTD
-    return torch.cat([kv.k_BKTD for kv in parts], dim=2), torch.cat([kv.v_BKTD for kv in parts], dim=2)
+        return parts[0]
+    return LayerKV(torch.cat([kv.k_BKTD for kv in parts], dim=2), torch.cat([kv.v_BKTE for kv in parts], dim=2))
+
+
+def _split(rows_BKRX: Tensor, wide: int) -> LayerKV:
+    """Return rows of keys, ``wide`` numbers each, and values that travelled side by side."""
+    return LayerKV(rows_BKRX[..., :wide], rows_BKRX[..., wide:])

@@ -1,7 +1,4 @@
-"""The contract of everything that stands in for a model's attention.
-
-Shapes: B batch (1), S tokens, H query heads, K kv heads, D head dim.
-"""
+"""The contract of everything that stands in for a model's mixers, and the layers of one host's prefill."""
 
 from __future__ import annotations
 
@@ -9,25 +6,35 @@ from typing import Protocol
 
 from torch import Tensor
 
-from apb.kv.layer import Projections
+from apb.layers.base import LayerCache, LayerPrefill, Place
+from apb.layers.call import Call
+from apb.plan.plan import PrefillPlan
 
 
 class Attention(Protocol):
-    """A stand-in for a model's attention, called once per layer with rotated queries and keys.
-
-    What it is given is its own until it returns: it may write its output over the queries, and what it keeps it copies.
-    """
+    """A stand-in for a model's mixers, called in the model's order; see ``apb.layers.call`` for what they ask."""
 
     needs_projections: bool
 
-    def __call__(
-        self,
-        layer: int,
-        q_BHSD: Tensor,
-        k_BKSD: Tensor,
-        v_BKSD: Tensor,
-        scale: float,
-        projections: Projections | None,
-    ) -> Tensor:
-        """Return the attention output (B, S, H, D)."""
+    def __call__(self, call: Call) -> Tensor:
+        """Return the call's output."""
         ...
+
+
+class Layers:
+    """One host's layers during a prefill: the runs of those that are not sharded, and the caches of all."""
+
+    def __init__(self, plan: PrefillPlan, place: Place) -> None:
+        self.caches: list[LayerCache] = []
+        self._runs: list[LayerPrefill | None] = []
+        segments = plan.segments(place.transport.rank)
+        for kind in plan.shape.mixers:
+            reads = None if kind.reads is None else self.caches[kind.reads]
+            run = None if kind.sharded else kind.prefill(segments, place, reads)
+            self._runs.append(run)
+            self.caches.append(kind.cache(reads) if run is None else run.cache)
+
+    def run(self, call: Call) -> Tensor | None:
+        """Return the output of a layer that is not sharded; None for the others, which strategies run."""
+        run = self._runs[call.layer]
+        return None if run is None else run(call)

@@ -1,6 +1,6 @@
 """Runs the attention of an exact plan on one host, by burst.
 
-Shapes: B batch (1), S tokens of this host, H query heads, K kv heads, D head dim.
+Shapes: B batch (1), S tokens of this host, H query heads, K kv heads, D head dim, E value dim.
 """
 
 from __future__ import annotations
@@ -9,17 +9,22 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from apb.kv.layer import LayerKV, Projections
+from apb.attention.base import Layers
+from apb.layers.base import Place
+from apb.layers.call import AttentionCall, Call
+from apb.layers.full import Full, FullCache
+from apb.layers.rows import LayerKV
 from apb.plan.plan import PrefillPlan
 from burst.execution.blocks import Blocks
 from burst.execution.buffers import Form
 from burst.execution.execute import Execution
 from burst.kernels import Kernel
+from burst.schedules import Schedule
 from burst.transport import Transport
 
 
 class ExactAttention:
-    """Stands in for a model's attention during an exact prefill; keeps this host's KV.
+    """Stands in for a model's mixers during an exact prefill; keeps this host's part.
 
     Hosts have agreed on the plan, and with it on every shape and message, so layers need no agreement of their own.
     """
@@ -30,33 +35,39 @@ class ExactAttention:
         self, plan: PrefillPlan, transport: Transport, kernel: Kernel, on_layer: Callable[[int], None]
     ) -> None:
         assert plan.spread is not None
-        self.kept: list[LayerKV] = []
         self._transport, self._kernel, self._on_layer = transport, kernel, on_layer
-        self._schedule = plan.spread.program(plan.shape, transport.nodes)
-        transport.open(self._schedule.channels)
-        if self._schedule.heads:  # now: the first layer would wait for the device
-            self._schedule.places(transport.rank, transport.device)
+        self._layers, self._mixers = Layers(plan, Place(transport, kernel)), plan.shape.mixers
+        self.kept = self._layers.caches
+        self._schedules: dict[object, Schedule] = {}
+        for kind in plan.shape.sharded:
+            made = plan.spread.program(kind.attention_shape(plan.shape.element_size), transport.nodes)
+            self._schedules[kind] = made
+            transport.open(made.channels)
+            if made.heads:  # now: the first layer would wait for the device
+                made.places(transport.rank, transport.device)
 
-    def __call__(
-        self,
-        layer: int,
-        q_BHSD: Tensor,
-        k_BKSD: Tensor,
-        v_BKSD: Tensor,
-        scale: float,
-        projections: Projections | None,
-    ) -> Tensor:
-        """Attend over all hosts and return the attention output (B, S, H, D)."""
-        kept = LayerKV(k_BKSD.clone(), v_BKSD.clone())
-        self.kept.append(kept)
+    def __call__(self, call: Call) -> Tensor:
+        """Mix over all hosts and return the call's output."""
+        out = self._layers.run(call)
+        if out is None:
+            out = self._attend(call)
+        self._on_layer(call.layer)
+        return out
+
+    def _attend(self, call: Call) -> Tensor:
+        kind, cache = self._mixers[call.layer], self.kept[call.layer]
+        assert isinstance(kind, Full) and isinstance(cache, FullCache) and isinstance(call, AttentionCall)
+        kept = LayerKV(call.k_BKSD.clone(), call.v_BKSE.clone())
+        cache.fill(kept)
+        q = call.q_BHSD
         run = Execution(
-            self._schedule,
+            self._schedules[kind],
             self._transport,
-            Blocks(self._kernel, scale),
-            Form(q_BHSD.shape[0], q_BHSD.shape[1], k_BKSD.shape[1], q_BHSD.shape[3], v_BKSD.shape[3], q_BHSD.dtype),
-            {"q": q_BHSD, "k": kept.k_BKTD, "v": kept.v_BKTD},
-            label=f"layer {layer}:",
+            Blocks(kind.kernel(self._kernel), call.scale),
+            Form(q.shape[0], q.shape[1], kept.k_BKTD.shape[1], q.shape[3], kept.v_BKTE.shape[3], q.dtype),
+            {"q": q, "k": kept.k_BKTD, "v": kept.v_BKTE},
+            sinks=call.sinks_H,
+            label=f"layer {call.layer}:",
         )
-        out_BHSD, _ = run.forward()
-        self._on_layer(layer)
-        return out_BHSD.transpose(1, 2)
+        out_BHSE, _ = run.forward()
+        return out_BHSE.transpose(1, 2)

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from apb.kv.layer import Projections
+from apb.layers.rows import Projections
 from apb.plan.shapes import ModelShape
 from burst.errors import UserError
 from burst.registry import Registry

@@ -32,7 +32,7 @@ def attention(plan: PrefillPlan, rates: Rates) -> list[ClockStep]:
                         work[at][name][host.rank] += seconds
                 case Select():
                     start, stop = host.spans[step.block]
-                    work[at]["selection"][host.rank] += (stop - start) * plan.shape.kv_heads / rates.select
+                    work[at]["selection"][host.rank] += (stop - start) * plan.shape.heads.kv_heads / rates.select
                 case AttendAll():
                     raise AssertionError("an exact plan")
                 case _:
@@ -61,7 +61,7 @@ def _together(meeting: Meeting, plan: PrefillPlan) -> list[ClockStep]:
 
 
 def _passed(what: str, block: int, plan: PrefillPlan) -> ClockStep:
-    row = plan.shape.kv_row_bytes
+    row = plan.shape.widest_row
     if what == "GatherAnchor":
         layers, others = plan.shape.layers, plan.hosts - 1
         share = np.array([anchor_bytes(plan, r) // layers // others for r in range(plan.hosts)], dtype=float)
@@ -94,5 +94,5 @@ def _attend(step: Attend, plan: PrefillPlan, rank: int, rates: Rates, begun: boo
     tokens = host.anchor_len if step.queries == "anchor" else stop - start
     keys = tokens if step.causal else step.pairs / tokens
     rate = read(rates.causal if step.causal else rates.full, keys)
-    merged = 3 * 4 * tokens * s.q_heads * s.head_dim / rates.memory if begun else 0.0
-    return {"attention": 4 * s.head_dim * s.q_heads * step.pairs / rate + rates.call_s, "other": merged}
+    merged = 3 * 4 * tokens * s.heads.q_heads * s.heads.v_dim / rates.memory if begun else 0.0
+    return {"attention": s.heads.pair_flops * s.heads.q_heads * step.pairs / rate + rates.call_s, "other": merged}

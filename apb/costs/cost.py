@@ -112,7 +112,7 @@ def _linear(plan: PrefillPlan, rates: Rates) -> HostWork:
 def _token_work(plan: PrefillPlan, rates: Rates, tokens: int) -> dict[str, float]:
     s = plan.shape
     widths = PASSES_HIDDEN * s.hidden + PASSES_MLP * s.intermediate
-    widths += PASSES_HEADS * (s.q_heads + 2 * s.kv_heads) * s.head_dim
+    widths += PASSES_HEADS * (s.heads.q_heads + 2 * s.heads.kv_heads) * s.heads.qk_dim
     rest = widths * s.element_size / rates.memory if rates.rest_s is None else rates.rest_s
     linear = 2 * s.linear_params * tokens / s.layers / read(rates.linear, tokens)
     return {"linear": linear, "other": rest * tokens}
@@ -124,12 +124,12 @@ def _question(plan: PrefillPlan, rates: Rates) -> list[ClockStep]:
     own = _token_work(plan, rates, m)
     held = np.array([host.block_len for host in plan.host_plans], dtype=float)
     # Few queries: the cache is read at the memory's pace, or multiplied at the kernel's.
-    pairs = 4 * s.head_dim * s.q_heads * m * held / read(rates.full, m)
-    attention = np.maximum(pairs, held * s.kv_row_bytes / rates.memory) + rates.call_s
+    pairs = s.heads.pair_flops * s.heads.q_heads * m * held / read(rates.full, m)
+    attention = np.maximum(pairs, held * s.widest_row / rates.memory) + rates.call_s
     work = HostWork({name: np.full(plan.hosts, seconds) for name, seconds in own.items()} | {"attention": attention})
     if plan.hosts == 1:
         return [work]
-    part = m * s.partial_row_bytes
+    part = m * s.partial_bytes // s.layers
     merged = 3 * (plan.hosts - 1) * part / rates.memory
 
     each = np.full(plan.hosts, float(part))

@@ -8,7 +8,7 @@ import numpy as np
 
 from apb.costs.lockstep import Await, ClockStep, Exchange, Hosts, HostWork, Move, Seconds, shift
 from apb.costs.rates import Rates, read
-from apb.plan.exact import Spread, attention_shape
+from apb.plan.exact import Spread
 from apb.plan.plan import PrefillPlan
 from burst.layouts.layout import Layout
 from burst.schedules import AttentionShape, Heads, head_split
@@ -25,7 +25,7 @@ def attention(plan: PrefillPlan, rates: Rates, nodes: tuple[int, ...]) -> list[C
 class _ExactLayer:
     def __init__(self, plan: PrefillPlan, spread: Spread, rates: Rates, nodes: tuple[int, ...]) -> None:
         self.spread, self.rates, self.hosts = spread, rates, plan.hosts
-        self.shape: AttentionShape = attention_shape(plan.shape)
+        self.shape: AttentionShape = plan.shape.heads.attention_shape(plan.shape.element_size)
         self.members = spread.members()
         layout = spread.tokens()
         groups = [range(g, g + self.members) for g in range(0, self.hosts, self.members)]

@@ -225,7 +225,7 @@ def forward(
         return None
     ids_S = torch.tensor(token_ids, device=adapter.device)
     positions_S = torch.arange(start, cache.length, device=adapter.device)
-    attention = CacheAttention(cache, transport, kernel)
+    attention = CacheAttention(cache, transport, kernel, start, len(token_ids))
     if transport.rank != cache.owner:
         adapter.run(ids_S, positions_S, attention)
         return None

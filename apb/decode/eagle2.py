@@ -22,7 +22,7 @@ from apb.decode.stride import Stride
 from apb.decode.tree import Pool, Tree, build, capacity, expand, rerank, root_only
 from apb.draft.cache import DraftCache
 from apb.draft.steps import HeadSteps
-from apb.kv.layer import LayerKV
+from apb.layers.rows import LayerKV
 from burst.errors import UserError, choose, in_range
 from burst.kernels.reference import attend
 from burst.registry import option
@@ -148,7 +148,7 @@ class _Keys:
     """Keys of draft nodes: decided tokens' rows, all seen, then the rows of every node expanded so far."""
 
     def __init__(self, decided: LayerKV) -> None:
-        self._k_BKTD, self._v_BKTD = decided.k_BKTD, decided.v_BKTD
+        self._k_BKTD, self._v_BKTD = decided.k_BKTD, decided.v_BKTE
         self._decided = decided.k_BKTD.shape[2]
 
     def attention(self, seen_FN: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -49,9 +49,9 @@ def gathering_pays(links: Links, shape: ModelShape, shards: tuple[int, ...], new
     expected one. ``tree_tokens``: tokens that go through the model at once.
     """
     steps = new_tokens / (EXPECTED_LENGTH if tree_tokens > 1 else 1.0)
-    kv_bytes = shape.kv_row_bytes * shape.layers
-    partials = (len(shards) - 1) * tree_tokens * shape.partial_row_bytes
-    step_s = shape.layers * (links.latency_s + partials / links.bytes_per_s)
+    kv_bytes, waits = shape.kv_bytes, sum(shape.sharded.values())
+    partials = (len(shards) - 1) * tree_tokens * shape.partial_bytes
+    step_s = waits * links.latency_s + partials / links.bytes_per_s
     sharded_s = steps * (step_s + max(shards) * kv_bytes / links.read_bytes_per_s)
     moved_s = sum(shards[:-1]) * kv_bytes / links.bytes_per_s
     gathered_s = moved_s + steps * sum(shards) * kv_bytes / links.read_bytes_per_s
@@ -63,8 +63,7 @@ def gathered_bytes(shape: ModelShape, cached: int, new_tokens: int, tree_tokens:
 
     What it holds of the cache is freed only when all of it is here, and a layer's parts stand beside their whole.
     """
-    row = shape.kv_row_bytes
-    return (cached + new_tokens + tree_tokens - 1) * row * shape.layers + 2 * cached * row
+    return (cached + new_tokens + tree_tokens - 1) * shape.kv_bytes + 2 * cached * shape.widest_row
 
 
 def _exchange_s(transport: Transport, size: int) -> float:

@@ -1,8 +1,9 @@
 """Speculation over a cache on one or many hosts: draft a tree, verify it on all shards at once, keep a path.
 
-Every host runs the tree's tokens. Their queries see every shard without a mask; the few keys of the tree itself are on
-the owner, which masks them; partial outputs are merged by their LSE as in any decoding. The owner walks the tree and
-drafts the next one, and tells both in one message a step. Only the owner has rows to keep or drop.
+Every host runs the tree's tokens. In sharded layers their queries see every shard without a mask; the few keys of the
+tree itself are on the owner, which masks them; partial outputs are merged by their LSE as in any decoding. In the other
+layers every host does the same. The owner walks the tree and drafts the next one, and tells both in one message a step:
+the rows to keep of the last tree, and the next one with its parents.
 
 Shapes: M tree rows, V vocabulary, F feature width.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 from apb.attention.cached import CacheAttention
 from apb.decode.base import GO_ON, Decoded, Decoding, Drafting
 from apb.decode.tree import Tree, root_only, walk
+from apb.layers.tree import depths
 
 WORD_BYTES = 4  # of a decision's int32 words
 
@@ -44,9 +46,9 @@ class Drafter(Protocol):
 
 
 def decision_words(tree_tokens: int) -> int:
-    """Return the words of a step's message: ending, tokens decided, tree size; then those tokens, and the tree's
-    tokens and depths."""
-    return 3 + 3 * tree_tokens
+    """Return the words of a step's message: ending, tokens decided, tree size; then those tokens, their rows in the
+    last tree, and the next tree's tokens and parents."""
+    return 3 + 4 * tree_tokens
 
 
 def speculate(d: Decoding, drafter: Drafter | None, tree_tokens: int) -> Decoded:
@@ -72,10 +74,12 @@ def speculate(d: Decoding, drafter: Drafter | None, tree_tokens: int) -> Decoded
                 tree = _draft(d, drafter, told, decided)
                 told = []
                 done.draft_s += _finished_at(d) - started
-            _write(words, decided, ending, tree, tree_tokens)
+            _write(words, decided, rows[: len(decided)], ending, tree, tree_tokens)
         d.transport.broadcast(words, cache.owner, kind="token", step=f"token {len(d.ids)}").wait()
-        decided, ending, tokens, depths = _read(words, tree_tokens)
+        decided, kept, ending, tokens, parents = _read(words, tree_tokens)
         if done.steps:
+            if drafter is None:
+                cache.keep(kept)
             cache.length += len(decided)  # the tree's root and the accepted rows but for the bonus token
         d.take(decided)
         if ending != GO_ON:
@@ -83,7 +87,7 @@ def speculate(d: Decoding, drafter: Drafter | None, tree_tokens: int) -> Decoded
                 done.head_rows = drafter.head_rows
             return d.finished(ending, done if d.decides else None)
         started = time.perf_counter()
-        verified = verify(d, tokens, depths, tree)
+        verified = verify(d, tokens, parents, tree)
         done.steps += 1
         done.rows += len(tokens)
         if drafter is not None:
@@ -108,22 +112,22 @@ def _walk(d: Decoding, tree: Tree, logits_MV: Tensor) -> tuple[list[int], list[i
 
 
 def verify(
-    d: Decoding, tokens: Sequence[int], depths: Sequence[int], tree: Tree | None
+    d: Decoding, tokens: Sequence[int], parents: Sequence[int], tree: Tree | None
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Run a tree's tokens over the cache; their KV stands behind the owner's tail until ``Tail.keep``.
+    """Run a tree's tokens over the cache, where they stay until ``HostCache.keep``.
 
-    The owner, which alone has the tree itself, gets the logits (M, V) after every row and the features (M, F) that
+    The owner, which alone drafted the tree, gets the logits (M, V) after every row and the features (M, F) that
     a draft head reads, where there is one; the others get None.
     """
     cache, adapter = d.cache, d.adapter
     if d.transport.rank not in cache.members:
         return None
     ids_M = torch.tensor(tokens, device=adapter.device)
-    positions_M = cache.length + torch.tensor(depths, device=adapter.device)
+    positions_M = cache.length + torch.tensor(depths(parents), device=adapter.device)
+    attention = CacheAttention(cache, d.transport, d.kernel, cache.length, len(tokens), tuple(parents))
     if tree is None:
-        adapter.run(ids_M, positions_M, CacheAttention(cache, d.transport, d.kernel))
+        adapter.run(ids_M, positions_M, attention)
         return None
-    attention = CacheAttention(cache, d.transport, d.kernel, tree.mask(adapter.device))
     with adapter.capturing(cache.draft.taps if cache.draft is not None else None) as features:
         logits_MV = adapter.all_logits(ids_M, positions_M, attention)
     return logits_MV, features.value_SF if cache.draft is not None else None
@@ -145,22 +149,26 @@ def _draft(d: Decoding, drafter: Drafter, told: Sequence[int], decided: Sequence
 
 
 def _keep(d: Decoding, rows: Sequence[int], decided: Sequence[int], features_MF: Tensor | None) -> None:
-    """Keep the KV of the root and of all decided tokens but the last, drop the rest of the tree's."""
+    """Keep the rows of the root and of all decided tokens but the last, drop the rest of the tree's."""
     cache = d.cache
-    cache.tail.keep(cache.length - cache.context_len, rows)
+    cache.keep(rows)
     if cache.draft is not None:
         assert features_MF is not None and cache.undecoded is not None
         kept_SF = features_MF[torch.tensor(rows, device=features_MF.device)]
         cache.draft.observe(kept_SF, [cache.undecoded, *decided[:-1]], cache.length)
 
 
-def _write(words: Tensor, decided: Sequence[int], ending: int, tree: Tree | None, room: int) -> None:
-    tokens, depths = (tree.tokens, tree.depths) if tree is not None else ((), ())
+def _write(
+    words: Tensor, decided: Sequence[int], rows: Sequence[int], ending: int, tree: Tree | None, room: int
+) -> None:
+    tokens, parents = (tree.tokens, tree.parents) if tree is not None else ((), ())
     assert len(decided) <= room and len(tokens) <= room
-    padded = [[*part, *[0] * (room - len(part))] for part in (decided, tokens, depths)]
-    words.copy_(torch.tensor([ending, len(decided), len(tokens), *padded[0], *padded[1], *padded[2]]))
+    padded = [i for part in (decided, rows, tokens, parents) for i in (*part, *[0] * (room - len(part)))]
+    words.copy_(torch.tensor([ending, len(decided), len(tokens), *padded]))
 
 
-def _read(words: Tensor, room: int) -> tuple[list[int], int, list[int], list[int]]:
+def _read(words: Tensor, room: int) -> tuple[list[int], list[int], int, list[int], list[int]]:
+    """Return tokens decided, their rows in the last tree, the ending, and the next tree's tokens and parents."""
     ending, count, size, *rest = words.tolist()
-    return rest[:count], ending, rest[room : room + size], rest[2 * room : 2 * room + size]
+    decided, rows, tokens, parents = (rest[i * room : (i + 1) * room] for i in range(4))
+    return decided[:count], rows[:count], ending, tokens[:size], parents[:size]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ROOT = -1  # parent of a pool's first level
+from apb.layers.tree import ROOT, depths, visible
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Tree:
     """Drafted tokens to verify at once: row 0 is the last decided token, each row's parent stands before it."""
 
     tokens: tuple[int, ...]
-    parents: tuple[int, ...]  # rows; ROOT for row 0
+    parents: tuple[int, ...]  # rows; ROOT for row 0 (in a pool, of its first level)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -45,10 +45,7 @@ class Tree:
     @property
     def depths(self) -> tuple[int, ...]:
         """Steps from the root; added to the root's position they are the rows' positions."""
-        depths = [0]
-        for parent in self.parents[1:]:
-            depths.append(depths[parent] + 1)
-        return tuple(depths)
+        return depths(self.parents)
 
     def path(self, row: int) -> tuple[int, ...]:
         """Return the tokens from below the root to a row, that one included."""
@@ -59,10 +56,7 @@ class Tree:
 
     def mask(self, device: torch.device | str = "cpu") -> Tensor:
         """Return (M, M) bool: which rows each row sees, itself and its ancestors."""
-        mask_MM = torch.eye(len(self), dtype=torch.bool)
-        for row, parent in enumerate(self.parents[1:], start=1):
-            mask_MM[row] |= mask_MM[parent]
-        return mask_MM.to(device)
+        return visible(self.parents, device)
 
     def grafted(self, chain: Iterable[int], limit: int) -> Tree:
         """Return the tree with a chain of tokens from its root, sharing what is there already, of ``limit`` rows at

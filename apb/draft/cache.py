@@ -18,8 +18,7 @@ from torch import Tensor
 from apb.draft.draft import Draft
 from apb.draft.steps import HeadSteps
 from apb.draft.vocab import bitmap
-from apb.kv.cache import Tail
-from apb.kv.layer import LayerKV
+from apb.layers.rows import LayerKV, Rows
 from burst.kernels.reference import attend
 
 
@@ -39,11 +38,11 @@ class DraftCache:
         self.draft, self.head, self.context_rows, self.bits = draft, draft.head, context_rows, bits
         self.later: set[int] = set()  # ids since the context
         self._adapted_to: Tensor | None = None  # the ids that the head's vocabulary was made for
-        self._rows = Tail(1)
+        self._rows = Rows()
         self._positions = list(positions)
         self._pending_BSE: Tensor | None = None  # the last token's hidden state while its next one is not decided
         if positions:
-            self._rows.append(0, rows.k_BKTD, rows.v_BKTD)
+            self._rows.append(rows.k_BKTD, rows.v_BKTE)
 
     @property
     def positions(self) -> Sequence[int]:
@@ -78,7 +77,7 @@ class DraftCache:
 
     def rows(self) -> LayerKV | None:
         """Return all rows, (1, K, T, D) each; None when there is none."""
-        return self._rows.view(0)
+        return self._rows.view()
 
     def observe(self, features_SF: Tensor, token_ids: Sequence[int], start: int) -> None:
         """Add the pairs of decided tokens, whose features the target's forward pass gave; the first is at ``start``."""
@@ -108,7 +107,7 @@ class DraftCache:
         def attention(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> Tensor:
             self._append(k_BKSD, v_BKSD, position - 1)
             seen = self.visible(position)
-            out_BHSD, _ = attend(q_BHSD, seen.k_BKTD, seen.v_BKTD, causal=False, scale=q_BHSD.shape[-1] ** -0.5)
+            out_BHSD, _ = attend(q_BHSD, seen.k_BKTD, seen.v_BKTE, causal=False, scale=q_BHSD.shape[-1] ** -0.5)
             return out_BHSD
 
         device = hidden_BSE.device
@@ -117,7 +116,7 @@ class DraftCache:
 
     def visible(self, position: int) -> LayerKV:
         """Return the rows that a draft under the token at ``position`` sees: sinks, and the window before it."""
-        kv = self._rows.view(0)
+        kv = self._rows.view()
         assert kv is not None
         if self.head.window is None:
             return kv
@@ -127,9 +126,9 @@ class DraftCache:
             return kv
         return LayerKV(
             torch.cat([kv.k_BKTD[:, :, :sinks], kv.k_BKTD[:, :, first:]], dim=2),
-            torch.cat([kv.v_BKTD[:, :, :sinks], kv.v_BKTD[:, :, first:]], dim=2),
+            torch.cat([kv.v_BKTE[:, :, :sinks], kv.v_BKTE[:, :, first:]], dim=2),
         )
 
     def _append(self, k_BKSD: Tensor, v_BKSD: Tensor, first: int) -> None:
-        self._rows.append(0, k_BKSD, v_BKSD)
+        self._rows.append(k_BKSD, v_BKSD)
         self._positions += range(first, first + k_BKSD.shape[2])

@@ -55,7 +55,9 @@ class EagleHead(SharedVocab):
     def fresh(cls, target: Target, *, window: int | None, sinks: int, seed: int = 0) -> EagleHead:
         """Return a head of random weights, fp32, whose layer is like one of the target's: where training starts."""
         s = target.shape
-        shape = LayerShape(s.hidden, s.intermediate, s.q_heads, s.kv_heads, s.head_dim, rms_norm_eps=1e-5)
+        shape = LayerShape(
+            s.hidden, s.intermediate, s.heads.q_heads, s.heads.kv_heads, s.heads.qk_dim, rms_norm_eps=1e-5
+        )
         head = cls(shape, target, fc_bias=False, window=window, sinks=sinks)
         rng = torch.Generator().manual_seed(seed)
         for name, weight in head.named_parameters():

@@ -87,8 +87,8 @@ def load(name: str | Path, target: Target) -> DraftHead:
         raise
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise _damaged(path, f"its configuration lacks or misstates {error}") from error
-    if head.head_dim != target.shape.head_dim:  # its rotations are the target's
-        raise _foreign(path, f"head_dim={head.head_dim}", f"head_dim={target.shape.head_dim}")
+    if head.head_dim != target.shape.heads.qk_dim:  # its rotations are the target's
+        raise _foreign(path, f"head_dim={head.head_dim}", f"head_dim={target.shape.heads.qk_dim}")
     _check_ids(path, head)
     _fill(path, head, tensors)
     head.about = dict(about)

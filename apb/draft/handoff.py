@@ -16,7 +16,7 @@ from torch import Tensor
 from apb.draft.cache import DraftCache
 from apb.draft.draft import Draft
 from apb.draft.vocab import bitmap
-from apb.kv.layer import LayerKV
+from apb.layers.rows import LayerKV
 from apb.plan.draft import Spans, positions
 from burst.transport import Message, Transport
 
@@ -77,7 +77,7 @@ def move(draft: Draft, cache: DraftCache | None, src: int, dst: int, transport: 
         sizes = torch.tensor([len(at), cache.context_rows, len(later)], device=transport.device)
         transport.exchange([Message(dst, sizes)], [], kind="gather", step=step).wait()
         if rows is not None:
-            own = [torch.tensor(at, device=transport.device), torch.stack([rows.k_BKTD, rows.v_BKTD])]
+            own = [torch.tensor(at, device=transport.device), torch.stack([rows.k_BKTD, rows.v_BKTE])]
             transport.exchange([Message(dst, x) for x in own], [], kind="gather", step=step).wait()
         if cache.bits is not None:
             transport.exchange([Message(dst, cache.bits), Message(dst, later)], [], kind="gather", step=step).wait()

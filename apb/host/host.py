@@ -26,8 +26,9 @@ from apb.host.forward import BlockAttention, Passes
 from apb.host.load import load_adapter
 from apb.host.messages import HostReport, HostSpec, OnEvent, PrefillRequest
 from apb.host.process import available_bytes, peak_rss_bytes, reset_peak_rss, rss_bytes
-from apb.kv.cache import HostCache, Tail
+from apb.kv.cache import HostCache
 from apb.kv.gather import gather
+from apb.layers.base import Place
 from apb.models.adapter import Adapter
 from apb.models.graphed import GraphedAdapter
 from apb.models.lengths import agreed
@@ -159,10 +160,10 @@ class Host:
         self.transport.agree(f"{request.agreement} {self.adapter.shape}", step="agree on the plan")
         attention = self._prefill_attention(request)
         cache = HostCache(
-            context=attention.kept,
+            mixers=plan.shape.mixers,
+            layers=attention.kept,
             members=tuple(range(plan.hosts)),
             spans=tuple(h.spans for h in plan.host_plans),
-            tail=Tail(plan.shape.layers),
             length=plan.lengths.context,
             rope_length=plan.rope_length,
         )
@@ -171,7 +172,7 @@ class Host:
         asked_QF = None
         if fused:
             assert isinstance(attention, PrefillAttention)
-            question = CacheAttention(cache, self.transport, self.kernel)
+            question = CacheAttention(cache, self.transport, self.kernel, cache.length, len(request.query_ids))
             features_SF, asked_QF = passes.with_question(attention, question, cache, request.query_ids)
         else:
             features_SF = passes.blocks(attention)
@@ -197,11 +198,10 @@ class Host:
         plan = request.plan
 
         def on_layer(layer: int) -> None:
-            self._say(kind="layer", done=layer + 1, total=plan.shape.layers)
+            self._say(kind="layer", done=layer + 1, total=len(plan.shape.mixers))
 
-        host = plan.host_plans[self.transport.rank]
-        if plan.chunk_tokens is not None and host.alone:
-            return LocalAttention(host.block_len, plan.shape.layers, self.kernel, on_layer)
+        if plan.chunk_tokens is not None and plan.alone(self.transport.rank):
+            return LocalAttention(plan, Place(self.transport, self.kernel), on_layer)
         if plan.spread is not None:
             return ExactAttention(plan, self.transport, self.kernel, on_layer)
         delta = request.question_delta if plan.question_len else None
@@ -211,10 +211,7 @@ class Host:
     def _fork(self, source: str, handle: str, query_ids: tuple[int, ...] | None) -> None:
         cache = self._caches[source].fork()
         if query_ids is not None:
-            cache.tail.truncate(0)
-            cache.length, cache.logits, cache.undecoded = cache.context_len, None, None
-            if cache.draft is not None:
-                cache.draft.restart()
+            cache.restart()
             self._forward(cache, query_ids)
         self._caches[handle] = cache
 

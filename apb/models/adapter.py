@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,21 +18,26 @@ from transformers import AttentionInterface, PreTrainedModel
 from apb.attention.base import Attention
 from apb.draft.base import RotateTo, Target
 from apb.draft.draft import Draft
-from apb.models.checks import PlainCall, check_config, check_keywords
+from apb.layers.call import AttentionCall
+from apb.layers.softmax import Softmax
+from apb.models.checks import PlainCall, check_config, check_keywords, check_kind
 from apb.models.chunked import Finished, InChunks, chunkable
 from apb.models.classes import decoder
 from apb.models.hooks import (
     Features,
     active_features,
     capturing,
-    has_projections,
     hook_features,
     hook_projections,
+    placed,
     projecting,
     take_projections,
 )
+from apb.models.kinds import MIXER, Mixer, layer_kinds, mixers
 from apb.models.lengths import rotate_as_agreed
 from apb.models.probe import probe
+from apb.models.rotation import Rotation
+from apb.models.temperature import by_temperature
 from apb.plan.shapes import ModelShape
 from burst.errors import UserError
 
@@ -54,19 +58,26 @@ def _attend(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention hook: check that nothing is asked that we do not do, then hand over."""
+    mixer: Mixer | None = getattr(module, MIXER, None)
     check_keywords(module, {"attention_mask": attention_mask, "dropout": dropout, **others})
-    if apb_attention is None:
+    if apb_attention is None or mixer is None:
         raise PlainCall(
             "the model was called without its distributed attention",
             given="a plain forward call",
             allowed="calls through apb.models.adapter.Adapter",
             remedy="Use Engine.prefill and Engine.generate, or load the model with transformers.",
         )
-    layer = module.layer_idx
-    assert isinstance(layer, int)
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out_BSHD = apb_attention(layer, query, key, value, scale, take_projections())
-    return out_BSHD.contiguous(), None  # most models would copy it themselves in their next line, some insist on it
+    check_kind(others, mixer.kind)
+    call = AttentionCall(
+        mixer.number,
+        by_temperature(module, query),
+        key,
+        value,
+        scaling if scaling is not None else query.shape[-1] ** -0.5,
+        others.get("s_aux"),
+        take_projections(),
+    )
+    return apb_attention(call).contiguous(), None  # most models would copy it themselves, some insist on it
 
 
 AttentionInterface.register(IMPLEMENTATION, _attend)
@@ -83,16 +94,15 @@ class Adapter:
         self.shape = shape
         self.draft: Draft | None = None  # virtual hosts share it, as they share the model
         self._model = model
-        self._base = decoder(model)
+        self._base: Any = decoder(model)
         rotate_as_agreed(self._base, shape.rope_border)
         model.set_attn_implementation(IMPLEMENTATION)
-        self._attentions = self._attention_modules()
-        for module in self._attentions:
-            hook_projections(module, [n * shape.head_dim for n in (shape.q_heads, shape.kv_heads, shape.kv_heads)])
+        self._mixers = self._number_mixers()
         for layer in self._layer_modules():
             chunkable(layer)
         hook_features(self._base, self._layer_modules())
-        self.ends = probe(self, model)
+        self._rotation = Rotation(self._base, self._mixers)
+        self.ends = probe(self, model, self._rotation)
 
     @property
     def name(self) -> str:
@@ -126,8 +136,8 @@ class Adapter:
             self._forward(self._base, ids_S, positions_S, attention)
             return
         features = active_features()
-        last = None if features is not None and not features.taps else self.shape.layers - 1
-        chunks = InChunks(attention, attention.needs_projections, last, chunk)
+        to_the_end = features is not None and not features.taps
+        chunks = InChunks(attention, self.shape.mixers, chunk, to_the_end=to_the_end)
         with contextlib.suppress(Finished):
             self._forward(self._base, ids_S, positions_S, chunks)
 
@@ -166,8 +176,7 @@ class Adapter:
 
         def turning(rotary: nn.Module) -> RotateTo:
             def rotate(x_BHSD: Tensor, positions: Tensor) -> Tensor:
-                cos, sin = rotary(x_BHSD, positions if positions.dim() == 2 else positions[None])
-                return self._rotated(x_BHSD, cos, sin, 0)
+                return self._rotation.turned(x_BHSD, positions if positions.dim() == 2 else positions[None], rotary)
 
             return rotate
 
@@ -204,37 +213,25 @@ class Adapter:
         )
 
     def _logits(self, ids_S: Tensor, positions_S: Tensor, attention: Attention, keep: int) -> Tensor:
-        out = self._forward(self._model, ids_S, positions_S, attention, logits_to_keep=keep)
-        logits_SV: Tensor = out.logits[0]
+        if any(kind.reads is not None for kind in self.shape.mixers):
+            # Models whose last layers read others' keys cut the tokens before these to those whose logits are wanted.
+            logits_SV = self.head(self.hidden(ids_S, positions_S, attention)[-keep:])
+        else:
+            logits_SV = self._forward(self._model, ids_S, positions_S, attention, logits_to_keep=keep).logits[0]
         return logits_SV if logits_SV.dtype == torch.float64 else logits_SV.float()
 
-    def rotate(self, x_BHSD: Tensor, delta: int | Tensor, layer: int) -> Tensor:
-        """Rotate a layer's already rotated queries or keys on by ``delta`` positions (RoPE rotations add up).
+    def rotate(self, x_BHSD: Tensor, delta: int | Tensor, mixer: int) -> Tensor:
+        """Rotate a mixer's already rotated queries or keys on by ``delta`` positions (RoPE rotations add up).
 
-        ``delta`` is one number for all tokens or (S,) whole numbers; negative ones rotate back.
+        ``delta`` is one number for all tokens or (S,) whole numbers; negative ones rotate back. Raises UserError where
+        positions change queries or keys in other ways too.
         """
-        attention = self._attentions[layer]
-        if not getattr(attention, "use_rope", True):  # SmolLM3 leaves positions out of some layers
-            return x_BHSD
-        rotary = self._base.rotary_emb
-        # A number is filled in on the device: copying it there would wait for the device.
-        turn = delta if isinstance(delta, Tensor) else torch.full((1,), delta, device=x_BHSD.device)
-        cos, sin = rotary(x_BHSD, turn.reshape(1, -1))
-        # cos and sin carry the scaling of YaRN and its like; it is in x already.
-        scaling = getattr(rotary, "attention_scaling", 1.0)
-        return self._rotated(x_BHSD, cos / scaling, sin / scaling, layer)
-
-    def _rotated(self, x_BHSD: Tensor, cos: Tensor, sin: Tensor, layer: int) -> Tensor:
-        apply = sys.modules[type(self._attentions[layer]).__module__].apply_rotary_pos_emb
-        turning = cos.shape[-1]  # the dimensions beyond are never rotated
-        x_BHSR, rest_BHSP = x_BHSD[..., :turning], x_BHSD[..., turning:]
-        rotated: Tensor = apply(x_BHSR, x_BHSR, cos, sin)[0]
-        return torch.cat([rotated, rest_BHSP], dim=-1) if rest_BHSP.shape[-1] else rotated
+        return self._rotation.on(x_BHSD, delta, mixer)
 
     def _forward(
         self, module: nn.Module, ids_S: Tensor, positions_S: Tensor, attention: Attention, **options: Any
     ) -> Any:
-        with projecting(attention.needs_projections):
+        with projecting(attention.needs_projections), placed(positions_S):
             return module(
                 input_ids=ids_S[None],
                 position_ids=positions_S[None],
@@ -243,18 +240,30 @@ class Adapter:
                 **options,
             )
 
-    def _attention_modules(self) -> list[nn.Module]:
-        found = [m for m in self._base.modules() if hasattr(m, "layer_idx") and has_projections(m)]
-        if len(found) != self.shape.layers:
+    def _number_mixers(self) -> list[nn.Module]:
+        """Find the modules that mix tokens, and leave each its number and kind."""
+        found = mixers(self._base)
+        kinds = layer_kinds(self._base, self._model.config)
+        if kinds != self.shape.mixers or not found:
             raise UserError(
-                "the model's attention layers could not be found",
-                given=f"{self.name}: {len(found)} of {self.shape.layers} layers",
-                allowed="decoders whose every layer has one attention module with q, k and v projections",
-                remedy="Choose a Llama-like decoder (Llama, Qwen, Mistral, Granite, Phi-3 and the like).",
+                "the model's layers are not those that its configuration promises",
+                given=f"{self.name}: {len(found)} that mix tokens in a known way",
+                allowed=f"the {len(self.shape.mixers)} of its configuration, one or more",
+                remedy="Choose a model whose layers are listed in docs/models.md.",
             )
+        for number, (module, kind) in enumerate(zip(found, kinds, strict=True)):
+            setattr(module, MIXER, Mixer(number, kind))
+            widths = None
+            if isinstance(kind, Softmax):
+                widths = [kind.q_heads * kind.qk_dim, kind.kv_heads * kind.qk_dim, kind.kv_heads * kind.v_dim]
+            hook_projections(module, widths)
         return found
 
     def _layer_modules(self) -> list[nn.Module]:
-        """The decoder layers: the modules that hold one attention module each."""
-        found = {id(m) for m in self._attentions}
-        return [m for m in self._base.modules() if any(id(child) in found for child in m.children())]
+        """The decoder layers: the entries of the list that holds all mixers."""
+        inside = {id(m) for m in self._mixers}
+        lists = [m for m in self._base.modules() if isinstance(m, nn.ModuleList)]
+        for each in lists:
+            if inside <= {id(m) for layer in each for m in layer.modules()}:
+                return list(each)
+        raise AssertionError("mixers outside one list of layers")

@@ -6,22 +6,21 @@ a loaded model.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from apb.layers.base import LayerKind
+from apb.layers.softmax import Softmax
+from apb.layers.window import Window
 from apb.models.quantised import check_quantisation
-from apb.models.shape import rope_parameters
+from apb.models.rope import rope_parameters
 from apb.models.towers import TOWERS
 from burst.errors import UserError
 
 # Keywords that carry something attention would have to do; anything but None (or 0) is rejected.
 _REFUSED = (
-    "sliding_window",
-    "softcap",
-    "s_aux",
     "sinks",
     "position_bias",
     "indices",
@@ -44,13 +43,26 @@ def refuse(name: str, value: object) -> UserError:
     return UserError(
         f"this model asks attention for '{name}', which distributed prefill does not support",
         given=f"{name}={value if not isinstance(value, Tensor) else 'a tensor'}",
-        allowed="causal attention over all tokens: no window, soft cap, sinks, mask or dropout",
-        remedy="Choose another model, or a checkpoint whose config.json does not set it.",
+        allowed="layers of docs/layers.md: full, windowed, latent and linear ones, with sinks and soft caps",
+        remedy="Choose a model of docs/models.md, or a checkpoint whose config.json does not set it.",
     )
 
 
+def check_kind(given: Mapping[str, Any], kind: LayerKind) -> None:
+    """Refuse what one call of attention asks for that its layer's kind does not do; raises UserError."""
+    expected = {
+        "sliding_window": kind.window if isinstance(kind, Window) and not kind.chunked else None,
+        "softcap": kind.soft_cap if isinstance(kind, Softmax) else None,
+    }
+    for name, value in expected.items():
+        if (given.get(name) or None) != value and name in given:
+            raise refuse(name, given[name])
+    if given.get("s_aux") is not None and not (isinstance(kind, Softmax) and kind.sink):
+        raise refuse("s_aux", given["s_aux"])
+
+
 def check_keywords(module: nn.Module, given: Mapping[str, Any]) -> None:
-    """Refuse what one call of attention asks for and would not get; raises UserError."""
+    """Refuse what one call of attention asks for and no layer does; raises UserError."""
     for name in _REFUSED:
         value = given.get(name)
         if value is not None and (isinstance(value, Tensor) or value != 0):
@@ -68,25 +80,11 @@ def check_config(config: Any) -> None:
         raise _composite(getattr(config, "model_type", "?"))
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         raise refuse("use_bidirectional_attention", config.use_bidirectional_attention)
-    # A key that this kind of configuration does not have is another family's: its model never reads it.
-    own = inspect.signature(type(config).__init__).parameters
-    layer_types = getattr(config, "layer_types", None) if "layer_types" in own else None
-    kinds = set(layer_types or ["full_attention"])
-    if kinds - {"full_attention", "sliding_attention"}:
-        raise refuse("layer_types", sorted(kinds))
-    window = getattr(config, "sliding_window", None)
-    switched_off = "use_sliding_window" in own and config.use_sliding_window is False
-    if window is not None and ("sliding_attention" in kinds or not (switched_off or layer_types)):
-        raise refuse("sliding_window", window)
-    for name in ("attn_logit_softcapping", "attention_chunk_size", "alibi"):
-        if getattr(config, name, None):
-            raise refuse(name, getattr(config, name))
-    ropes = rope_parameters(config)
-    for rope in ropes:
+    if getattr(config, "alibi", None):
+        raise refuse("alibi", config.alibi)
+    for rope in rope_parameters(config):
         if rope.get("rope_type") in _REFUSED_ROPE:
             raise refuse("rope_type", rope["rope_type"])
-    if not ropes and getattr(config, "rope_theta", None) is None:
-        raise refuse("positions other than RoPE", getattr(config, "model_type", "?"))
 
 
 def _composite(kind: str) -> UserError:

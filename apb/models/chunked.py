@@ -5,19 +5,25 @@ Shapes: B batch (1), S tokens, H query heads, K kv heads, D head dim, E projecti
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from apb.attention.base import Attention
 from apb.attention.chunked import spans
-from apb.kv.layer import Projections
+from apb.layers.base import LayerKind
+from apb.layers.call import AttentionCall, Call
+from apb.layers.rows import Projections
+from apb.models.hooks import active_positions, placed
 from burst.errors import UserError
 
 KEYWORD = "apb_attention"
-_BY_TOKEN = ("position_embeddings", "position_ids", "cache_position")  # what layers are given for each token
+# What layers are given for each token.
+_BY_TOKEN = ("position_embeddings", "position_ids", "cache_position", "per_layer_input")
 
 
 class Finished(Exception):
@@ -35,37 +41,38 @@ class InChunks:
     strategies that choose among all of its tokens must; then every chunk runs again with its share of the output.
     """
 
-    def __init__(self, attention: Callable[..., Tensor], needs_projections: bool, last: int | None, chunk: int) -> None:
-        """``last``: the layer after whose attention nothing more is wanted; None: run to the end."""
-        self.needs_projections, self.chunk = needs_projections, chunk
-        self._attention, self._last = attention, last
+    def __init__(self, attention: Attention, mixers: Sequence[LayerKind], chunk: int, *, to_the_end: bool) -> None:
+        """``to_the_end``: whether anything is wanted of what comes after the last mixer."""
+        self.needs_projections, self.chunk = attention.needs_projections, chunk
+        self._attention, self._last = attention, None if to_the_end else len(mixers) - 1
+        self._reads = [kind.reads for kind in mixers]
         # Queries, keys and values of all tokens, and the raw projections where asked for. The same memory serves all
-        # layers: with its own a layer, kept KV in between would leave holes too small for the next one's.
-        self._whole: list[Tensor] = []
-        self._out_BSHD: Tensor | None = None
-        self._call: tuple[int, float] = (0, 0.0)  # layer and scale
+        # layers of equal sizes: with its own a layer, kept KV would leave holes too small for the next one's.
+        self._whole: dict[tuple[tuple[int, ...], ...], list[Tensor]] = {}
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values that later mixers read, by mixer
+        self._call: AttentionCall | None = None  # with all tokens' rows
+        self._out: Tensor | None = None
         self._tokens, self._start, self._stop = 0, 0, 0
 
-    def __call__(
-        self,
-        layer: int,
-        q_BHSD: Tensor,
-        k_BKSD: Tensor,
-        v_BKSD: Tensor,
-        scale: float,
-        projections: Projections | None,
-    ) -> Tensor:
-        """Keep what a chunk brings, or return its share (B, S, H, D) of the output."""
-        if self._out_BSHD is not None:
-            return self._out_BSHD[:, self._start : self._stop]
-        parts = [x.transpose(1, 2) for x in (q_BHSD, k_BKSD, v_BKSD)]
-        if projections is not None:
-            parts += [projections.q_BSE, projections.k_BSE, projections.v_BSE]
-        if not self._whole:
-            self._whole = [x.new_empty(x.shape[0], self._tokens, *x.shape[2:]) for x in parts]
-        for whole, part in zip(self._whole, parts, strict=True):
+    def __call__(self, call: Call) -> Tensor:
+        """Keep what a chunk brings, or return its share (B, S, H, E) of the output."""
+        assert isinstance(call, AttentionCall)
+        if self._out is not None:
+            return self._out[:, self._start : self._stop]
+        parts = [x.transpose(1, 2) for x in (call.q_BHSD, call.k_BKSD, call.v_BKSE)]
+        if call.projections is not None:
+            parts += [call.projections.q_BSP, call.projections.k_BSP, call.projections.v_BSP]
+        sizes = tuple(x.shape[2:] for x in parts)
+        if sizes not in self._whole:
+            self._whole[sizes] = [x.new_empty(x.shape[0], self._tokens, *x.shape[2:]) for x in parts]
+        for whole, part in zip(self._whole[sizes], parts, strict=True):
             whole[:, self._start : self._stop] = part
-        self._call = (layer, scale)
+        q, k, v = (x.transpose(1, 2) for x in self._whole[sizes][:3])
+        raw = Projections(*self._whole[sizes][3:]) if call.projections is not None else None
+        reads = self._reads[call.layer]
+        if reads is not None:  # what the layer got is the last chunk's
+            k, v = self._held[reads]
+        self._call = dataclasses.replace(call, q_BHSD=q, k_BKSD=k, v_BKSE=v, projections=raw)
         raise _Collected
 
     def run(self, forward: Callable[..., Any], hidden_BSE: Tensor, given: dict[str, Any]) -> Tensor:
@@ -73,34 +80,38 @@ class InChunks:
 
         Raises Finished instead of running the rest of a last layer of which nobody wants more.
         """
-        self._tokens, self._out_BSHD = hidden_BSE.shape[1], None
+        self._tokens, self._out, self._call = hidden_BSE.shape[1], None, None
         for hidden, options in self._chunks(hidden_BSE, given):
             try:
                 forward(hidden, **options)
             except _Collected:
                 continue
-        self._attend()
-        if self._call[0] == self._last:
+        call = self._collected()
+        if call.layer in self._reads:
+            self._held[call.layer] = call.k_BKSD.clone(), call.v_BKSE.clone()
+        self._out = self._attention(call)
+        if call.layer == self._last:
             raise Finished
         for hidden, options in self._chunks(hidden_BSE, given):
             out = forward(hidden, **options)
             if not isinstance(out, Tensor):
                 raise _unfit(f"a layer returns {type(out).__name__}")
             hidden.copy_(out)
-        self._out_BSHD = None
+        self._out = None
         return hidden_BSE
+
+    def _collected(self) -> AttentionCall:
+        assert self._call is not None
+        return self._call
 
     def _chunks(self, hidden_BSE: Tensor, given: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         for start, stop in spans(self._tokens, self.chunk):
             self._start, self._stop = start, stop
             options = {name: self._cut(name, value) for name, value in given.items()}
-            yield hidden_BSE[:, start:stop], options
-
-    def _attend(self) -> None:
-        q_BHSD, k_BKSD, v_BKSD = (x.transpose(1, 2) for x in self._whole[:3])
-        projections = Projections(*self._whole[3:]) if self.needs_projections else None
-        layer, scale = self._call
-        self._out_BSHD = self._attention(layer, q_BHSD, k_BKSD, v_BKSD, scale, projections)
+            at_S = active_positions()
+            assert at_S is not None
+            with placed(at_S[start:stop]):
+                yield hidden_BSE[:, start:stop], options
 
     def _cut(self, name: str, value: Any) -> Any:
         """Cut what a layer is given to the chunk's tokens."""

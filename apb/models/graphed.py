@@ -1,18 +1,17 @@
 """A model whose decode steps run as graphs.
 
-Shapes: B batch (1), S tokens, H query heads, K kv heads, D head dim, E hidden size, V vocabulary.
+Shapes: S tokens, E hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Set
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from apb.attention.base import Attention
 from apb.graphs.capture import Capture, Cut, Pieces
+from apb.layers.call import Call
 from apb.models.adapter import Adapter
 from apb.models.hooks import active_features
 from apb.models.lengths import agreed_length
@@ -28,10 +27,8 @@ class _Cutting:
     def __init__(self, cut: Cut) -> None:
         self._cut = cut
 
-    def __call__(
-        self, layer: int, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, projections: object
-    ) -> Tensor:
-        return self._cut(layer, q_BHSD, k_BKSD, v_BKSD, scale, None)
+    def __call__(self, call: Call) -> Tensor:
+        return self._cut(call)
 
 
 class GraphedAdapter(Adapter):
@@ -92,8 +89,4 @@ class GraphedAdapter(Adapter):
                 self._adapter.run(ids_S, positions_S, _Cutting(cut))
                 return None, features.parts
 
-        def blank(layer: int, q_BHSD: Tensor, *rest: Any) -> Tensor:
-            batch, heads, tokens, dim = q_BHSD.shape
-            return torch.empty(batch, tokens, heads, dim, dtype=q_BHSD.dtype, device=q_BHSD.device)
-
-        return Pieces(step, (ids_S, positions_S), blank, self._capture)
+        return Pieces(step, (ids_S, positions_S), lambda call: call.blank(), self._capture)

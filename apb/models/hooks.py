@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apb.kv.layer import Projections
+from apb.layers.rows import Projections
 
 FINAL = -1  # the final norm's output among the features
 # Projections of the layer under way, and features; virtual ranks are threads, so each has its own.
@@ -71,6 +71,23 @@ def projecting(wanted: bool) -> Iterator[None]:
         _captured.slot = None
 
 
+@contextlib.contextmanager
+def placed(positions_S: Tensor) -> Iterator[None]:
+    """Tell attention where the tokens that are run meanwhile stand."""
+    before = active_positions()
+    _captured.positions_S = positions_S
+    try:
+        yield
+    finally:
+        _captured.positions_S = before
+
+
+def active_positions() -> Tensor | None:
+    """Return where the tokens that this thread is running stand."""
+    positions_S: Tensor | None = getattr(_captured, "positions_S", None)
+    return positions_S
+
+
 def take_projections() -> Projections | None:
     """Return the projections of the layer under way; None where they are not kept."""
     slot: dict[str, Tensor] | None = getattr(_captured, "slot", None)
@@ -81,8 +98,8 @@ def take_projections() -> Projections | None:
     return out
 
 
-def hook_projections(module: nn.Module, widths: Sequence[int]) -> None:
-    """Let an attention module's projections be kept; ``widths``: of q, k and v in one that has them in one."""
+def hook_projections(module: nn.Module, widths: Sequence[int] | None) -> None:
+    """Let an attention module's projections be kept; ``widths``: of q, k and v where it may have them in one."""
 
     def keep(name: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
@@ -95,17 +112,13 @@ def hook_projections(module: nn.Module, widths: Sequence[int]) -> None:
     def _split(name: str, output: Tensor) -> dict[str, Tensor]:
         if name != "qkv":
             return {name: output}
+        assert widths is not None
         return dict(zip("qkv", output.split(list(widths), dim=-1), strict=True))
 
     for name in ("q", "k", "v", "qkv"):
         projection = getattr(module, f"{name}_proj", None)
         if projection is not None:
             projection.register_forward_hook(keep(name))
-
-
-def has_projections(module: nn.Module) -> bool:
-    """Return True where q, k and v are plain projections; DeepSeek's compressed keys are not."""
-    return hasattr(module, "qkv_proj") or all(hasattr(module, f"{name}_proj") for name in "qkv")
 
 
 def hook_features(base: nn.Module, layers: Sequence[nn.Module]) -> None:

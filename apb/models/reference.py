@@ -1,4 +1,4 @@
-"""transformers' own attention of a model, looked at while it runs: each call is compared with causal attention.
+"""transformers' own attention of a model, looked at while it runs: each call is compared with its layer's kind.
 
 Shapes: B batch (1), S tokens, H query heads, K kv heads, D head dim.
 """
@@ -6,6 +6,7 @@ Shapes: B batch (1), S tokens, H query heads, K kv heads, D head dim.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -17,11 +18,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from apb.layers.base import LayerKind
+from apb.layers.call import AttentionCall, Call
+from apb.layers.softmax import Softmax
+from apb.layers.window import Window
 from apb.models.checks import PlainCall, check_keywords
+from apb.models.kinds import MIXER, Mixer
+from burst.execution.blocks import add_sinks
+from burst.kernels.reference import attend
 
 REFERENCE = "apb-reference"
 
-_WINDOW = 8  # tokens; what a wider window is narrowed to meanwhile
+NARROW = 8  # tokens; what a wider window is narrowed to meanwhile
 _SPREAD = 6.0  # of the made-up scores: soft caps bend them, and still every row sees more than its largest
 _TOLERANCE = 1e-3  # of outputs of size 1, in fp32
 # Names of what may be a window. Published ones are far wider than what can be run at every load (Phi-MoE's 2,047): as
@@ -31,41 +39,55 @@ _NO_WINDOW = re.compile(r"layer|feed_forward|head|_type")
 
 
 class Compared:
-    """transformers' own attention of a model, each call compared with ours; keeps what it returned, by call."""
+    """transformers' own attention of a model, each call compared with its kind's; keeps what it was given and returned,
+    by call."""
 
     needs_projections = False
 
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, Tensor, Tensor, Tensor]] = []
-        self.out_BSHD: list[Tensor] = []
+    def __init__(self, narrow: bool) -> None:
+        """``narrow``: whether windows are narrowed meanwhile."""
+        self.calls: list[AttentionCall] = []
+        self.outs: list[Tensor] = []
         self.differing: list[int] = []
+        self._narrow = narrow
 
-    def __call__(
-        self, layer: int, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, projections: object
-    ) -> Tensor:
+    def __call__(self, call: Call) -> Tensor:
         raise AssertionError("transformers' own attention is called")
 
     def compare(
-        self, module: nn.Module, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None, options: Any
+        self, module: nn.Module, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSE: Tensor, mask: Tensor | None, options: Any
     ) -> Tensor:
-        """Return the output (B, S, H, D) of the model's own function, compared on made-up inputs of the same shapes."""
-        layer = module.layer_idx
-        assert isinstance(layer, int)
-        self.seen.append((layer, q_BHSD, k_BKSD, v_BKSD))
-        own = _own_function(module)
-        # Trained scores may be so sharp that a window changes next to nothing in 32 tokens; made-up ones are not.
+        """Return the output (B, S, H, E) of the model's own function, compared on made-up inputs of the same shapes."""
+        mixer: Mixer = getattr(module, MIXER)
         scaling = options["scaling"]
         scale = scaling if scaling is not None else q_BHSD.shape[-1] ** -0.5
-        made = [_noise(x, i) for i, x in enumerate((q_BHSD, k_BKSD, v_BKSD))]
-        made[0] = made[0] * (_SPREAD / (scale * q_BHSD.shape[-1] ** 0.5))
-        q, k, v = made
-        theirs_BSHD = own(module, q, k, v, mask, **options)[0]
-        ours_BSHD = _causal(q, k, v, scale)
-        if theirs_BSHD.shape != ours_BSHD.shape or not float((theirs_BSHD - ours_BSHD).abs().max()) < _TOLERANCE:
-            self.differing.append(layer)
-        out_BSHD: Tensor = own(module, q_BHSD, k_BKSD, v_BKSD, mask, **options)[0]
-        self.out_BSHD.append(out_BSHD)
-        return out_BSHD
+        call = AttentionCall(mixer.number, q_BHSD.clone(), k_BKSD.clone(), v_BKSE.clone(), scale, options.get("s_aux"))
+        self.calls.append(call)
+        own = _own_function(module)
+        # Trained scores may be so sharp that a window changes next to nothing in 32 tokens; made-up ones are not.
+        q, k, v = (_noise(x, i) for i, x in enumerate((q_BHSD, k_BKSD, v_BKSE)))
+        q = q * (_SPREAD / (scale * q_BHSD.shape[-1] ** 0.5))
+        theirs = own(module, q, k, v, mask, **options)[0]
+        ours = self._dense(mixer.kind, dataclasses.replace(call, q_BHSD=q, k_BKSD=k, v_BKSE=v))
+        if theirs.shape != ours.shape or not float((theirs - ours).abs().max()) < _TOLERANCE:
+            self.differing.append(mixer.number)
+        out: Tensor = own(module, q_BHSD, k_BKSD, v_BKSE, mask, **options)[0]
+        self.outs.append(out)
+        return out
+
+    def _dense(self, kind: LayerKind, call: AttentionCall) -> Tensor:
+        """Return what a layer of this kind is to answer, (B, S, H, E), in plain softmax."""
+        assert isinstance(kind, Softmax)
+        if self._narrow and isinstance(kind, Window):
+            kind = dataclasses.replace(kind, window=min(kind.window, NARROW))
+        at_S = torch.arange(call.tokens, device=call.q_BHSD.device)
+        reach_S = torch.tensor([kind.reach(p) for p in range(call.tokens)], device=at_S.device)
+        seen_SS = (at_S <= at_S[:, None]) & (at_S >= reach_S[:, None])
+        q, k, v = call.q_BHSD, call.k_BKSD, call.v_BKSE
+        out, lse = attend(q, k, v, False, call.scale, seen_ST=seen_SS, soft_cap=kind.soft_cap)
+        if call.sinks_H is not None:
+            add_sinks(out, lse, call.sinks_H)
+        return out.transpose(1, 2)
 
 
 def _reference(
@@ -81,7 +103,7 @@ def _reference(
 ) -> tuple[Tensor, None]:
     """transformers' attention hook while the probe runs."""
     check_keywords(module, {"dropout": dropout, **others})
-    if not isinstance(apb_attention, Compared):
+    if not isinstance(apb_attention, Compared) or not hasattr(module, MIXER):
         raise PlainCall(
             "the model lost a keyword on the way to its attention",
             given="a call without apb_attention",
@@ -115,11 +137,11 @@ def narrowed(model: Any) -> Iterator[list[str]]:
         (place, name, value)
         for place in places
         for name, value in list(vars(place).items())
-        if type(value) is int and value > _WINDOW and not name.startswith("_")
+        if type(value) is int and value > NARROW and not name.startswith("_")
         if _MAYBE_WINDOW.search(name) and not _NO_WINDOW.search(name)
     ]
     for place, name, _ in found:
-        setattr(place, name, _WINDOW)
+        setattr(place, name, NARROW)
     try:
         yield sorted({f"{name}={value}" for place, name, value in found if not isinstance(place, nn.Module)})
     finally:
@@ -138,12 +160,3 @@ def _noise(x: Tensor, seed: int) -> Tensor:
     rng = torch.Generator().manual_seed(seed)
     made = torch.randn(x.shape, generator=rng, dtype=torch.float64)
     return made.to(device=x.device, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-
-
-def _causal(q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float) -> Tensor:
-    """Return causal attention over all tokens, (B, S, H, D)."""
-    group, tokens = q_BHSD.shape[1] // k_BKSD.shape[1], q_BHSD.shape[2]
-    k_BHSD, v_BHSD = (x.repeat_interleave(group, dim=1) for x in (k_BKSD, v_BKSD))
-    future_SS = torch.ones(tokens, tokens, dtype=torch.bool, device=q_BHSD.device).triu(1)
-    scores_BHSS = (q_BHSD @ k_BHSD.transpose(2, 3) * scale).masked_fill(future_SS, -torch.inf)
-    return (scores_BHSS.softmax(-1) @ v_BHSD).transpose(1, 2)

@@ -11,8 +11,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from apb.models.classes import causal_lm
+from apb.layers.softmax import Softmax
+from apb.models.classes import causal_lm, decoder
 from apb.models.files import first_line
+from apb.models.kinds import layer_kinds
+from apb.models.rope import rope_parameters
 from apb.plan.shapes import ModelShape
 from burst.errors import UserError
 
@@ -65,14 +68,11 @@ def _counted(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> ModelSh
             linear += round(parameter.numel() * visited / len(parameter)) if stacked else parameter.numel()
             if stacked and "down" in name:
                 inner = max(inner, parameter.numel() // len(parameter) // config.hidden_size)
-    q_heads = config.num_attention_heads
     shape = ModelShape(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         intermediate=max(_widest_mlp(model), visited * inner) or int(config.intermediate_size),
-        q_heads=q_heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or q_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // q_heads,
+        mixers=layer_kinds(decoder(model), config),
         vocab=config.vocab_size,
         linear_params=linear,
         head_params=_weights(head),
@@ -82,12 +82,15 @@ def _counted(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> ModelSh
         rope_border=rope_border(config),
         expert_row_bytes=visited * _expert_bytes(config.hidden_size, inner, dtype.itemsize) if inner else 0,
     )
-    for name in ("layers", "hidden", "intermediate", "q_heads", "kv_heads", "head_dim", "vocab", "max_positions"):
-        size = getattr(shape, name)
+    sizes = {name: getattr(shape, name) for name in ("layers", "hidden", "intermediate", "vocab", "max_positions")}
+    for kind in shape.kinds:
+        if isinstance(kind, Softmax):
+            sizes |= {f"{kind.name} {name}": getattr(kind, name) for name in ("q_heads", "kv_heads", "qk_dim", "v_dim")}
+            if kind.q_heads % max(1, kind.kv_heads):
+                raise ValueError(f"{kind.q_heads} query heads for {kind.kv_heads} of keys and values")
+    for name, size in sizes.items():
         if type(size) is not int or size < 1:
             raise ValueError(f"{name} is {size}")
-    if shape.q_heads % shape.kv_heads:
-        raise ValueError(f"{shape.q_heads} query heads for {shape.kv_heads} of keys and values")
     return shape
 
 
@@ -114,15 +117,6 @@ def rope_border(config: Any) -> int | None:
         if rope.get("rope_type") == "longrope":
             return int(rope["original_max_position_embeddings"])
     return None
-
-
-def rope_parameters(config: Any) -> list[dict[str, Any]]:
-    """Return the RoPE parameters of a configuration: one set, or one for each type of layer."""
-    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if not isinstance(found, dict):
-        return []
-    nested = [rope for rope in found.values() if isinstance(rope, dict)]
-    return nested or ([found] if found else [])
 
 
 def _visited(config: Any) -> int:

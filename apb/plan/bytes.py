@@ -21,7 +21,12 @@ def passing_bytes(plan: PrefillPlan, rank: int) -> int:
         rows = sum(plan.kept_rows[number] * _receiving(plan, number, rank) for number in plan.numbers[rank])
     else:
         rows = 0
-    return rows * plan.shape.kv_row_bytes * plan.shape.layers
+    return rows * passed_row_bytes(plan)
+
+
+def passed_row_bytes(plan: PrefillPlan) -> int:
+    """Return the bytes of one row that is passed on, all sharded layers."""
+    return sum(count * kind.row_bytes(plan.shape.element_size) for kind, count in plan.shape.sharded.items())
 
 
 def _receiving(plan: PrefillPlan, number: int, owner: int) -> int:
@@ -36,25 +41,33 @@ def anchor_bytes(plan: PrefillPlan, rank: int) -> int:
     if shared is None:
         return 0
     first, last = plan.question_rows(rank)
-    queries = (last - first) * s.q_heads * s.head_dim * s.element_size if shared.question else 0
-    own = plan.host_plans[rank].anchor_len * s.kv_row_bytes + queries
-    return own * (plan.hosts - 1) * s.layers
+    asked = sum(count * kind.query_bytes(s.element_size) for kind, count in s.sharded.items()) if shared.question else 0
+    own = plan.host_plans[rank].anchor_len * passed_row_bytes(plan) + (last - first) * asked
+    return own * (plan.hosts - 1)
 
 
 def prefill_bytes(plan: PrefillPlan, rank: int) -> dict[str, int]:
     """Return the bytes host ``rank`` sends while the context is prefilled, by kind, all layers."""
-    if plan.spread is not None:
-        kinds = {kind: count * plan.shape.layers for kind, count in plan.spread.sent(rank, plan.shape).items()}
+    s, e = plan.shape, plan.shape.element_size
+    kinds = Counter[str]()
+    if plan.spread is None:
+        kinds.update({"anchor": anchor_bytes(plan, rank), "passing": passing_bytes(plan, rank)})
     else:
-        kinds = {"anchor": anchor_bytes(plan, rank), "passing": passing_bytes(plan, rank)}
+        for kind, count in s.sharded.items():
+            sent = plan.spread.sent(rank, kind.attention_shape(e))
+            kinds.update({name: count * each for name, each in sent.items()})
+    for kind, count in s.replicated.items():
+        for segment in plan.segments(rank):
+            sent = kind.sent(segment.sharding, rank, e, segment.kept)
+            kinds.update({name: count * each for name, each in sent.items()})
     if plan.draft is not None and rank != plan.hosts - 1:
         kinds["draft"] = plan.draft.sent(plan.host_plans[rank].spans, plan.lengths.context)
-    return kinds
+    return dict(kinds)
 
 
 def partial_bytes(plan: PrefillPlan, tokens: int) -> int:
     """Return the bytes each host sends to merge the attention of ``tokens`` query or decoded tokens, all layers."""
-    return (plan.hosts - 1) * tokens * plan.shape.partial_row_bytes * plan.shape.layers
+    return (plan.hosts - 1) * tokens * plan.shape.partial_bytes
 
 
 def bytes_by_kind(plan: PrefillPlan, query_tokens: int, decided: int = 0, forwarded: int = 0) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Exact attention over hosts as a part of the plan: who holds which positions, what is computed and sent.
 
-Everything follows from a few words and the model's shape, so only the words travel with a plan.
+Everything follows from a few words and a layer's sizes, so only the words travel with a plan.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from apb.plan.counts import Counts, counts
-from apb.plan.shapes import ModelShape
 from burst.layouts.layout import Layout, layout
 from burst.schedules import AttentionShape, Schedule, head_groups, schedule
 
@@ -31,24 +30,24 @@ class Spread:
         assert all(span.step == 1 for span in held), self.layout
         return tuple((span.start, span.stop) for span in held)
 
-    def program(self, shape: ModelShape, nodes: Sequence[int] | None = None) -> Schedule:
+    def program(self, shape: AttentionShape, nodes: Sequence[int] | None = None) -> Schedule:
         """Return what every host does in one layer; ``nodes[r]`` is the machine of host r (None: one machine).
 
         Machines change who talks to whom, never what all hosts together send by kind. Raises UserError for hosts
         that the schedule cannot take.
         """
         where = tuple(nodes) if nodes is not None else (0,) * self.hosts
-        return schedule(self.schedule, self.tokens(), attention_shape(shape), nodes=where, ulysses=self.ulysses)
+        return schedule(self.schedule, self.tokens(), shape, nodes=where, ulysses=self.ulysses)
 
-    def sent(self, rank: int, shape: ModelShape) -> dict[str, int]:
+    def sent(self, rank: int, shape: AttentionShape) -> dict[str, int]:
         """Bytes that a host sends in one layer, by kind; hosts on one machine."""
         return self._counts(shape).sent[rank]
 
-    def head_pairs(self, rank: int, shape: ModelShape) -> int:
+    def head_pairs(self, rank: int, shape: AttentionShape) -> int:
         """Query-key pairs that a host computes in one layer, each head by itself."""
         return self._counts(shape).head_pairs[rank]
 
-    def workspace(self, rank: int, shape: ModelShape) -> int:
+    def workspace(self, rank: int, shape: AttentionShape) -> int:
         """Bytes of a host's buffers in one layer, and of its heads of the group's tokens."""
         return self._counts(shape).workspace[rank]
 
@@ -60,22 +59,8 @@ class Spread:
         """Return who holds which positions."""
         return _tokens(self.layout, self.context, self.hosts)
 
-    def _counts(self, shape: ModelShape) -> Counts:
-        return counts(self.schedule, self.tokens(), attention_shape(shape), self.members())
-
-
-def attention_shape(shape: ModelShape) -> AttentionShape:
-    """Return what burst's schedules count bytes with: one sequence, states in fp32 (fp64 for fp64)."""
-    e = shape.element_size
-    return AttentionShape(
-        q_heads=shape.q_heads,
-        kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        value_dim=shape.head_dim,
-        element_size=e,
-        state_size=max(4, e),
-        partial_size=e,
-    )
+    def _counts(self, shape: AttentionShape) -> Counts:
+        return counts(self.schedule, self.tokens(), shape, self.members())
 
 
 @lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""Floating-point operations of a plan: linear layers and attention, anchors counted, scoring not."""
+"""Floating-point operations of a plan: linear layers and the mixing of tokens, anchors counted, scoring not."""
 
 from __future__ import annotations
 
@@ -6,30 +6,37 @@ from apb.plan.plan import PrefillPlan
 from apb.plan.shapes import ModelShape
 
 
-def attention_flops(shape: ModelShape, head_pairs: int) -> int:
-    """Return the FLOPs of ``head_pairs`` query-key pairs in every layer, each head by itself."""
-    return 4 * shape.head_dim * shape.layers * head_pairs
+def attention_flops(shape: ModelShape, pairs: int) -> int:
+    """Return the FLOPs of ``pairs`` query-key pairs of all heads in every sharded layer."""
+    return pairs * sum(count * kind.heads * kind.pair_flops for kind, count in shape.sharded.items())
+
+
+def mixing_flops(plan: PrefillPlan, rank: int) -> int:
+    """Return the FLOPs of host ``rank`` for mixing the tokens that it runs, all layers."""
+    shape = plan.shape
+    total = attention_flops(shape, plan.host_plans[rank].pairs)
+    if plan.spread is not None:
+        for kind, count in shape.sharded.items():
+            pairs = plan.spread.head_pairs(rank, kind.attention_shape(shape.element_size))
+            total += count * kind.pair_flops * pairs
+    for kind, count in shape.replicated.items():
+        total += count * sum(kind.flops(segment.sharding, rank) for segment in plan.segments(rank))
+    return total
 
 
 def prefill_flops(plan: PrefillPlan, rank: int) -> int:
     """Return the FLOPs of host ``rank`` for the context."""
-    host = plan.host_plans[rank]
-    return _flops(plan.shape, host.tokens_run, host.head_pairs(plan.shape.q_heads))
+    return 2 * plan.shape.linear_params * plan.host_plans[rank].tokens_run + mixing_flops(plan, rank)
 
 
 def query_flops(plan: PrefillPlan, rank: int) -> int:
     """Return the FLOPs of host ``rank`` for the query phase, which runs on every host."""
-    m = plan.lengths.query
-    owner = rank == plan.hosts - 1
-    pairs = m * plan.host_plans[rank].block_len + (m * (m + 1) // 2 if owner else 0)
-    head = 2 * plan.shape.head_params if owner else 0
-    return _flops(plan.shape, m, pairs * plan.shape.q_heads) + head
+    m, n, owner = plan.lengths.query, plan.lengths.context, rank == plan.hosts - 1
+    held = plan.host_plans[rank].block_len
+    mixing = sum(count * kind.step_flops(m, n, held, owner) for kind, count in plan.shape.kinds.items())
+    return 2 * plan.shape.linear_params * m + mixing + (2 * plan.shape.head_params if owner else 0)
 
 
 def critical_flops(plan: PrefillPlan) -> int:
     """Return the prefill FLOPs of the busiest host: the time that a prefill cannot go below."""
     return max(prefill_flops(plan, rank) for rank in range(plan.hosts))
-
-
-def _flops(shape: ModelShape, tokens: int, head_pairs: int) -> int:
-    return 2 * shape.linear_params * tokens + attention_flops(shape, head_pairs)

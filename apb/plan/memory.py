@@ -37,16 +37,18 @@ def host_memory(plan: PrefillPlan, rank: int, answer: Generation = NOTHING) -> d
 
 
 def _kv(plan: PrefillPlan, rank: int, answer: Generation) -> int:
-    s, block = plan.shape, plan.host_plans[rank].block_len
-    row = s.kv_row_bytes * s.layers
-    if rank != plan.hosts - 1:
-        return block * row
+    s, e, block, owner = plan.shape, plan.shape.element_size, plan.host_plans[rank].block_len, rank == plan.hosts - 1
     # A tree's rows stand behind the tail until its walk; its root is the last token decided.
     later = plan.lengths.query + answer.new_tokens
-    rows = block + later + answer.tree_tokens - 1
-    if answer.gathered and plan.hosts > 1:  # the shards are freed when all of them are here
-        rows += plan.lengths.context + plan.lengths.query
-    return rows * row + (plan.draft.cache_bytes(plan.lengths.context, later) if plan.draft is not None else 0)
+    kept = block * s.kv_bytes
+    for kind, count in s.kinds.items():
+        tail = kind.tail_bytes(later + answer.tree_tokens - 1, e, owner)
+        kept += count * (tail + kind.held_bytes(plan.lengths.context, e))
+    if owner and answer.gathered and plan.hosts > 1:  # the shards are freed when all of them are here
+        kept += (plan.lengths.context + plan.lengths.query) * s.kv_bytes
+    if owner and plan.draft is not None:
+        kept += plan.draft.cache_bytes(plan.lengths.context, later)
+    return kept
 
 
 def _prefilling(plan: PrefillPlan, rank: int) -> int:
@@ -55,11 +57,14 @@ def _prefilling(plan: PrefillPlan, rank: int) -> int:
     fused = plan.fused and plan.chunk_tokens is None
     tokens = together + plan.lengths.query if fused else max(together, plan.lengths.query)
     anchor = plan.anchor_len if plan.shared_anchor is not None else host.anchor_len
-    passing = (plan.passing_rows(rank) + anchor) * s.kv_row_bytes * 2
-    if plan.spread is not None:
-        passing += plan.spread.workspace(rank, s)
+    passing = (plan.passing_rows(rank) + anchor) * s.widest_row * 2
+    if plan.spread is not None and s.sharded:
+        shapes = [kind.attention_shape(s.element_size) for kind in s.sharded]
+        passing += max(plan.spread.workspace(rank, shape) for shape in shapes)
         if plan.hosts > 1 and together == host.tokens_run:  # in chunks, the whole rows' outputs have room for it
-            passing += host.block_len * s.kv_row_bytes  # packed to be sent
+            passing += host.block_len * s.widest_row  # packed to be sent
+    exchanged = [kind.workspace(plan.context, rank, s.element_size) for kind in s.replicated]
+    passing = max([passing, *exchanged])
     features = plan.draft.feature_bytes(host.spans, plan.lengths.context) if plan.draft is not None else 0
     return tokens * _row_bytes(plan) + passing + host.tokens_run * whole_row_bytes(plan, rank) + features
 
@@ -91,15 +96,15 @@ def _row_bytes(plan: PrefillPlan) -> int:
     either the MLP's gate, up and product, or attention's q, k, v before and after RoPE with two fp32 partial outputs.
     """
     s = plan.shape
-    attention = (3 * s.q_heads + 4 * s.kv_heads) * s.head_dim * s.element_size + 2 * s.q_heads * s.head_dim * 4
-    return (4 * s.hidden + 2 * s.head_dim) * s.element_size + max(s.mlp_row_bytes, attention)
+    mixing = max((kind.row_work_bytes(s.element_size) for kind in s.kinds), default=0)
+    return (4 * s.hidden + 2 * s.rotary_dim) * s.element_size + max(s.mlp_row_bytes, mixing)
 
 
 def whole_row_bytes(plan: PrefillPlan, rank: int) -> int:
     """Bytes of a token that stay through a layer where chunks of the others run: the residual stream, its rotation,
     q, k and v; the output takes q's place, but not in exact attention over hosts."""
     s, host = plan.shape, plan.host_plans[rank]
-    if plan.chunk_tokens is None or plan.chunk_tokens >= host.tokens_run or host.alone:
+    if plan.chunk_tokens is None or plan.chunk_tokens >= host.tokens_run or plan.alone(rank):
         return 0
-    out = 0 if plan.spread is None else 2 * s.q_heads * s.head_dim * max(4, s.element_size)
-    return (s.hidden + (2 + s.q_heads) * s.head_dim) * s.element_size + s.kv_row_bytes + out
+    whole = max((kind.whole_row_bytes(s.element_size, exact=plan.spread is not None) for kind in s.kinds), default=0)
+    return (s.hidden + 2 * s.rotary_dim) * s.element_size + whole

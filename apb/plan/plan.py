@@ -11,10 +11,11 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
+from apb.layers.sharding import Segment, Sharding
 from apb.plan.draft import Handoff
 from apb.plan.exact import Spread
 from apb.plan.shapes import ModelShape, PromptLengths
-from apb.plan.steps import Attend, AttendAll, GatherAnchor, Route, Select, Step
+from apb.plan.steps import Attend, GatherAnchor, Route, Select, Step
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,14 @@ class HostPlan:
 
     @property
     def alone(self) -> bool:
-        """True where the block sees nothing but itself and no layer waits for other hosts."""
+        """True where the block sees nothing but itself in sharded layers, which then wait for no other host."""
         sees_itself = all(isinstance(s, Attend) and s.keys == ("block",) for s in self.steps)
         return sees_itself and not self.anchor_len and len(self.spans) == 1
 
-    def head_pairs(self, q_heads: int) -> int:
-        """Query-key pairs computed in one layer, each head by itself."""
-        shared = sum(step.pairs for step in self.steps if isinstance(step, Attend))
-        return shared * q_heads + sum(step.head_pairs for step in self.steps if isinstance(step, AttendAll))
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs that the steps compute in one sharded layer."""
+        return sum(step.pairs for step in self.steps if isinstance(step, Attend))
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,34 @@ class PrefillPlan:
         return len(self.host_plans)
 
     @cached_property
+    def context(self) -> Sharding:
+        """Who holds which positions of the context."""
+        return Sharding(tuple(host.spans for host in self.host_plans))
+
+    def anchor(self, rank: int) -> Sharding:
+        """Who runs which positions of the anchor that host ``rank`` runs: a sequence of its own.
+
+        All hosts together where it is shared; where every host runs all it sees, nobody but that host.
+        """
+        runs = [(h.anchor_start, h.anchor_start + h.anchor_len) for h in self.host_plans]
+        mine = [r for r in range(self.hosts) if runs[r][0] < runs[r][1] and (self.shared_anchor or r == rank)]
+        return Sharding(tuple((runs[r],) if r in mine else () for r in range(self.hosts)))
+
+    def segments(self, rank: int) -> tuple[Segment, ...]:
+        """The sequences among the tokens that host ``rank`` runs: the anchor, and the context."""
+        host = self.host_plans[rank]
+        anchor = (Segment(0, host.anchor_len, self.anchor(rank), kept=False),) if self.anchor_len else ()
+        return (*anchor, Segment(host.anchor_len, host.tokens_run, self.context, kept=True))
+
+    def alone(self, rank: int) -> bool:
+        """True where host ``rank``'s block sees nothing but itself in any layer."""
+        return self.host_plans[rank].alone and all(kind.sharded for kind in self.shape.kinds)
+
+    @cached_property
     def digest(self) -> str:
         """Hash of the plan, which all hosts compare before their first send."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        kinds = [kind.name for kind in self.shape.mixers]  # equal sizes may be those of unlike kinds
+        return hashlib.sha256(json.dumps([asdict(self), kinds], sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def blocks(self) -> tuple[tuple[int, int], ...]:

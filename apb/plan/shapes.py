@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
+
+from apb.layers.base import LayerKind
+from apb.layers.softmax import Softmax
 
 
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of a model that costs depend on. Bytes per element are those of activations. ``linear_params`` are those
-    that one token multiplies with outside embedding and head, of the experts those that it visits."""
+    that one token multiplies with outside embedding and head, of the experts those that it visits. ``mixers``: how the
+    layers mix tokens, in the model's order; a layer may have two, or none."""
 
     layers: int
     hidden: int
     intermediate: int  # widest MLP of a token; experts are as wide as all that are visited, together
-    q_heads: int
-    kv_heads: int
-    head_dim: int
+    mixers: tuple[LayerKind, ...]
     vocab: int
     linear_params: int
     head_params: int  # the LM head
@@ -31,14 +35,51 @@ class ModelShape:
         return max(3 * self.intermediate * self.element_size, self.expert_row_bytes)
 
     @property
-    def kv_row_bytes(self) -> int:
-        """Bytes of one token's K and V in one layer."""
-        return 2 * self.kv_heads * self.head_dim * self.element_size
+    def kinds(self) -> dict[LayerKind, int]:
+        """How many mixers there are of each kind and size."""
+        return _counted(self.mixers)
 
     @property
-    def partial_row_bytes(self) -> int:
-        """Bytes of one token's partial attention output and LSE (fp32; fp64 for fp64 models) in one layer."""
-        return self.q_heads * (self.head_dim * self.element_size + max(4, self.element_size))
+    def sharded(self) -> dict[LayerKind, int]:
+        """Those whose context is sharded."""
+        return {kind: count for kind, count in self.kinds.items() if kind.sharded}
+
+    @property
+    def replicated(self) -> dict[LayerKind, int]:
+        """Those that every host keeps alike, exact by exchanges of their own."""
+        return {kind: count for kind, count in self.kinds.items() if not kind.sharded}
+
+    @property
+    def heads(self) -> Softmax:
+        """The sizes of the first full layer, of a window layer where there is none: those of draft heads."""
+        found = [kind for kind in self.mixers if isinstance(kind, Softmax)]
+        return next((kind for kind in found if kind.sharded), found[0])
+
+    @property
+    def rotary_dim(self) -> int:
+        """The widest rotation's cos, and sin."""
+        return max((kind.rotary_dim for kind in self.kinds), default=0)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of one token's rows in all sharded layers, on its owner."""
+        e = self.element_size
+        return sum(count * kind.row_bytes(e) for kind, count in self.sharded.items() if kind.reads is None)
+
+    @property
+    def widest_row(self) -> int:
+        """Bytes of one token's rows in the sharded layer where they are widest."""
+        return max((kind.row_bytes(self.element_size) for kind in self.sharded), default=0)
+
+    @property
+    def partial_bytes(self) -> int:
+        """Bytes of one new token's partial outputs and LSE in all sharded layers, to one peer."""
+        return sum(count * kind.partial_bytes(self.element_size) for kind, count in self.sharded.items())
+
+
+@lru_cache(maxsize=64)
+def _counted(mixers: tuple[LayerKind, ...]) -> dict[LayerKind, int]:
+    return dict(Counter(mixers))
 
 
 @dataclass(frozen=True)

@@ -65,12 +65,7 @@ class Attend:
 
 @dataclass(frozen=True)
 class AttendAll:
-    """Attend exactly to all earlier positions, wherever they are, by the plan's ``spread``.
-
-    ``head_pairs`` counts the query-key pairs computed here, each head by itself.
-    """
-
-    head_pairs: int
+    """Attend exactly to all earlier positions, wherever they are, by the plan's ``spread``."""
 
 
 Step = Select | Pass | WaitPassing | GatherAnchor | WaitAnchor | Attend | AttendAll

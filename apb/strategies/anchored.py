@@ -175,8 +175,8 @@ def anchored_plan(
     if shared:
         bare = [host(rank, (0, 0)) for rank in range(hosts)]
         linear = 2 * shape.linear_params
-        work = [linear * h.tokens_run + attention_flops(shape, h.head_pairs(shape.q_heads)) for h in bare]
-        per_token = linear + attention_flops(shape, shape.q_heads * anchor.tokens // 2)
+        work = [linear * h.tokens_run + attention_flops(shape, h.pairs) for h in bare]
+        per_token = linear + attention_flops(shape, anchor.tokens // 2)
         runs = list(itertools.pairwise(itertools.accumulate(even_shares(work, anchor.tokens, per_token), initial=0)))
     else:
         # Block 0 has no anchor; its host runs the head of it beside the block when its compressor asks, though with

@@ -35,6 +35,7 @@ class Exact(Strategy):
         blocks(lengths.context, hosts)  # rejects what no strategy can take
         choose("layout", self.layout, get_args(LayoutName))
         spread = self.spread(lengths.context, hosts, shape)
+        spread.members()  # rejects groups that do not divide the hosts
         return PrefillPlan(
             strategy=self.name,
             compressor=None,
@@ -51,7 +52,7 @@ class Exact(Strategy):
                     rank,
                     spread.spans(rank),
                     anchor_len=0,
-                    steps=(AttendAll(spread.head_pairs(rank, shape)),),
+                    steps=(AttendAll(),),
                 )
                 for rank in range(hosts)
             ),

@@ -25,5 +25,6 @@ class USP(Exact):
 
     def spread(self, context: int, hosts: int, shape: ModelShape) -> Spread:
         """Return which layout and schedule attend; raises UserError where groups do not divide the hosts."""
-        even = math.gcd(hosts, shape.kv_heads)  # otherwise some neighbours get more kv heads than others
+        # Otherwise some neighbours get more kv heads than others.
+        even = math.gcd(hosts, *(kind.attention_shape(shape.element_size).kv_heads for kind in shape.sharded))
         return Spread(self.name, self.layout, context, hosts, even if self.ulysses is None else self.ulysses)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from apb.kv.layer import Projections
+from apb.layers.call import Call, plain
 from apb.models.adapter import Adapter
 from burst.kernels import kernel
 from burst.kernels.merge import merge
@@ -59,9 +59,8 @@ class _Before:
     def __init__(self) -> None:
         self.kv: list[tuple[Tensor, Tensor]] = []  # (1, K, P, D) a layer
 
-    def __call__(
-        self, layer: int, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, projections: Projections | None
-    ) -> Tensor:
+    def __call__(self, call: Call) -> Tensor:
+        q_BHSD, k_BKSD, v_BKSD, scale = plain(call)
         self.kv.append((k_BKSD, v_BKSD))
         out_BHSD, _ = kernel("auto", q_BHSD.device, q_BHSD.dtype)(q_BHSD, k_BKSD, v_BKSD, causal=True, scale=scale)
         return out_BHSD.transpose(1, 2)
@@ -81,9 +80,8 @@ class _Cache:
         self.row_S = self.at_S = torch.empty(0, dtype=torch.int64)  # where each token of a pass goes
         self.lengths_B = torch.empty(0, dtype=torch.int64)  # cached tokens, this pass's included
 
-    def __call__(
-        self, layer: int, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, projections: Projections | None
-    ) -> Tensor:
+    def __call__(self, call: Call) -> Tensor:
+        layer, (q_BHSD, k_BKSD, v_BKSD, scale) = call.layer, plain(call)
         kv = self._kv[layer]
         longest = int(self.lengths_B.max())
         if kv is None or longest > kv[0].shape[2]:

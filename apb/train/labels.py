@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from apb.compress.heads import head_input
-from apb.kv.layer import Projections
+from apb.layers.call import AttentionCall, Call, plain
 from apb.models.adapter import Adapter
 from apb.train.prompts import LabelPrompt
 from burst.kernels import Kernel
@@ -67,23 +67,15 @@ class Observer:
     def __init__(self, layout: PromptLayout, adapter: Adapter, kernel: Kernel, on_layer: OnLayer) -> None:
         self._layout, self._rotate, self._kernel, self._on_layer = layout, adapter.rotate, kernel, on_layer
 
-    def __call__(
-        self,
-        layer: int,
-        q_BHSD: Tensor,
-        k_BKSD: Tensor,
-        v_BKSD: Tensor,
-        scale: float,
-        projections: Projections | None,
-    ) -> Tensor:
+    def __call__(self, call: Call) -> Tensor:
         """Hand the layer's inputs and labels over and return the attention output (B, S, H, D)."""
-        at = self._layout
-        assert projections is not None
+        at, (q_BHSD, k_BKSD, v_BKSD, scale) = self._layout, plain(call)
+        assert isinstance(call, AttentionCall) and call.projections is not None
         document = slice(at.document, at.rows)
         q_BHRD, k_BKTD = q_BHSD[:, :, at.rows :], k_BKSD[:, :, document]
-        seen = Projections(*(x[:, document] for x in (projections.q_BSE, projections.k_BSE, projections.v_BSE)))
-        x_BTE = head_input(seen, self._rotate(k_BKTD, -at.end, layer))
-        self._on_layer(layer, x_BTE[0], importance(q_BHRD, k_BKTD, scale)[0])
+        seen = call.projections.rows(at.document, at.rows)
+        x_BTE = head_input(seen, self._rotate(k_BKTD, -at.end, call.layer))
+        self._on_layer(call.layer, x_BTE[0], importance(q_BHRD, k_BKTD, scale)[0])
         first, _ = self._kernel(
             q_BHSD[:, :, : at.rows], k_BKSD[:, :, : at.rows], v_BKSD[:, :, : at.rows], causal=True, scale=scale
         )

@@ -23,8 +23,8 @@ LINKS = {  # bytes a second into a host, seconds of an exchange
 
 def step_s(line: dict[str, Any], shape: ModelShape, bandwidth: float, latency: float) -> float:
     """Return the modelled seconds of a step of a decoder whose summary is ``line``."""
-    partials = (HOSTS - 1) * line["rows_per_step"] * shape.partial_row_bytes
-    return float(line["work_per_step_s"] + shape.layers * (latency + partials / bandwidth))
+    partials = (HOSTS - 1) * line["rows_per_step"] * shape.partial_bytes
+    return float(line["work_per_step_s"] + sum(shape.sharded.values()) * latency + partials / bandwidth)
 
 
 def winners(lines: Sequence[dict[str, Any]], shape: ModelShape) -> list[dict[str, Any]]:

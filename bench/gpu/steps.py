@@ -22,8 +22,10 @@ from apb.draft.eagle import EagleHead
 from apb.host.host import Host
 from apb.host.load import load_adapter
 from apb.host.messages import HostSpec
-from apb.kv.cache import HostCache, Tail
-from apb.kv.layer import LayerKV
+from apb.kv.cache import HostCache
+from apb.layers.base import LayerKind
+from apb.layers.full import Full, FullCache
+from apb.layers.rows import LayerKV
 from bench.tools.timing import spread
 from burst.transport import VirtualWorld
 
@@ -80,14 +82,18 @@ class Stand:
         with torch.inference_mode():
             drafted.observe(self._normal(1, s.hidden), [0], context - 1)
         return HostCache(
-            context=[LayerKV(*self._random(s.kv_heads, context, s.head_dim)) for _ in range(s.layers)],
+            mixers=s.mixers,
+            layers=[self._layer(kind, context) for kind in s.mixers],
             members=(0,),
             spans=(((0, context),),),
-            tail=Tail(s.layers),
             length=context,
             logits=self._normal(s.vocab).float(),
             draft=drafted,
         )
+
+    def _layer(self, kind: LayerKind, context: int) -> FullCache:
+        assert isinstance(kind, Full) and kind.qk_dim == kind.v_dim
+        return FullCache(kind, LayerKV(*self._random(kind.kv_heads, context, kind.qk_dim)))
 
     def _random(self, kv_heads: int, tokens: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._normal(1, kv_heads, tokens, dim), self._normal(1, kv_heads, tokens, dim)

@@ -78,8 +78,8 @@ class Device:
     def _weights(self) -> list[Tensor]:
         """One layer's projections, or what has as many parameters where experts take turns."""
         s = self.shape
-        attention = [(s.q_heads * s.head_dim, s.hidden), *[(s.kv_heads * s.head_dim, s.hidden)] * 2]
-        attention.append((s.hidden, s.q_heads * s.head_dim))
+        attention = [(s.heads.q_heads * s.heads.qk_dim, s.hidden), *[(s.heads.kv_heads * s.heads.qk_dim, s.hidden)] * 2]
+        attention.append((s.hidden, s.heads.q_heads * s.heads.qk_dim))
         mlp = [(s.intermediate, s.hidden), (s.intermediate, s.hidden), (s.hidden, s.intermediate)]
         return [self.random(rows, columns) for rows, columns in (*attention, *mlp)]
 
@@ -97,23 +97,23 @@ class Device:
     def attention_rate(self, queries: int, keys: int, causal: bool) -> float:
         """FLOP/s of one kernel call; of a causal one only unmasked pairs count."""
         s = self.shape
-        q = self.random(1, s.q_heads, queries, s.head_dim)
-        k, v = (self.random(1, s.kv_heads, keys, s.head_dim) for _ in range(2))
+        q = self.random(1, s.heads.q_heads, queries, s.heads.qk_dim)
+        k, v = (self.random(1, s.heads.kv_heads, keys, s.heads.qk_dim) for _ in range(2))
         pairs = queries * (queries + 1) // 2 if causal else queries * keys
-        return 4 * s.head_dim * s.q_heads * pairs / self.timed(lambda: self.kernel(q, k, v, causal=causal))
+        return 4 * s.heads.qk_dim * s.heads.q_heads * pairs / self.timed(lambda: self.kernel(q, k, v, causal=causal))
 
     def merge_s(self, tokens: int) -> float:
         """Seconds to merge one part into an accumulator of ``tokens`` queries."""
         s = self.shape
-        out, part = (self.random(1, s.q_heads, tokens, s.head_dim).float() for _ in range(2))
-        lse, part_lse = (self.random(1, s.q_heads, tokens).float() for _ in range(2))
+        out, part = (self.random(1, s.heads.q_heads, tokens, s.heads.qk_dim).float() for _ in range(2))
+        lse, part_lse = (self.random(1, s.heads.q_heads, tokens).float() for _ in range(2))
         total = Accumulator()
         total.add(out, lse)
         return self.timed(lambda: total.add(part, part_lse))
 
     def merge_bytes(self, tokens: int) -> int:
         """Bytes that a merge must read and write: both parts' output and lse, and the result's."""
-        return 3 * tokens * self.shape.q_heads * (self.shape.head_dim + 1) * 4
+        return 3 * tokens * self.shape.heads.q_heads * (self.shape.heads.qk_dim + 1) * 4
 
     def select_s(self, tokens: int, question: int, rows: int, compressor: Compressor) -> float:
         """Seconds to score ``tokens`` tokens by ``question`` query rows, and to gather the best ``rows``."""
@@ -121,11 +121,11 @@ class Device:
         block = Candidates(
             layer=0,
             rank=0,
-            q_BHSD=self.random(1, s.q_heads, tokens, s.head_dim),
-            k_BKSD=self.random(1, s.kv_heads, tokens, s.head_dim),
-            v_BKSD=self.random(1, s.kv_heads, tokens, s.head_dim),
-            scale=s.head_dim**-0.5,
-            question_q_BHQD=self.random(1, s.q_heads, question, s.head_dim),
+            q_BHSD=self.random(1, s.heads.q_heads, tokens, s.heads.qk_dim),
+            k_BKSD=self.random(1, s.heads.kv_heads, tokens, s.heads.qk_dim),
+            v_BKSD=self.random(1, s.heads.kv_heads, tokens, s.heads.qk_dim),
+            scale=s.heads.qk_dim**-0.5,
+            question_q_BHQD=self.random(1, s.heads.q_heads, question, s.heads.qk_dim),
             projections=None,
             start=0,
             end=tokens,
@@ -134,14 +134,14 @@ class Device:
 
         def select() -> Tensor:
             index = top_rows(compressor.score(block), rows, 0)
-            index = index[..., None].expand(*index.shape, s.head_dim)
+            index = index[..., None].expand(*index.shape, s.heads.qk_dim)
             return torch.stack([block.k_BKSD.gather(2, index), block.v_BKSD.gather(2, index)])
 
         return self.timed(select)
 
     def select_bytes(self, tokens: int, rows: int) -> int:
         """Bytes that a selection must read and write: all keys, and K and V of the chosen rows twice."""
-        return tokens * self.shape.kv_row_bytes // 2 + 2 * rows * self.shape.kv_row_bytes
+        return tokens * self.shape.widest_row // 2 + 2 * rows * self.shape.widest_row
 
     def head_s(self, rows: int, tokens: int = 1) -> float:
         """Seconds of the LM head on ``rows`` of the vocabulary for ``tokens`` tokens."""

@@ -89,7 +89,7 @@ def test_every_compressor_with_every_strategy_that_takes_one(
     assert (engine.logits(handle) - want.logits).abs().max() < 1e-9
     assert any(want.sizes.rows), "nothing was selected"
     for rank in range(hosts):
-        for layer, kv in enumerate(engine.cluster.host(rank)._caches[handle.id].context):
+        for layer, kv in enumerate(tiny.shards(engine.cluster.host(rank)._caches[handle.id])):
             theirs = want.keys[layer][:, want.rows[rank]]
             torch.testing.assert_close(kv.k_BKTD[0], theirs, atol=1e-9, rtol=0)
 

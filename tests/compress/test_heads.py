@@ -12,12 +12,13 @@ import torch
 from apb.compress.heads import Head, RetainingHeads, find, load, save, shipped
 from apb.engine.options import EngineOptions
 from apb.engine.setup import Setup
+from apb.layers.full import Full
 from apb.plan.shapes import ModelShape
 from burst.errors import UserError
 from tests.support.tiny import saved_llama
 
 WIDTH, KV_HEADS = 128, 2  # of the tiny Llama
-SMOLLM2 = ModelShape(30, 576, 1536, 9, 3, 64, 49152, 1, 1, 1, 4, 8192)
+SMOLLM2 = ModelShape(30, 576, 1536, (Full(9, 3, 64, 64),) * 30, 49152, 1, 1, 1, 4, 8192)
 
 
 def published(layers: int, hidden: int, infix: str = "", width: int = WIDTH) -> dict[str, torch.Tensor]:

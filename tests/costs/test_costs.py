@@ -15,8 +15,8 @@ from apb.costs import Cost, Network, Rates, assumed, cost, load
 from apb.costs.exact import attention
 from apb.costs.lockstep import Clock
 from apb.costs.rates import read
+from apb.layers.full import Full
 from apb.plan.bytes import bytes_by_kind
-from apb.plan.exact import attention_shape
 from apb.plan.flops import prefill_flops, query_flops
 from apb.plan.plan import PrefillPlan
 from apb.plan.shapes import ModelShape, PromptLengths
@@ -28,7 +28,9 @@ from burst.planner.topology import Topology
 from tests.support.tiny import make_prompt, tiny_engine, tiny_llama
 
 # Llama-3.1-8B in bf16.
-SHAPE = ModelShape(32, 4096, 14336, 32, 8, 128, 128256, 6_979_321_856, 525_336_576, 8_030_261_248, 2, 2**24)
+SHAPE = ModelShape(
+    32, 4096, 14336, (Full(32, 8, 128, 128),) * 32, 128256, 6_979_321_856, 525_336_576, 8_030_261_248, 2, 2**24
+)
 FAST = Network("fast", 8, 400.0, 5.0, 50.0, 15.0)
 SLOW = Network("slow", 1, 0.5, 50.0, 0.5, 50.0)
 FREE = Network("free", 1, 1e9, 0.0, 1e9, 0.0)
@@ -65,7 +67,7 @@ def test_exact_attention_costs_what_burst_predicts(name: str, hosts: int, nodes:
     where = network.topology(hosts)
     machine = replace(where.machine, flops=1e14, memory=1e30)
     schedule = plan.spread.program(SHAPE, where.nodes)
-    want = predict(schedule, attention_shape(SHAPE), Topology(where.nodes, machine))
+    want = predict(schedule, SHAPE.heads.attention_shape(2), Topology(where.nodes, machine))
     clock = Clock(where)
     clock.run(attention(plan, ONE, where.nodes))
     # Here a pair of blocks counts as one call at one rate, there each piece by itself; ports go in another order.

@@ -16,8 +16,10 @@ from apb.decode.sampling import Sampling
 from apb.engine.requests import prefill_request
 from apb.host.host import Host
 from apb.host.messages import HostSpec, PrefillRequest
-from apb.kv.cache import HostCache, Tail
-from apb.kv.layer import LayerKV
+from apb.kv.cache import HostCache
+from apb.layers.call import AttentionCall
+from apb.layers.full import Full, FullCache
+from apb.layers.rows import LayerKV
 from apb.plan.bytes import bytes_by_kind
 from burst.errors import UserError
 from burst.kernels import kernel
@@ -82,7 +84,7 @@ def test_gathered_bytes_are_the_caches_own() -> None:
     shape = e.setup.shape
     elsewhere = sum(length for host, length in handle.blocks if host != 0) + len(prompt().token_ids) - 150
     logits = 4 * shape.vocab
-    assert moved.metrics["bytes_by_kind"]["gather"] == elsewhere * shape.kv_row_bytes * shape.layers + logits
+    assert moved.metrics["bytes_by_kind"]["gather"] == elsewhere * shape.kv_bytes + logits
     assert "gather" not in handle.metrics["bytes_by_kind"]
     for metrics in (handle.metrics, moved.metrics, e.generate(moved, max_new_tokens=2).metrics):
         assert metrics["bytes_sent"] == sum(metrics["bytes_by_kind"].values()) == sum(metrics["bytes_by_link"].values())
@@ -238,10 +240,11 @@ def test_a_group_of_heads_reads_its_keys_once() -> None:
         shapes.append(tuple(q.shape))
         return kernel("reference")(q, k, v, **options)
 
-    cache = HostCache([context], (0,), (((0, 30),),), Tail(1), 33)
+    kind = Full(6, 2, 16, 16)
+    cache = HostCache((kind,), [FullCache(kind, context)], (0,), (((0, 30),),), 30)
     (t,) = VirtualWorld(1).transports
-    got = CacheAttention(cache, t, recording)(0, q, k, v, 0.25, None)  # type: ignore[arg-type]
+    got = CacheAttention(cache, t, recording, 30, 3)(AttentionCall(0, q, k, v, 0.25))  # type: ignore[arg-type]
     assert shapes == [(1, 2, 9, 16), (1, 6, 3, 16)], "the context without a mask, then the new tokens themselves"
-    past = kernel("reference")(q, context.k_BKTD, context.v_BKTD, causal=False, scale=0.25)
+    past = kernel("reference")(q, context.k_BKTD, context.v_BKTE, causal=False, scale=0.25)
     own = kernel("reference")(q, k, v, causal=True, scale=0.25)
     torch.testing.assert_close(got, merge([past, own])[0].transpose(1, 2), atol=1e-12, rtol=0)

@@ -22,8 +22,10 @@ from apb.decode.tree import Tree, root_only
 from apb.engine.requests import prefill_request
 from apb.host.host import Host
 from apb.host.messages import HostSpec, PrefillRequest
-from apb.kv.cache import HostCache, Tail
-from apb.kv.layer import LayerKV
+from apb.kv.cache import HostCache
+from apb.layers.call import AttentionCall
+from apb.layers.full import Full, FullCache
+from apb.layers.rows import LayerKV
 from apb.plan.bytes import TOKEN_BYTES, partial_bytes
 from burst.errors import UserError
 from burst.kernels.cpu import KERNEL
@@ -218,7 +220,7 @@ def test_a_cache_is_gathered_only_where_it_fits(monkeypatch: pytest.MonkeyPatch,
     want = e.generate(handle.fork(), max_new_tokens=8).token_ids
     e._gathering._links = Links(1.0 if slow else 1e-9, 1e12, 1e12)
     need = gathered_bytes(shape, 149 + 11, 8, Lookup().tokens)
-    assert need > (149 + 11 + 8) * shape.kv_row_bytes * shape.layers
+    assert need > (149 + 11 + 8) * shape.kv_bytes
     for free in (need - 1, need):
         monkeypatch.setattr("apb.host.host.available_bytes", lambda device, free=free: free)
         auto = handle.fork()
@@ -336,18 +338,21 @@ def test_a_trees_attention_over_interleaved_shards_is_exact(hosts: int) -> None:
     blocks = list(itertools.pairwise(edges))
     held = [(blocks[rank], blocks[-1 - rank]) for rank in range(hosts)]  # one from the start, one from the end
 
+    kind = Full(4, 2, 16, 16)
+
     def run(transport: Transport) -> torch.Tensor:
         own = [
-            torch.cat([x[:, :, a:b] for a, b in held[transport.rank]], dim=2) for x in (context.k_BKTD, context.v_BKTD)
+            torch.cat([x[:, :, a:b] for a, b in held[transport.rank]], dim=2) for x in (context.k_BKTD, context.v_BKTE)
         ]
-        cache = HostCache([LayerKV(*own)], tuple(range(hosts)), tuple(held), Tail(1), 97 + 11)
+        layer = FullCache(kind, LayerKV(*own))
+        cache = HostCache((kind,), [layer], tuple(range(hosts)), tuple(held), 97 + 11)
         if transport.rank == cache.owner:
-            cache.tail.append(0, tail.k_BKTD, tail.v_BKTD)
-        mask = tree.mask() if transport.rank == cache.owner else None
-        return CacheAttention(cache, transport, KERNEL, mask)(0, q, k, v, 0.25, None)
+            layer.append(tail)
+        attention = CacheAttention(cache, transport, KERNEL, cache.length, len(tree), tree.parents)
+        return attention(AttentionCall(0, q, k, v, 0.25))
 
     keys = torch.cat([context.k_BKTD, tail.k_BKTD, k], dim=2)
-    values = torch.cat([context.v_BKTD, tail.v_BKTD, v], dim=2)
+    values = torch.cat([context.v_BKTE, tail.v_BKTE, v], dim=2)
     seen = torch.cat([torch.ones(len(tree), 108, dtype=torch.bool), tree.mask()], dim=1)
     want = torch.nn.functional.scaled_dot_product_attention(
         q, keys, values, attn_mask=seen, scale=0.25, enable_gqa=True

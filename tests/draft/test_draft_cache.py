@@ -53,7 +53,7 @@ def test_the_drafts_own_rows_are_those_of_its_window(name: str, hosts: int, wind
     wanted_rows = draft.head.keys_values(features[at][None], ids_BS, at)
     kept = draft.rows()
     assert kept is not None
-    for found, want in zip((kept.k_BKTD, kept.v_BKTD), wanted_rows, strict=True):
+    for found, want in zip((kept.k_BKTD, kept.v_BKTE), wanted_rows, strict=True):
         known = slice(1 if wanted[0] == 0 else 0, None)  # the first token's feature is not among those
         torch.testing.assert_close(found[:, :, known], want[:, :, known], atol=1e-11, rtol=1e-11)
 
@@ -89,7 +89,7 @@ def test_features_of_chunks_are_those_of_whole_blocks(name: str, hosts: int, chu
         assert kv is not None
         rows.append(kv)
     torch.testing.assert_close(rows[1].k_BKTD, rows[0].k_BKTD, atol=1e-11, rtol=1e-11)
-    torch.testing.assert_close(rows[1].v_BKTD, rows[0].v_BKTD, atol=1e-11, rtol=1e-11)
+    torch.testing.assert_close(rows[1].v_BKTE, rows[0].v_BKTE, atol=1e-11, rtol=1e-11)
 
 
 def test_forks_and_gathered_caches_draft_too() -> None:

@@ -108,7 +108,7 @@ def test_the_handle_knows_where_every_position_lies() -> None:
         held = Counter(host for host, _ in want)
         for rank in range(HOSTS):  # what the hosts really hold
             cache = e.cluster.host(rank)._caches[handle.id]
-            assert cache.context[0].k_BKTD.shape[2] + len(cache.tail) == held[rank]
+            assert len(cache.layers[0].context) + len(cache.layers[0].tail or ()) == held[rank]
         for position in (-1, cached, handle.next_position):
             with pytest.raises(UserError, match="no such position"):
                 handle.locate(position)

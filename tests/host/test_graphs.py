@@ -16,6 +16,7 @@ from apb.decode.lookup import Lookup
 from apb.draft.draft import Draft
 from apb.draft.spec import DraftSpec
 from apb.graphs.capture import WARM_UPS, Capture, CudaCapture, Pieces
+from apb.layers.call import Call, plain
 from apb.models.adapter import Adapter
 from apb.models.graphed import GraphedAdapter
 from apb.models.hooks import FINAL
@@ -87,8 +88,9 @@ class Remembering:
     def __init__(self) -> None:
         self.layers: list[int] = []
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, projections: object) -> Tensor:
-        self.layers.append(layer)
+    def __call__(self, call: Call) -> Tensor:
+        q, _, v, _ = plain(call)
+        self.layers.append(call.layer)
         q.mul_(0)  # its own until it returns
         return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2)
 

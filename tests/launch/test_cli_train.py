@@ -81,7 +81,7 @@ def test_a_published_file_of_full_width_is_used(
     def score(self: Retaining, block: Candidates) -> torch.Tensor:
         """What the published code computes: raw q, k and v side by side, no bias, a max-pool of 5."""
         assert block.projections is not None
-        x = torch.cat([block.projections.q_BSE, block.projections.k_BSE, block.projections.v_BSE], dim=-1)
+        x = torch.cat([block.projections.q_BSP, block.projections.k_BSP, block.projections.v_BSP], dim=-1)
         at = f"model.layers.{block.layer}.self_attn"
         fc1, fc2 = (state[f"{at}.{part}.weight"].float() for part in ("fc1", "fc2"))
         hidden = x @ fc1.T

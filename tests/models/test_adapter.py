@@ -14,6 +14,7 @@ from torch import Tensor
 
 from apb.compress import Candidates, Compressor
 from apb.compress.norm import Norm
+from apb.layers.call import AttentionCall, plain
 from apb.models.adapter import Adapter
 from apb.models.checks import check_config
 from apb.models.shape import model_shape
@@ -113,9 +114,8 @@ class Recorder:
         self.q: list[Tensor] = []
         self.k: list[Tensor] = []
 
-    def __call__(
-        self, layer: int, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, scale: float, projections: object
-    ) -> Tensor:
+    def __call__(self, call: AttentionCall) -> Tensor:
+        q_BHSD, k_BKSD, v_BKSD, _ = plain(call)
         self.q.append(q_BHSD)
         self.k.append(k_BKSD)
         group = q_BHSD.shape[1] // k_BKSD.shape[1]
@@ -275,7 +275,7 @@ def module_projections(adapter: Adapter, layer: int, hidden: Tensor) -> list[Ten
     attention = adapter._model.base_model.layers[layer].self_attn
     if hasattr(attention, "qkv_proj"):
         s = adapter.shape
-        sizes = [s.q_heads * s.head_dim, s.kv_heads * s.head_dim, s.kv_heads * s.head_dim]
+        sizes = [s.heads.q_heads * s.heads.qk_dim, s.heads.kv_heads * s.heads.qk_dim, s.heads.kv_heads * s.heads.qk_dim]
         return list(attention.qkv_proj(hidden).split(sizes, dim=-1))
     return [getattr(attention, f"{name}_proj")(hidden) for name in "qkv"]
 
@@ -298,14 +298,14 @@ def test_compressors_see_each_ranks_own_projections_before_rope(config: Any) -> 
             shown = spy.seen[rank, 0].projections
             assert shown is not None
             for mine, theirs in zip(
-                (shown.q_BSE, shown.k_BSE, shown.v_BSE), module_projections(adapter, 0, hidden), strict=True
+                (shown.q_BSP, shown.k_BSP, shown.v_BSP), module_projections(adapter, 0, hidden), strict=True
             ):
                 torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
             for layer in range(2):  # values are not rotated: each layer's must be the cached ones
                 block = spy.seen[rank, layer]
                 assert block.projections is not None
                 flat = block.v_BKSD.transpose(1, 2).flatten(2)
-                torch.testing.assert_close(block.projections.v_BSE, flat, atol=0, rtol=0)
-                assert block.projections.q_BSE.shape[1] == host.block_len
+                torch.testing.assert_close(block.projections.v_BSP, flat, atol=0, rtol=0)
+                assert block.projections.q_BSP.shape[1] == host.block_len
     again = tiny_engine(adapter, strategy("apb"), 4, "norm")
     torch.testing.assert_close(again.logits(again.prefill(prompt)), want, atol=0, rtol=0)

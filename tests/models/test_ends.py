@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 
 from apb.draft.eagle import EagleHead
+from apb.layers.call import Call, plain
 from apb.models.adapter import Adapter
 from apb.models.ends import Ends
 from apb.models.shape import model_shape
@@ -59,7 +60,8 @@ class Whole:
 
     needs_projections = False
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, projections: object) -> Tensor:
+    def __call__(self, call: Call) -> Tensor:
+        q, k, v, scale = plain(call)
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         return out.transpose(1, 2)

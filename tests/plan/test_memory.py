@@ -62,7 +62,7 @@ def test_a_prefills_tensors_with_a_draft_head_take_what_the_plan_says(window: in
     plan = e.setup.plan(made)
     for rank, live in enumerate(lived(e, plan, made)):
         room = host_memory(plan, rank)["kv"] + host_memory(plan, rank)["activations"]
-        buffers = 3 * 64 * plan.shape.kv_row_bytes if rank == 1 else 0  # the tail's, which starts with 64 rows
+        buffers = 3 * 64 * plan.shape.widest_row if rank == 1 else 0  # the tail's, which starts with 64 rows
         assert 0.7 * room < live <= room + buffers
 
 
@@ -72,7 +72,7 @@ def test_a_trees_rows_are_in_the_plan() -> None:
     e.generate(handle, max_new_tokens=3)
     shape, tree = plan.shape, Generation(30, len(TREE))
     one, many = (host_memory(plan, 1, Generation(30, rows)) for rows in (1, len(TREE)))
-    assert many["kv"] - one["kv"] == (len(TREE) - 1) * shape.kv_row_bytes * shape.layers
+    assert many["kv"] - one["kv"] == (len(TREE) - 1) * shape.kv_bytes
     assert host_memory(plan, 0, tree)["kv"] == host_memory(plan, 0)["kv"]  # they lie on the host that decides
     wide = dataclasses.replace(plan, shape=dataclasses.replace(shape, vocab=10**6))
     more = (
@@ -85,7 +85,7 @@ def test_a_trees_rows_are_in_the_plan() -> None:
         cache, request = host._caches[handle.id], DecodeRequest(Lookup())
         d = Decoding(host.adapter, host.kernel, t, cache, request, None, lambda token: None, time.perf_counter)
         with torch.inference_mode(), Living() as live:
-            verify(d, TREE.tokens, TREE.depths, TREE if d.decides else None)
+            verify(d, TREE.tokens, TREE.parents, TREE if d.decides else None)
         return live.peak
 
     short = dataclasses.replace(plan, lengths=dataclasses.replace(plan.lengths, query=0), draft=None)
@@ -109,7 +109,7 @@ def test_a_draft_heads_weights_and_rows_are_in_the_plan(window: int | None, adap
     for rank in (0, 1):
         assert host_memory(plan, rank, answer)["weights"] - host_memory(bare, rank, answer)["weights"] == 8 * weights
     kept = host_memory(plan, 1, answer)["kv"] - host_memory(bare, 1, answer)["kv"] - 8 * drafted
-    own = rows.k_BKTD.nbytes + rows.v_BKTD.nbytes + (draft.bits.nbytes if draft.bits is not None else 0)
+    own = rows.k_BKTD.nbytes + rows.v_BKTE.nbytes + (draft.bits.nbytes if draft.bits is not None else 0)
     assert own <= kept <= own + 2 * plan.draft.row_bytes  # of the last two tokens there may be none yet
     assert host_memory(plan, 0, answer)["kv"] == host_memory(bare, 0, answer)["kv"]
 
@@ -134,6 +134,6 @@ def test_a_gathered_cache_stands_beside_what_it_was(hosts: int) -> None:
     e = engine(hosts, "full" if hosts == 1 else "apb")
     plan = e.setup.plan(prompt())
     sharded, gathered = (host_memory(plan, hosts - 1, Generation(5, gathered=g))["kv"] for g in (False, True))
-    row = plan.shape.kv_row_bytes * plan.shape.layers
+    row = plan.shape.kv_bytes
     assert gathered - sharded == (0 if hosts == 1 else (149 + 11) * row)
     assert host_memory(plan, 0, NOTHING) == host_memory(plan, 0)

@@ -68,7 +68,7 @@ def large() -> Adapter:
     """Two layers of an 8B model, without values."""
     config = llama_config(**SHAPE)
     with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("apb.models.adapter.probe", lambda adapter, model: Ends())  # compares values
+        patch.setattr("apb.models.adapter.probe", lambda adapter, model, rotation: Ends())  # compares values
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         return Adapter(model, model_shape(config, torch.bfloat16))
 

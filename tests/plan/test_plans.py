@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from apb.compress import Candidates, compressor, top_rows
 from apb.engine.engine import Engine
+from apb.layers.full import Full
 from apb.plan.bytes import bytes_by_kind, partial_bytes, passing_bytes
 from apb.plan.shapes import ModelShape, PromptLengths
 from apb.plan.steps import Attend, Select
@@ -24,9 +25,7 @@ SHAPE = ModelShape(
     layers=3,
     hidden=64,
     intermediate=96,
-    q_heads=4,
-    kv_heads=2,
-    head_dim=16,
+    mixers=(Full(4, 2, 16, 16),) * 3,
     vocab=100,
     linear_params=1000,
     head_params=100,
@@ -183,7 +182,7 @@ def test_plans_hold_together(lengths: PromptLengths, hosts: int, made: Strategy,
         else:
             assert all(s.keys == (s.queries,) for s in host.steps if isinstance(s, Attend))  # nothing but themselves
     e, layers = SHAPE.element_size, SHAPE.layers
-    row = 2 * SHAPE.kv_heads * SHAPE.head_dim * e
+    row = 2 * SHAPE.heads.kv_heads * SHAPE.heads.qk_dim * e
     for rank in range(hosts):
         if plan.route == "ring":
             rows = sum(plan.kept_rows[: rank + 1]) if rank < hosts - 1 else 0
@@ -191,7 +190,7 @@ def test_plans_hold_together(lengths: PromptLengths, hosts: int, made: Strategy,
             rows = plan.kept_rows[rank] * (hosts - 1)
         assert passing_bytes(plan, rank) == rows * row * layers
     m = lengths.query
-    partial = m * SHAPE.q_heads * (SHAPE.head_dim * e + 4)
+    partial = m * SHAPE.heads.q_heads * (SHAPE.heads.qk_dim * e + 4)
     assert partial_bytes(plan, m) == (hosts - 1) * partial * layers
     assert bytes_by_kind(plan, m).get("passing", 0) == sum(passing_bytes(plan, r) for r in range(hosts))
     assert sum(h.block_len for h in plan.host_plans) == lengths.context

@@ -18,7 +18,10 @@ from apb.compress.base import Candidates
 from apb.engine.engine import Engine
 from apb.engine.options import EngineOptions
 from apb.engine.setup import PROCESS_BYTES, Setup, fitting_chunk, needed_bytes
+from apb.layers.call import AttentionCall, Call, plain
+from apb.layers.full import Full
 from apb.models.chunked import InChunks, chunkable
+from apb.models.hooks import placed
 from apb.plan.memory import NOTHING, host_memory
 from apb.plan.plan import PrefillPlan
 from apb.plan.shapes import PromptLengths
@@ -52,8 +55,8 @@ def engine(name: str, hosts: int, select: str | None, dtype: torch.dtype, chunk:
 def prefilled(made: Engine, lengths: tuple[int, int, int]) -> tuple[Any, torch.Tensor, list[torch.Tensor]]:
     """Return the handle, its logits and all hosts' KV, layer by layer."""
     handle = made.prefill(make_prompt(*lengths))
-    hosts = [made.cluster.host(r)._caches[handle.id].context for r in range(made.cluster.hosts)]
-    return handle, made.logits(handle), [torch.stack([kv.k_BKTD, kv.v_BKTD]) for host in hosts for kv in host]
+    hosts = [tiny.shards(made.cluster.host(r)._caches[handle.id]) for r in range(made.cluster.hosts)]
+    return handle, made.logits(handle), [torch.stack([kv.k_BKTD, kv.v_BKTE]) for host in hosts for kv in host]
 
 
 def check(
@@ -199,6 +202,15 @@ def test_progress_of_chunks_goes_up_to_all_layers() -> None:
         assert len(seen) >= 3 and seen == sorted(seen) and seen[-1] == (3, 3)
 
 
+class Given:
+    """Attention that lets every token see itself."""
+
+    needs_projections = False
+
+    def __call__(self, call: Call) -> torch.Tensor:
+        return plain(call)[2].transpose(1, 2)
+
+
 class Layer(torch.nn.Module):
     """A decoder layer that is given something, or returns something, that nobody knows how to cut."""
 
@@ -208,7 +220,7 @@ class Layer(torch.nn.Module):
 
     def forward(self, hidden: torch.Tensor, apb_attention: Any = None, per_token: Any = None) -> Any:
         q = hidden[..., None, :].transpose(1, 2)
-        apb_attention(0, q, q, q, 1.0, None)
+        apb_attention(AttentionCall(0, q, q, q, 1.0))
         return self.returns
 
 
@@ -222,8 +234,8 @@ class Layer(torch.nn.Module):
 def test_layers_that_cannot_be_cut_are_refused(given: dict[str, torch.Tensor], words: str) -> None:
     layer = Layer([])
     chunkable(layer)
-    chunks = InChunks(lambda layer, q, *others: q.transpose(1, 2), False, 1, 3)
-    with pytest.raises(UserError, match=words) as refused:
+    chunks = InChunks(Given(), [Full(1, 1, 4, 4)] * 2, 3, to_the_end=True)
+    with pytest.raises(UserError, match=words) as refused, placed(torch.arange(5)):
         layer(torch.zeros(1, 5, 4), apb_attention=chunks, **given)
     assert "chunk_tokens=null" in refused.value.remedy
 
@@ -253,7 +265,7 @@ def test_memory_of_other_blocks_grows_by_what_stays() -> None:
         rows = [(p.passing_rows(1) + p.anchor_len) * kv * 2 for p in (short, long)]
         if name == "ring":
             assert short.spread is not None and long.spread is not None
-            rows = [p.spread.workspace(1, SHAPE) for p in (short, long) if p.spread]
+            rows = [p.spread.workspace(1, SHAPE.heads.attention_shape(4)) for p in (short, long) if p.spread]
         assert beside[1] - beside[0] - (rows[1] - rows[0]) == ran * (hidden + q + rotation + kv + more)
 
 

@@ -17,7 +17,6 @@ from apb.plan.flops import prefill_flops
 from apb.plan.plan import PrefillPlan
 from apb.plan.report import plan_document
 from apb.plan.shapes import PromptLengths
-from apb.plan.steps import AttendAll
 from apb.strategies import strategy
 from burst.errors import UserError
 from tests.plan.test_plans import SHAPE
@@ -67,9 +66,9 @@ def check(
     assert (engine.logits(handle) - want.logits).abs().max() < atol
     for rank, host in enumerate(plan.host_plans):
         rows = torch.cat([torch.arange(start, stop) for start, stop in host.spans])
-        for layer, kv in enumerate(engine.cluster.host(rank)._caches[handle.id].context):
+        for layer, kv in enumerate(tiny.shards(engine.cluster.host(rank)._caches[handle.id])):
             torch.testing.assert_close(kv.k_BKTD[0], want.keys[layer][:, rows], atol=atol, rtol=0)
-            torch.testing.assert_close(kv.v_BKTD[0], want.values[layer][:, rows], atol=atol, rtol=0)
+            torch.testing.assert_close(kv.v_BKTE[0], want.values[layer][:, rows], atol=atol, rtol=0)
     m = prompt.lengths.query
     assert handle.metrics["bytes_by_kind"] == bytes_by_kind(plan, m) == plan_document(plan)["bytes_by_kind"]
     gathered = handle.gather(hosts // 2)
@@ -183,8 +182,10 @@ def test_plans_hold_together(context: int, hosts: int, name: str, layout: str) -
     assert [start for start, _ in spans] == [0, *(stop for _, stop in spans[:-1])] and spans[-1][1] == context
     lengths = [host.block_len for host in plan.host_plans]
     assert max(lengths) - min(lengths) <= 1
-    computed = [step.head_pairs for h in plan.host_plans for step in h.steps if isinstance(step, AttendAll)]
-    assert sum(computed) == SHAPE.q_heads * context * (context + 1) // 2
+    assert plan.spread is not None
+    like = SHAPE.heads.attention_shape(SHAPE.element_size)
+    computed = [plan.spread.head_pairs(rank, like) for rank in range(hosts)]
+    assert sum(computed) == SHAPE.heads.q_heads * context * (context + 1) // 2
     full = strategy("full").plan(PromptLengths(context, 0, 0, 0), 1, SHAPE)
     assert sum(prefill_flops(plan, r) for r in range(hosts)) == prefill_flops(full, 0)
     if layout == "z" and context % (2 * hosts) == 0 and name in ("ring", "burst", "allgather"):

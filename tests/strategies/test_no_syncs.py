@@ -26,7 +26,7 @@ from apb.decode.tree import capacity
 from apb.draft.cache import DraftCache
 from apb.draft.draft import Draft
 from apb.draft.steps import HeadSteps
-from apb.kv.layer import LayerKV
+from apb.layers.rows import LayerKV
 from apb.models.adapter import Adapter
 from apb.plan.draft import Handoff
 from apb.strategies import strategy
@@ -116,7 +116,9 @@ def test_exact_prefills(name: str, chunk: int | None, watched: list[str]) -> Non
 @pytest.mark.parametrize("name", ["apb", "spava"])
 def test_approximate_prefills(name: str, select: str, watched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     s = device_adapter().shape
-    heads = [Head(torch.empty(s.kv_heads, (s.q_heads + 2 * s.kv_heads) * s.head_dim, device="meta"))] * s.layers
+    heads = [
+        Head(torch.empty(s.heads.kv_heads, (s.heads.q_heads + 2 * s.heads.kv_heads) * s.heads.qk_dim, device="meta"))
+    ] * s.layers
     found = RetainingHeads(tuple(heads), 1, "raw", {})
     monkeypatch.setattr("apb.compress.retaining.load", lambda file: found)
     monkeypatch.setattr("apb.compress.retaining.find", lambda name: name)

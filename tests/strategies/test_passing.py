@@ -250,8 +250,8 @@ def prefill_patiently(
     try:
         report = host.prefill(mine)
         passed = report.bytes_by_kind.get("passing", 0)
-        cache = host._caches["a"].context[-1]
-        kv = torch.stack([cache.k_BKTD, cache.v_BKTD])
+        cache = host._caches["a"].layers[-1].context
+        kv = torch.stack([cache.k_BKTD, cache.v_BKTE])
         return {
             "events": events,
             "passed": passed,
@@ -287,8 +287,8 @@ def test_every_hop_is_done_while_the_block_is_computed(world: int) -> None:
 def virtual_kv(t: Any, made: list[PrefillRequest]) -> Tensor:
     host = Host(HostSpec("tiny", "float32", "cpu"), t, tiny_llama(torch.float32))
     host.prefill(made[t.rank])
-    cache = host._caches["a"].context[-1]
-    return torch.stack([cache.k_BKTD, cache.v_BKTD])
+    cache = host._caches["a"].layers[-1].context
+    return torch.stack([cache.k_BKTD, cache.v_BKTE])
 
 
 def test_the_patient_kernel_finds_blocks_that_are_forwarded_only_in_wait() -> None:

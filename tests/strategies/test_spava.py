@@ -16,6 +16,7 @@ from torch import Tensor
 from apb.compress import compressor
 from apb.host.host import Host
 from apb.host.messages import HostSpec, PrefillRequest
+from apb.layers.full import Full
 from apb.plan.bytes import bytes_by_kind, prefill_bytes
 from apb.plan.flops import critical_flops, prefill_flops
 from apb.plan.plan import PrefillPlan
@@ -37,8 +38,10 @@ from tests.support import tiny
 from tests.support.pool import Rank, on_both
 from tests.support.tiny import make_prompt, tiny_engine, tiny_llama
 
-SMALL = ModelShape(30, 576, 1536, 9, 3, 64, 49152, 106_168_320, 28_311_552, 134_515_008, 4, 8192)
-LARGE = ModelShape(32, 4096, 14336, 32, 8, 128, 128256, 6_979_321_856, 525_336_576, 8_030_261_248, 2, 131072)
+SMALL = ModelShape(30, 576, 1536, (Full(9, 3, 64, 64),) * 30, 49152, 106_168_320, 28_311_552, 134_515_008, 4, 8192)
+LARGE = ModelShape(
+    32, 4096, 14336, (Full(32, 8, 128, 128),) * 32, 128256, 6_979_321_856, 525_336_576, 8_030_261_248, 2, 131072
+)
 
 
 @pytest.mark.parametrize("options", [{}, {"lengths": "published"}], ids=str)
@@ -103,8 +106,8 @@ def test_plans_with_a_shared_anchor_hold_together(
     assert asked == (scorer == "query" and any(plan.kept_rows) and hosts > 1)
     rows = [plan.question_rows(rank) for rank in range(hosts)]
     assert sum(stop - start for start, stop in rows) == (plan.question_len if hosts > 1 else 0)
-    row = 2 * SHAPE.kv_heads * SHAPE.head_dim * SHAPE.element_size
-    asked_row = SHAPE.q_heads * SHAPE.head_dim * SHAPE.element_size
+    row = 2 * SHAPE.heads.kv_heads * SHAPE.heads.qk_dim * SHAPE.element_size
+    asked_row = SHAPE.heads.q_heads * SHAPE.heads.qk_dim * SHAPE.element_size
     anchor = row * plan.anchor_len + (asked_row * plan.question_len if asked else 0)
     assert bytes_by_kind(plan, 0).get("anchor", 0) == anchor * (hosts - 1) * SHAPE.layers
 
@@ -160,7 +163,7 @@ def test_a_shared_anchor_gives_what_recomputed_ones_give() -> None:
     for form in ("recomputed", "shared"):
         engine = tiny_engine(tiny_llama(torch.float64), strategy("apb", anchor=form), 5, "query")
         handle = engine.prefill(prompt)
-        kept = [engine.cluster.host(rank)._caches[handle.id].context for rank in range(5)]
+        kept = [tiny.shards(engine.cluster.host(rank)._caches[handle.id]) for rank in range(5)]
         logits = engine.logits(handle)
         found.append((logits, kept, engine.generate(handle, max_new_tokens=8).token_ids))
         assert ("anchor" in handle.metrics["bytes_by_kind"]) == (form == "shared")
@@ -169,7 +172,7 @@ def test_a_shared_anchor_gives_what_recomputed_ones_give() -> None:
         for a, b in zip(one, other, strict=True):
             assert a.k_BKTD.shape == b.k_BKTD.shape  # the anchor is dropped
             torch.testing.assert_close(a.k_BKTD, b.k_BKTD, atol=1e-9, rtol=0)
-            torch.testing.assert_close(a.v_BKTD, b.v_BKTD, atol=1e-9, rtol=0)
+            torch.testing.assert_close(a.v_BKTE, b.v_BKTE, atol=1e-9, rtol=0)
     assert found[0][2] == found[1][2]
 
 
@@ -315,8 +318,8 @@ def prefill_on_one(t: Transport, made: list[PrefillRequest]) -> tuple[Tensor, di
     """Prefill one host's share; returns the last layer's KV and what was sent."""
     report = Host(HostSpec("tiny", "float32", "cpu"), t, tiny_llama(torch.float32))
     sent = report.prefill(made[t.rank]).bytes_by_kind
-    cache = report._caches["a"].context[-1]
-    return torch.stack([cache.k_BKTD, cache.v_BKTD]), sent
+    cache = report._caches["a"].layers[-1].context
+    return torch.stack([cache.k_BKTD, cache.v_BKTE]), sent
 
 
 def prefill_in_process(me: Rank, made: list[PrefillRequest]) -> tuple[Any, dict[str, int]]:

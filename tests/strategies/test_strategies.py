@@ -77,9 +77,9 @@ def check(
     handle = engine.prefill(prompt)
     assert (engine.logits(handle) - want.logits).abs().max() < TOLERANCE[dtype]
     for rank in range(hosts):
-        kept = engine.cluster.host(rank)._caches[handle.id].context
+        kept = tiny.shards(engine.cluster.host(rank)._caches[handle.id])
         for layer, kv in enumerate(kept):
-            mine = torch.stack([kv.k_BKTD[0], kv.v_BKTD[0]])
+            mine = torch.stack([kv.k_BKTD[0], kv.v_BKTE[0]])
             theirs = torch.stack([want.keys[layer], want.values[layer]])[:, :, want.rows[rank]]
             torch.testing.assert_close(mine, theirs, atol=TOLERANCE[dtype], rtol=0)
     plan = engine.setup.plan(prompt)
@@ -123,8 +123,8 @@ def check_sizes(plan: PrefillPlan, want: Sizes, *, last_offers: bool, shared: bo
 
 def anchor_in_words(want: Sizes, hosts: int, asked: int, shape: ModelShape) -> int:
     """Every anchor token's K and V, and the queries of ``asked`` question tokens, to every other host."""
-    heads = 2 * shape.kv_heads * want.anchor + shape.q_heads * asked
-    return heads * shape.head_dim * shape.element_size * (hosts - 1) * shape.layers
+    heads = 2 * shape.heads.kv_heads * want.anchor + shape.heads.q_heads * asked
+    return heads * shape.heads.qk_dim * shape.element_size * (hosts - 1) * shape.layers
 
 
 def bytes_in_words(
@@ -132,7 +132,7 @@ def bytes_in_words(
 ) -> dict[str, int]:
     """What all hosts send: K and V rows of the passing, partial outputs, one hash and one word per peer."""
     e, layers = shape.element_size, shape.layers
-    row = 2 * shape.kv_heads * shape.head_dim * e
+    row = 2 * shape.heads.kv_heads * shape.heads.qk_dim * e
     if passing == "ring":  # host h hands its own and all earlier hosts' rows to h + 1, nothing wraps round
         rows = sum(sum(want.rows[: h + 1]) for h in range(hosts - 1))
     elif passing == "direct":  # a row goes once to every other host that holds a later block
@@ -142,7 +142,7 @@ def bytes_in_words(
     else:
         rows = sum(p * (hosts - 1) for p in want.rows) if hosts > 1 else 0
     lse = 8 if e == 8 else 4
-    partial = (hosts - 1) * shape.q_heads * (shape.head_dim * e + lse)
+    partial = (hosts - 1) * shape.heads.q_heads * (shape.heads.qk_dim * e + lse)
     sent = {
         "agree": hosts * (hosts - 1) * 32,
         "passing": rows * row * layers,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from apb.compress.base import Candidates, Compressor
-from apb.kv.layer import Projections
+from apb.layers.rows import Projections
 from apb.models.adapter import Adapter
 from apb.plan.plan import PrefillPlan
 from apb.plan.steps import Attend

@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -19,6 +19,9 @@ from apb.engine.engine import Engine
 from apb.engine.setup import Setup
 from apb.host.host import Host
 from apb.host.messages import HostSpec
+from apb.kv.cache import HostCache
+from apb.layers.full import FullCache
+from apb.layers.rows import LayerKV
 from apb.models.adapter import Adapter
 from apb.models.shape import model_shape
 from apb.prompt.prompt import Prompt, Question
@@ -126,6 +129,11 @@ def make_prompt(context: int, head: int = 5, question: int = 6, before: int = 2,
     """Return a random prompt of those lengths; ``question`` 0 gives one without a question."""
     asked = Question(random_ids(before, 1), random_ids(question, 2), random_ids(after, 3), None)
     return Prompt(random_ids(context, 4), head, asked if question else None)
+
+
+def shards(cache: HostCache) -> list[LayerKV]:
+    """Return a host's rows of the context, by layer."""
+    return [cast("FullCache", layer).context for layer in cache.layers]
 
 
 class TinyCluster(VirtualCluster):

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from apb.compress.base import Candidates
 from apb.compress.random import Random
-from apb.kv.layer import Projections
+from apb.layers.call import AttentionCall, plain
+from apb.layers.rows import Projections
 from apb.models.adapter import Adapter
 from apb.prompt.prompt import Prompt
 
@@ -173,15 +174,8 @@ class _Dense:
             | ((q_kind == QUERY) & (k_kind == BLOCK))
         )
 
-    def __call__(
-        self,
-        layer: int,
-        q_BHSD: Tensor,
-        k_BKSD: Tensor,
-        v_BKSD: Tensor,
-        scale: float,
-        projections: Projections | None,
-    ) -> Tensor:
+    def __call__(self, call: AttentionCall) -> Tensor:
+        layer, (q_BHSD, k_BKSD, v_BKSD, scale), projections = call.layer, plain(call), call.projections
         q_HND, k_KND, v_KND = q_BHSD[0], k_BKSD[0], v_BKSD[0]
         heads, n, _ = q_HND.shape
         group = heads // k_KND.shape[0]
@@ -216,7 +210,7 @@ class _Dense:
             block = self._rows(BLOCK, number)
             if callable(self.select):
                 assert projections is not None
-                raw = (projections.q_BSE[0, block], projections.k_BSE[0, block], projections.v_BSE[0, block])
+                raw = (projections.q_BSP[0, block], projections.k_BSP[0, block], projections.v_BSP[0, block])
                 start, end = self.sizes.spans[number][0], self.sizes.spans[-1][1]
                 asked = self._question(layer, number, q_HND) if self.select.needs_question else q_HND[:, :0]
                 parts = (q_HND[:, block], k_KND[:, block], v_KND[:, block], raw, asked)

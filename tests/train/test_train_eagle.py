@@ -16,6 +16,7 @@ from torch import Tensor
 
 from apb.draft import DraftHead, load, vocab
 from apb.draft.eagle import EagleHead
+from apb.layers.call import Call, plain
 from apb.train import eagle
 from apb.train.answers import FIRST, KEPT, REPEATED, Answer, answer
 from apb.train.eagle import EagleJob, finished, train
@@ -39,7 +40,8 @@ class Causal:
 
     needs_projections = False
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, projections: Any) -> Tensor:
+    def __call__(self, call: Call) -> Tensor:
+        q, k, v, scale = plain(call)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
 
 

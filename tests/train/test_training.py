@@ -18,6 +18,7 @@ from torch import Tensor
 
 from apb.compress import compressor
 from apb.compress.heads import load
+from apb.layers.call import Call, plain
 from apb.models.adapter import Adapter
 from apb.plan.split import blocks
 from apb.strategies import strategy
@@ -113,7 +114,8 @@ class Written:
         self.keys: list[Tensor] = []
         self.turn, self.end = tiny.rotation(adapter), after
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, projections: Any) -> Tensor:
+    def __call__(self, call: Call) -> Tensor:
+        layer, (q, k, v, scale) = call.layer, plain(call)
         group = q.shape[1] // k.shape[1]
         logits = torch.einsum("bhsd,bhtd->bhst", q, k.repeat_interleave(group, 1)) * scale
         best = logits[0][:, self.rows][:, :, self.document].amax(1)

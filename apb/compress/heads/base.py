@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apb.kv.layer import Projections
+from apb.layers.rows import Projections
 from apb.plan.shapes import ModelShape
 from burst.errors import UserError
 
@@ -76,7 +76,8 @@ class RetainingHeads:
         """Raise UserError unless the heads fit a model of ``shape``."""
         first = self.layers[0]
         found = (len(self.layers), first.fc1_WE.shape[1], first.kv_heads)
-        wanted = (shape.layers, (shape.q_heads + 2 * shape.kv_heads) * shape.head_dim, shape.kv_heads)
+        h = shape.heads
+        wanted = (len(shape.mixers), (h.q_heads + 2 * h.kv_heads) * h.qk_dim, h.kv_heads)
         if found != wanted:
             words = "{} layers, inputs of {}, {} kv heads"
             raise UserError(
@@ -93,5 +94,5 @@ def head_input(seen: Projections, keys_from_end_BKSD: Tensor | None) -> Tensor:
     ``keys_from_end_BKSD`` stands in for the raw keys. How much a token is attended to depends on how far away it is,
     which raw keys do not say.
     """
-    k_BSE = seen.k_BSE if keys_from_end_BKSD is None else keys_from_end_BKSD.transpose(1, 2).flatten(2)
-    return torch.cat([seen.q_BSE, k_BSE, seen.v_BSE], dim=-1)
+    k_BSE = seen.k_BSP if keys_from_end_BKSD is None else keys_from_end_BKSD.transpose(1, 2).flatten(2)
+    return torch.cat([seen.q_BSP, k_BSE, seen.v_BSP], dim=-1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from apb.plan.exact import attention_shape
 from apb.plan.plan import PrefillPlan
+from burst.errors import UserError
 from burst.layouts.layout import layout
 from burst.planner import planner
 from burst.planner.topology import topology
@@ -21,7 +21,15 @@ def explain(plan: PrefillPlan, settings: BurstSettings, device: str, display: Di
     machine = settings.machine if settings.machine != "auto" else device.partition(":")[0]
     name = plan.spread.layout if plan.spread is not None else "zigzag"
     tokens = layout(name, plan.lengths.context, plan.hosts)
-    found = planner.plan(tokens, attention_shape(plan.shape), topology(plan.hosts, settings.nodes, machine))
+    sharded = [kind.attention_shape(plan.shape.element_size) for kind in plan.shape.sharded]
+    if not sharded:
+        raise UserError(
+            "no layer of this model attends over hosts",
+            given="burst.explain=true",
+            allowed="models with full or latent layers",
+            remedy="Leave burst.explain out.",
+        )
+    found = planner.plan(tokens, sharded[0], topology(plan.hosts, settings.nodes, machine))
     display.note(
         f"Exact attention of one layer (of {plan.shape.layers}), {name}, {plan.hosts} hosts on {settings.nodes} "
         f"machine(s), speeds assumed for {machine}:",

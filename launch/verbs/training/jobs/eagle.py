@@ -71,7 +71,7 @@ def _hash(start: str | None) -> str | None:
 def _begin(start: str, target: Target) -> EagleHead:
     """Return the head that training goes on from; raises UserError for one that is not like those made here."""
     head = load(start, target)
-    probe = torch.ones(1, 1, 2, target.shape.head_dim, dtype=target.dtype, device=target.device)
+    probe = torch.ones(1, 1, 2, target.shape.heads.qk_dim, dtype=target.dtype, device=target.device)
     at = torch.tensor([1, 1000], device=target.device)
     turned = torch.allclose(head.target.rotate(probe, at), target.rotate(probe, at))
     if type(head) is not EagleHead or not turned:

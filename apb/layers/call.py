@@ -1,0 +1,78 @@
+"""Calls: what the layers of a model ask of whatever stands in for their attention, or their recurrence.
+
+Shapes: B batch (1), S tokens, H query heads, K kv heads, D head dim, E value dim, C channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from apb.layers.rows import Projections
+
+
+class Call(ABC):
+    """One request of one mixer. ``layer``: its number in the model's order of mixers.
+
+    What it holds is the callee's own until that returns: the output may be written over the queries, and what is kept
+    is copied.
+    """
+
+    layer: int
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """Tokens that the call is about."""
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Call:
+        """Return the call of the tokens [start, stop)."""
+
+    @abstractmethod
+    def join(self, outs: Sequence[Tensor]) -> Tensor:
+        """Put the outputs of neighbouring tokens together."""
+
+    @abstractmethod
+    def blank(self) -> Tensor:
+        """Return an uninitialised output."""
+
+
+@dataclass
+class AttentionCall(Call):
+    """Attention of new tokens, queries and keys rotated; the output is (B, S, H, E). ``sinks_H``: logits of sinks."""
+
+    layer: int
+    q_BHSD: Tensor
+    k_BKSD: Tensor
+    v_BKSE: Tensor
+    scale: float
+    sinks_H: Tensor | None = None
+    projections: Projections | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.q_BHSD.shape[2]
+
+    def rows(self, start: int, stop: int) -> AttentionCall:
+        q, k, v = (x[:, :, start:stop] for x in (self.q_BHSD, self.k_BKSD, self.v_BKSE))
+        raw = None if self.projections is None else self.projections.rows(start, stop)
+        return dataclasses.replace(self, q_BHSD=q, k_BKSD=k, v_BKSE=v, projections=raw)
+
+    def join(self, outs: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(outs), dim=1)
+
+    def blank(self) -> Tensor:
+        batch, heads, tokens, _ = self.q_BHSD.shape
+        return self.q_BHSD.new_empty(batch, tokens, heads, self.v_BKSE.shape[3])
+
+
+def plain(call: Call) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Return queries, keys, values and scale of attention that asks for nothing else."""
+    assert isinstance(call, AttentionCall) and call.sinks_H is None
+    return call.q_BHSD, call.k_BKSD, call.v_BKSE, call.scale

@@ -1,0 +1,276 @@
+"""Windows: a token sees its last W keys (sliding), or those of its own chunk of C (chunked); exact over hosts by halos.
+
+A stretch gets the rows before it that its first tokens see straight from their owners, and every host the last rows of
+the context: new tokens then send nothing.
+
+Shapes: B batch (1), H query heads, K kv heads, S tokens of a segment here, T keys, D head dim, E value dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from apb.layers.base import LAYERS, LayerCache, Place, Step
+from apb.layers.call import AttentionCall, Call
+from apb.layers.partials import finish
+from apb.layers.rows import LayerKV, Rows
+from apb.layers.sharding import Interval, Segment, Sharding, common, union, without
+from apb.layers.softmax import Softmax
+from apb.layers.tree import depths
+from burst.execution.blocks import Blocks, begin
+from burst.kernels.merge import Accumulator
+from burst.kernels.reference import attend
+from burst.layouts.masks import Span, pieces
+from burst.transport import Message
+
+
+@LAYERS.register("window", "causal attention over the last tokens, or within chunks")
+@dataclass(frozen=True)
+class Window(Softmax):
+    """Causal attention over ``window`` keys, the token's own included; ``chunked``: over the token's own chunk of so
+    many."""
+
+    sharded: ClassVar[bool] = False
+
+    window: int = 0
+    chunked: bool = False
+
+    def reach(self, position: int) -> int:
+        if self.chunked:
+            return position // self.window * self.window
+        return max(0, position - self.window + 1)
+
+    def wanted(self, sharding: Sharding, rank: int, kept: bool) -> list[Interval]:
+        """Return the positions whose rows a host needs of others: before its stretches, and (``kept``) at the end."""
+        held, n = list(sharding.spans[rank]), sharding.length
+        halos = [(self.reach(start), start) for start, stop in held if start < stop]
+        return without([*halos, *([(self.reach(n), n)] if kept else [])], held)
+
+    def sent(self, sharding: Sharding, rank: int, e: int, kept: bool = True) -> dict[str, int]:
+        rows = sum(stop - start for _, parts in _traffic(self, sharding, kept)[rank] for start, stop in parts)
+        return {"halo": rows * self.row_bytes(e)}
+
+    def flops(self, sharding: Sharding, rank: int) -> int:
+        pairs = sum(self._pairs(stop) - self._pairs(start) for start, stop in sharding.spans[rank])
+        return self.pair_flops * self.q_heads * pairs
+
+    def _pairs(self, end: int) -> int:
+        """Query-key pairs of all tokens before position ``end``."""
+        full, rest = divmod(end, self.window) if self.chunked else (0, end)
+        if self.chunked:
+            return full * (self.window * (self.window + 1) // 2) + rest * (rest + 1) // 2
+        short = min(end, self.window)
+        return short * (short + 1) // 2 + (end - short) * self.window
+
+    def workspace(self, sharding: Sharding, rank: int, e: int) -> int:
+        """Halos arriving, and keys side by side."""
+        halo = sum(stop - start for start, stop in self.wanted(sharding, rank, kept=True))
+        return (2 * halo + (sharding.tokens(rank) if halo else 0)) * self.row_bytes(e)
+
+    def held_bytes(self, context: int, e: int) -> int:
+        return (context - self.reach(context)) * self.row_bytes(e) if self.reads is None else 0
+
+    def tail_bytes(self, tokens: int, e: int, owner: bool) -> int:
+        return tokens * self.row_bytes(e) if self.reads is None else 0
+
+    def step_flops(self, tokens: int, context: int, rank_tokens: int, owner: bool) -> int:
+        return self.pair_flops * self.q_heads * (self._pairs(context + tokens) - self._pairs(context))
+
+    def prefill(self, segments: Sequence[Segment], place: Place, reads: LayerCache | None = None) -> WindowPrefill:
+        assert reads is None or isinstance(reads, WindowCache)
+        return WindowPrefill(self, segments, place, reads)
+
+    def spans(self, intervals: Sequence[Interval]) -> Iterator[Span]:
+        """Yield rows side by side at these positions as burst's spans; a chunk is a document."""
+        offset = 0
+        for start, stop in intervals:
+            while start < stop:
+                edge = min(stop, self.reach(start) + self.window) if self.chunked else stop
+                document = start // self.window if self.chunked else 0
+                yield Span(start, edge - start, 1, document, offset)
+                offset += edge - start
+                start = edge
+
+    def attend(
+        self, call: AttentionCall, at: Sequence[Interval], keys: LayerKV, keys_at: Sequence[Interval], place: Place
+    ) -> Tensor:
+        """Attend the call's queries at the positions ``at`` to keys at ``keys_at``; returns (B, S, H, E)."""
+        mask = pieces(self.spans(at), self.spans(keys_at), causal=True, window=None if self.chunked else self.window)
+        total = Accumulator()
+        Blocks(self.kernel(place.kernel), call.scale).forward(total, call.q_BHSD, keys.k_BKTD, keys.v_BKTE, mask)
+        begin(total, call.q_BHSD, call.v_BKSE.shape[3])
+        return finish(total, call.q_BHSD.dtype, call.sinks_H)
+
+
+@lru_cache(maxsize=256)
+def _traffic(kind: Window, sharding: Sharding, kept: bool) -> tuple[tuple[tuple[int, tuple[Interval, ...]], ...], ...]:
+    """Return by host the peers that it sends rows to, and their positions."""
+    out: list[list[tuple[int, tuple[Interval, ...]]]] = [[] for _ in sharding.spans]
+    for receiver in range(sharding.hosts):
+        wanted = kind.wanted(sharding, receiver, kept)
+        low, high = (wanted[0][0], wanted[-1][1]) if wanted else (0, 0)
+        for start, stop, owner in sharding.stretches:
+            parts = common([(start, stop)], wanted) if start < high and stop > low and owner != receiver else []
+            if parts:
+                out[owner].append((receiver, tuple(parts)))
+    return tuple(_joined(each) for each in out)
+
+
+def _joined(sends: list[tuple[int, tuple[Interval, ...]]]) -> tuple[tuple[int, tuple[Interval, ...]], ...]:
+    """Put what two stretches of an owner have for one peer into one message."""
+    peers: dict[int, list[Interval]] = {}
+    for peer, parts in sends:
+        peers.setdefault(peer, []).extend(parts)
+    return tuple((peer, tuple(union(parts))) for peer, parts in peers.items())
+
+
+class WindowPrefill:
+    """The run of one window layer during a prefill; see ``LayerPrefill``."""
+
+    def __init__(
+        self, kind: Window, segments: Sequence[Segment], place: Place, reads: WindowCache | None = None
+    ) -> None:
+        self.kind, self._segments, self._place = kind, segments, place
+        self.cache = WindowCache(kind, reads)
+
+    def __call__(self, call: Call) -> Tensor:
+        """Exchange halos and attend, segment by segment; returns (B, S, H, E)."""
+        assert isinstance(call, AttentionCall)
+        return call.join([self._run(segment, call.rows(segment.start, segment.stop)) for segment in self._segments])
+
+    def _run(self, segment: Segment, call: AttentionCall) -> Tensor:
+        rank, sharding = self._place.transport.rank, segment.sharding
+        own, held = LayerKV(call.k_BKSD, call.v_BKSE), list(sharding.spans[rank])
+        arrived, wanted = self._exchange(segment, own, call.layer)
+        keys = own if arrived is None else _side_by_side([own, arrived])
+        keys_at = [*held, *wanted]
+        out = self.kind.attend(call, held, keys, keys_at, self._place)
+        if segment.kept:
+            n = sharding.length
+            end = (self.kind.reach(n), n)
+            self.cache.fill(_picked(keys, keys_at, end), end)
+        return out
+
+    def _exchange(self, segment: Segment, own: LayerKV, layer: int) -> tuple[LayerKV | None, list[Interval]]:
+        """Send the rows that others need, and return those that arrive here, with their positions."""
+        t, sharding = self._place.transport, segment.sharding
+        plan = _traffic(self.kind, sharding, segment.kept)
+        sends = [
+            Message(peer, self._packed(own, [sharding.rows(t.rank, p) for p in parts])) for peer, parts in plan[t.rank]
+        ]
+        arriving = [(src, parts) for src, sent in enumerate(plan) for peer, parts in sent if peer == t.rank]
+        batch, heads, _, wide = own.k_BKTD.shape
+        buffers = {
+            src: own.k_BKTD.new_empty(batch, heads, sum(b - a for a, b in parts), wide + own.v_BKTE.shape[3])
+            for src, parts in arriving
+        }
+        if sends or buffers:
+            recvs = [Message(src, buffer) for src, buffer in buffers.items()]
+            t.exchange(sends, recvs, kind="halo", step=f"layer {layer}: halo").wait()
+        if not buffers:
+            return None, []
+        both = torch.cat(list(buffers.values()), dim=2)
+        return LayerKV(both[..., :wide], both[..., wide:]), [part for _, parts in arriving for part in parts]
+
+    @staticmethod
+    def _packed(own: LayerKV, rows: Sequence[Interval]) -> Tensor:
+        parts = [torch.cat([own.rows(*r).k_BKTD, own.rows(*r).v_BKTE], dim=-1) for r in rows]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+class WindowCache:
+    """The last rows of the context and all rows after it, on every host; a cache that ``reads`` another has none."""
+
+    def __init__(self, kind: Window, reads: WindowCache | None = None) -> None:
+        self.kind, self._reads = kind, reads
+        self._context: LayerKV | None = None
+        self._at: Interval = (0, 0)  # positions of the context's rows that are kept
+        self._tail = Rows()
+        self._step = 0  # tokens that the last step added
+
+    def fill(self, context: LayerKV, at: Interval) -> None:
+        """Keep the context's last rows."""
+        if self._reads is None:
+            self._context, self._at = context.clone(), at
+
+    def attend(self, call: Call, step: Step) -> Tensor:
+        """Attend new tokens to the rows in their window; returns (B, S, H, E)."""
+        assert isinstance(call, AttentionCall)
+        start = step.start
+        keys, at = self._visible(start)
+        keys = _side_by_side([keys, LayerKV(call.k_BKSD, call.v_BKSE)])
+        if step.parents is None:
+            new = (start, start + step.tokens)
+            out = self.kind.attend(call, [new], keys, [at, new], step.place)
+        else:
+            out = self._attend_tree(call, step, keys, at)
+        if self._reads is None:
+            self._step = step.tokens
+            self._tail.append(call.k_BKSD, call.v_BKSE)
+        return out
+
+    def _visible(self, position: int) -> tuple[LayerKV, Interval]:
+        """Return the kept rows that a token at ``position`` sees, and where they stand."""
+        if self._reads is not None:
+            return self._reads._visible(position)
+        assert self._context is not None
+        first, end = self._at
+        low = max(self.kind.reach(position), first)
+        parts = [self._context.rows(low - first, end - first)] if low < end else []
+        tail = self._tail.view()
+        if tail is not None:
+            parts.append(tail.rows(max(0, low - end), position - end))
+        return (_side_by_side(parts) if parts else self._context.rows(0, 0)), (low, position)
+
+    def _attend_tree(self, call: AttentionCall, step: Step, keys: LayerKV, at: Interval) -> Tensor:
+        """Attend a draft tree's rows, which stand at their depths, to cached rows and ancestors in their windows."""
+        assert step.parents is not None
+        device = call.q_BHSD.device
+        depth = depths(step.parents)
+        reach_M1 = torch.tensor([self.kind.reach(step.start + d) for d in depth], device=device)[:, None]
+        rows_M = torch.tensor([step.start + d for d in depth], device=device)
+        cached_T = torch.arange(*at, device=device)
+        seen_MT = torch.cat([cached_T >= reach_M1, step.seen_MM & (rows_M >= reach_M1)], dim=1)
+        total = Accumulator()
+        cap = self.kind.soft_cap
+        total.add(*attend(call.q_BHSD, keys.k_BKTD, keys.v_BKTE, False, call.scale, seen_ST=seen_MT, soft_cap=cap))
+        return finish(total, call.q_BHSD.dtype, call.sinks_H)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        if self._step:
+            self._tail.keep(len(self._tail) - self._step, rows)
+            self._step = 0
+
+    def restart(self) -> None:
+        self._tail.truncate(0)
+        self._step = 0
+
+    def fork(self, reads: LayerCache | None = None) -> WindowCache:
+        assert reads is None or isinstance(reads, WindowCache)
+        out = WindowCache(self.kind, reads)
+        out._context, out._at, out._tail = self._context, self._at, self._tail.copy()
+        return out
+
+
+def _side_by_side(parts: Sequence[LayerKV]) -> LayerKV:
+    if len(parts) == 1:
+        return parts[0]
+    return LayerKV(torch.cat([p.k_BKTD for p in parts], dim=2), torch.cat([p.v_BKTE for p in parts], dim=2))
+
+
+def _picked(keys: LayerKV, at: Sequence[Interval], wanted: Interval) -> LayerKV:
+    """Return the rows at the positions ``wanted``, in order, of keys at ``at``."""
+    found: list[tuple[int, LayerKV]] = []
+    row = 0
+    for start, stop in at:
+        low, high = max(start, wanted[0]), min(stop, wanted[1])
+        if low < high:
+            found.append((low, keys.rows(row + low - start, row + high - start)))
+        row += stop - start
+    return _side_by_side([kv for _, kv in sorted(found, key=lambda each: each[0])] or [keys.rows(0, 0)])
