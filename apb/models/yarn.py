@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from apb.models.shape import rope_parameters
+from apb.models.rope import rope_parameters
 from burst.errors import UserError
 
 

@@ -66,7 +66,7 @@ def test_exact_attention_costs_what_burst_predicts(name: str, hosts: int, nodes:
     network = replace(SLOW, hosts_per_node=hosts // nodes, intra_gb_per_s=4.0)
     where = network.topology(hosts)
     machine = replace(where.machine, flops=1e14, memory=1e30)
-    schedule = plan.spread.program(SHAPE, where.nodes)
+    schedule = plan.spread.program(SHAPE.heads.attention_shape(2), where.nodes)
     want = predict(schedule, SHAPE.heads.attention_shape(2), Topology(where.nodes, machine))
     clock = Clock(where)
     clock.run(attention(plan, ONE, where.nodes))
