@@ -70,6 +70,8 @@ def unpacked(folder: Path, found: Shapes, config: Any) -> Shapes:
     if not said:
         return found
     file, types, block = weights_file(folder), check_types(folder), said.get("weight_block_size", _BLOCK)
+    if block is not None and not _is_block(block):
+        raise damaged(folder / "config.json", f"its weight_block_size is {str(block)[:100]}, where two sizes stand")
     out: Shapes = {}
     scales = (_SCALES,) if _method(said) == "mxfp4" else (_SCALE, ".activation_scale")
     for name, shape in found.items():
@@ -89,6 +91,10 @@ def unpacked(folder: Path, found: Shapes, config: Any) -> Shapes:
     return out
 
 
+def _is_block(block: Any) -> bool:
+    return isinstance(block, list | tuple) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
+
+
 def _method(said: Mapping[str, Any]) -> str:
     return str(getattr(said["quant_method"], "value", said["quant_method"]))
 
@@ -100,7 +106,7 @@ def _check_scales(
     if scales is None or kind not in _FP8:
         raise damaged(file, f"{name} is packed as {kind} and has no {name}{_SCALE}")
     fits = len(scales) <= 2 and all(n == 1 for n in scales)
-    if block and not fits:
+    if block is not None and not fits:
         fits = tuple(scales) == tuple(n / size for n, size in zip(shape[-2:], block, strict=True))
     if not fits:
         raise UserError(

@@ -189,6 +189,16 @@ def test_fp8_with_other_scales_is_rejected(scales: tuple[int, ...] | None, messa
         load(save(tmp_path / "packed", packed, config))
 
 
+@pytest.mark.parametrize("block", [1, "x", [16], [16, 0], [16.0, 16], {"a": 16}])
+def test_block_sizes_that_are_none_are_named(block: Any, tmp_path: Path) -> None:
+    config = transformers.Qwen3Config(**COMMON)
+    build(config).save_pretrained(tmp_path / "plain")
+    packed, _ = fp8(tensors(tmp_path / "plain"), 16)
+    config.quantization_config = _said(16) | {"weight_block_size": block}
+    with pytest.raises(UserError, match=r"config\.json.*weight_block_size"):
+        load(save(tmp_path / "packed", packed, config))
+
+
 def test_fp4_experts_under_the_name_of_fp8_are_rejected() -> None:
     config = transformers.Qwen3Config(**COMMON, quantization_config=_said(16) | {"expert_dtype": "fp4"})
     with pytest.raises(UserError, match=r"quantization_config.*fp8"):
