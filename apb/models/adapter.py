@@ -266,4 +266,9 @@ class Adapter:
         for each in lists:
             if inside <= {id(m) for layer in each for m in layer.modules()}:
                 return list(each)
-        raise AssertionError("mixers outside one list of layers")
+        raise UserError(
+            "the model's layers are not one after another",
+            given=f"{self.name}: mixers in several lists of layers",
+            allowed="decoders with one list of layers",
+            remedy="Choose a model of docs/models.md.",
+        )

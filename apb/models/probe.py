@@ -11,6 +11,7 @@ Shapes: B batch (1), S tokens, H query heads, K kv heads, X either, D head dim, 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -32,6 +33,7 @@ from burst.errors import UserError
 
 _TOKENS = 32  # of the sequence that is run; a big model on a CPU takes a second for it
 _CUT = 20  # where the second piece of it begins
+_ALONE = (11, 22, 31)  # tokens that run alone as well: what joins neighbours, a short convolution say, changes each
 _NEAR = 37  # positions between the first two tokens of the rotation's probe; far enough to turn most pairs
 _MOST = 0.5  # of the tokens must be alike: a rounding may send some of them to other experts
 
@@ -92,8 +94,8 @@ def probe(adapter: Probed, model: Any, rotation: Rotation) -> Ends:
     """Reject a model that does not do with its mixers what distributed prefill does; raises UserError.
 
     All mixers must ask once and in order, with heads as their kinds say; transformers' own attention must be that of
-    the kind; and a piece of a sequence must not depend on where a call begins. ``rotation`` is told which mixers RoPE
-    turns, alone or not at all. Returns what stands round the decoder.
+    the kind; and a piece of a sequence, a single token even, must not depend on where a call begins. ``rotation`` is
+    told which mixers RoPE turns, alone or not at all. Returns what stands round the decoder.
     """
     ids_S = _probe_ids(adapter)
     at_S = torch.arange(len(ids_S), device=adapter.device)
@@ -131,8 +133,27 @@ def _check_pieces(adapter: Probed, ids_S: Tensor, at_S: Tensor, compared: Compar
             raise _unfit(adapter, f"what mixer {replayed.differing[0]} is asked for depends on where a call begins")
         if not _alike(ours.parts[FINAL], theirs_SE[start:stop]):
             raise _unfit(adapter, "what it computes depends on more than its mixers' output")
+        if ours.parts[0].shape != ours.parts[FINAL].shape:
+            raise _unfit(adapter, f"its layers pass on {tuple(ours.parts[0].shape)} for {stop - start} tokens")
         first.append(ours.parts[0])
+    _check_alone(adapter, ids_S, at_S, compared, theirs_SE)
     return torch.cat(first)
+
+
+def _check_alone(adapter: Probed, ids_S: Tensor, at_S: Tensor, compared: Compared, theirs_SE: Tensor) -> None:
+    """Run some tokens each alone; most must ask for, and be, what they are in the sequence."""
+    asked, finals = Counter[int](), []
+    for token in _ALONE:
+        replayed = _Replayed(compared, token)
+        with _running(adapter), capturing((FINAL,)) as ours:
+            adapter.run(ids_S[token : token + 1], at_S[token : token + 1], replayed)
+        asked.update(set(replayed.differing))
+        finals.append(ours.parts[FINAL])
+    for layer, count in asked.items():
+        if count > _MOST * len(_ALONE):
+            raise _unfit(adapter, f"what mixer {layer} is asked for depends on other tokens of a call")
+    if not _alike(torch.cat(finals), theirs_SE[list(_ALONE)]):
+        raise _unfit(adapter, "its tokens see others outside its mixers")
 
 
 def _probe_ids(adapter: Probed) -> Tensor:

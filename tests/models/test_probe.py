@@ -16,6 +16,7 @@ from apb.models.shape import model_shape
 from burst.errors import UserError
 from tests.models.test_adapter import COMMON, CONFIGS
 from tests.support.tiny import build
+from tests.sweep.shrink import shrunk
 
 FULL = ["full_attention"] * 2
 
@@ -96,6 +97,23 @@ def test_a_model_that_looks_at_which_attention_it_has_is_rejected() -> None:
     )
     with pytest.raises(UserError, match="depends on more than"):
         Adapter(model, model_shape(CONFIGS["llama"](), torch.float32))
+
+
+def test_tokens_that_see_others_outside_attention_are_rejected() -> None:
+    """A short convolution changes a few tokens of a call only: no more than roundings may send to other experts."""
+    config = transformers.Lfm2Config(**COMMON, layer_types=["conv", "full_attention"], conv_L_cache=3)
+    with pytest.raises(UserError, match="other tokens"):
+        Adapter(build(config), model_shape(copy.deepcopy(config), torch.float32))
+    model = build(CONFIGS["llama"]())
+    model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, out: out + 0.1 * out.roll(1, dims=1))
+    with pytest.raises(UserError, match="see others outside"):
+        Adapter(model, model_shape(CONFIGS["llama"](), torch.float32))
+
+
+def test_layers_in_several_lists_are_rejected() -> None:
+    config = shrunk("hrm_text")
+    with pytest.raises(UserError, match="one after another"):
+        Adapter(build(config), model_shape(copy.deepcopy(config), torch.float32))
 
 
 def test_queries_that_are_scaled_by_far_positions_are_rejected() -> None:

@@ -28,6 +28,7 @@ PATCHES: dict[str, dict[str, Any]] = {
     "gemma3n_text": with_types(SLIDING, FULL, SLIDING, FULL)
     | {"num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm2": with_types("conv", FULL, "conv", FULL),
     "lfm2_moe": with_types("conv", FULL, "conv", FULL) | {"num_dense_layers": 1},
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8},

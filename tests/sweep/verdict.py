@@ -6,6 +6,7 @@ Shapes: S tokens, V vocabulary.
 from __future__ import annotations
 
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -87,8 +88,9 @@ def _compared(
 
 
 def kinds(adapter: Adapter) -> str:
-    """Return the kinds of a model's layers with their numbers, in words."""
-    return f"{adapter.shape.layers} full"
+    """Return the kinds of a model's mixers with their numbers, in words."""
+    numbers = Counter(kind.name for kind in adapter.shape.mixers)
+    return ", ".join(f"{number} {name}" for name, number in sorted(numbers.items()))
 
 
 def small_prompt(vocab: int) -> Prompt:
