@@ -59,7 +59,10 @@ class InChunks:
         assert isinstance(call, AttentionCall)
         if self._out is not None:
             return self._out[:, self._start : self._stop]
-        parts = [x.transpose(1, 2) for x in (call.q_BHSD, call.k_BKSD, call.v_BKSE)]
+        # A reader's keys and values are the last chunk's: all of them were kept when their own layer ran.
+        held = self._held.get(reads) if (reads := self._reads[call.layer]) is not None else None
+        given = [call.q_BHSD] if held is not None else [call.q_BHSD, call.k_BKSD, call.v_BKSE]
+        parts = [x.transpose(1, 2) for x in given]
         if call.projections is not None:
             parts += [call.projections.q_BSP, call.projections.k_BSP, call.projections.v_BSP]
         sizes = tuple(x.shape[2:] for x in parts)
@@ -67,11 +70,9 @@ class InChunks:
             self._whole[sizes] = [x.new_empty(x.shape[0], self._tokens, *x.shape[2:]) for x in parts]
         for whole, part in zip(self._whole[sizes], parts, strict=True):
             whole[:, self._start : self._stop] = part
-        q, k, v = (x.transpose(1, 2) for x in self._whole[sizes][:3])
-        raw = Projections(*self._whole[sizes][3:]) if call.projections is not None else None
-        reads = self._reads[call.layer]
-        if reads is not None:  # what the layer got is the last chunk's
-            k, v = self._held[reads]
+        q, *kv = (x.transpose(1, 2) for x in self._whole[sizes][: len(given)])
+        k, v = kv or held or ()
+        raw = Projections(*self._whole[sizes][len(given) :]) if call.projections is not None else None
         self._call = dataclasses.replace(call, q_BHSD=q, k_BKSD=k, v_BKSE=v, projections=raw)
         raise _Collected
 

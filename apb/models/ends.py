@@ -89,12 +89,19 @@ def _made_up(head: nn.Linear) -> Tensor:
     return (row_1E * (sizes_N1 / max(size, 1e-12))).to(weight_VE.dtype)
 
 
+class _Output(MoeModelOutputWithPast):
+    """A decoder's output with nothing but hidden states; whatever else a model asks of it is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 @contextmanager
 def _replaced(base: nn.Module, hidden_NE: Tensor) -> Iterator[None]:
     """Let the decoder return these hidden states, whatever it is given."""
     before = base.__dict__.get("forward")
-    # With the fields of mixtures of experts, which their models ask for.
-    base.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden_NE[None])
+    base.forward = lambda *_, **__: _Output(last_hidden_state=hidden_NE[None])
     try:
         yield
     finally:

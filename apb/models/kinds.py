@@ -77,7 +77,7 @@ def _softmax(module: Any, config: Any, reads: int | None) -> LayerKind:
         "qk_dim": qk_dim,
         "v_dim": v_dim,
         "sink": getattr(module, "sinks", None) is not None,
-        "soft_cap": getattr(module, "attn_logit_softcapping", None),
+        "soft_cap": getattr(module, "attn_logit_softcapping", None) if _asks(module, "softcap") else None,
         "reads": reads,
     }
     if _layer_type(module, config) == _CHUNKED:
@@ -122,6 +122,12 @@ def _window(module: Any, config: Any) -> int | None:
         return None
     found: int | None = getattr(config, "sliding_window", None) if "sliding_window" in _own(config) else None
     return found
+
+
+def _asks(module: nn.Module, keyword: str) -> bool:
+    """Return True where a module hands attention a keyword; Gemma 3 has a soft cap that it never hands on."""
+    code = inspect.unwrap(type(module).forward).__code__
+    return any(isinstance(each, tuple) and keyword in each for each in code.co_consts)
 
 
 def _own(config: Any) -> Any:

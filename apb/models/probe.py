@@ -171,9 +171,8 @@ def _learn_rotation(adapter: Probed, rotation: Rotation, far: int) -> None:
     ids_S = torch.full((1 + len(distances),), shape.vocab // 2, device=adapter.device)
     with _running(adapter):
         adapter.run(ids_S, torch.tensor([0, *distances], device=adapter.device), probe)
-    for call in probe.seen:
-        if not shape.mixers[call.layer].sharded:  # nothing is ever turned on there
-            continue
+    # Full layers first: draft heads turn as the first that is learnt.
+    for call in sorted(probe.seen, key=lambda call: not shape.mixers[call.layer].sharded):
         both = [x for x in (call.q_BHSD, call.k_BKSD) if x.shape[2] == len(ids_S)]
         # 8 roundings in low precision; in fp32 the angles themselves are known to some 1e-5.
         sizes = [max(1e-3, 8 * torch.finfo(x.dtype).eps) * float(x.abs().max()) for x in both]
@@ -182,8 +181,7 @@ def _learn_rotation(adapter: Probed, rotation: Rotation, far: int) -> None:
             continue
         for x, size in zip(both, sizes, strict=True):
             for row, distance in enumerate(distances, 1):
-                if not rotation.turns(x[:, :, :1], distance, call.layer, x[:, :, row : row + 1], size):
-                    rotation.unlike.add(call.layer)
+                rotation.learn(x[:, :, :1], distance, call.layer, x[:, :, row : row + 1], size)
 
 
 def _check_calls(adapter: Probed, layers: list[int]) -> None:

@@ -36,7 +36,6 @@ from tests.support.tiny import TinyEngine, tiny_engine
 LIMIT = 1e-4  # of fp32 logits
 TIE = 2 * LIMIT  # between the likeliest two tokens: either may be decided
 WINDOW, SINKS = 24, 3  # of the draft head
-LAYER = LayerShape(64, 96, 4, 2, 16, 1e-5)  # of the draft head; all families are 64 wide
 DECODERS: dict[str, Decoder] = {"lookup": Lookup(match=1), "eagle2": Eagle2(depth=3, width=4, tokens=14)}
 
 
@@ -167,7 +166,9 @@ def _engine(cell: Cell, chunk: int | None) -> TinyEngine:
 
 def _handoff(draft: Draft) -> Handoff:
     weights = sum(p.numel() for p in draft.head.parameters())
-    return Handoff(WINDOW, SINKS, LAYER.num_key_value_heads, LAYER.head_dim, 4, 0, LAYER.hidden_size, 4 * weights, 0)
+    return Handoff(
+        WINDOW, SINKS, draft.head.kv_heads, draft.head.head_dim, 4, 0, draft.head.target.shape.hidden, 4 * weights, 0
+    )
 
 
 @functools.cache
@@ -176,7 +177,8 @@ def adapter(family: str, draft: bool) -> Adapter:
     made = adapt_family(family)
     if draft:
         torch.manual_seed(1)
-        head = EagleHead(LAYER, made.draft_target(), fc_bias=True, window=WINDOW, sinks=SINKS)
+        layer = LayerShape(64, 96, 4, 2, made.shape.heads.qk_dim, 1e-5)  # all families are 64 wide
+        head = EagleHead(layer, made.draft_target(), fc_bias=True, window=WINDOW, sinks=SINKS)
         made.draft = Draft(head.to(made.dtype).eval().requires_grad_(False))
     return made
 
