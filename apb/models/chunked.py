@@ -71,7 +71,7 @@ class InChunks:
         for whole, part in zip(self._whole[sizes], parts, strict=True):
             whole[:, self._start : self._stop] = part
         q, *kv = (x.transpose(1, 2) for x in self._whole[sizes][: len(given)])
-        k, v = kv or held or ()
+        k, v = kv if held is None else held
         raw = Projections(*self._whole[sizes][len(given) :]) if call.projections is not None else None
         self._call = dataclasses.replace(call, q_BHSD=q, k_BKSD=k, v_BKSE=v, projections=raw)
         raise _Collected
