@@ -6,6 +6,7 @@ a loaded model.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,8 @@ _REFUSED = (
     "head_mask",
     "dropout",
 )
+# Of layers that choose each query's keys by scores of their own.
+_INDEXERS = ("index_topk", "index_topk_blocks", "index_n_heads", "indexer_n_heads", "indexer_types", "indexer_budget")
 # Frequencies that change with the sequence length: hosts that see different positions would rotate differently.
 _REFUSED_ROPE = ("dynamic",)
 
@@ -80,8 +83,10 @@ def check_config(config: Any) -> None:
         raise _composite(getattr(config, "model_type", "?"))
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         raise refuse("use_bidirectional_attention", config.use_bidirectional_attention)
-    if getattr(config, "alibi", None):
-        raise refuse("alibi", config.alibi)
+    own = inspect.signature(type(config).__init__).parameters  # a key of another family's is never read
+    for name in ("alibi", *_INDEXERS):
+        if name in own and getattr(config, name, None):
+            raise refuse(name, getattr(config, name))
     for rope in rope_parameters(config):
         if rope.get("rope_type") in _REFUSED_ROPE:
             raise refuse("rope_type", rope["rope_type"])

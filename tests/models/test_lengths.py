@@ -49,13 +49,13 @@ def config(**changes: Any) -> transformers.Phi3Config:
 
 
 @functools.cache
-def phi3() -> Adapter:
-    return adapt(config())
+def phi3(window: int | None = None) -> Adapter:
+    return adapt(config(sliding_window=window))
 
 
-def whole(ids: tuple[int, ...], at: int = -1) -> Tensor:
+def whole(ids: tuple[int, ...], at: int = -1, window: int | None = None) -> Tensor:
     """Return the logits after one token of transformers' whole run, by its own attention and frequencies."""
-    model: Any = phi3()._model
+    model: Any = phi3(window)._model
     ours = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -89,6 +89,15 @@ def test_hosts_rotate_as_one_whole_run(name: str, hosts: int, context: int) -> N
         handle = e.prefill(prompt)
         assert torch.allclose(e.logits(handle), whole(prompt.token_ids), atol=1e-4)
         assert handle.rope_length == len(prompt.token_ids) == context + 11
+
+
+@pytest.mark.parametrize("context", [60, 150])
+def test_windows_keep_the_length(context: int) -> None:
+    prompt = make_prompt(context)
+    with tiny_engine(phi3(24), strategy("ring"), 3) as e:
+        handle = e.prefill(prompt)
+        assert torch.allclose(e.logits(handle), whole(prompt.token_ids, window=24), atol=1e-4)
+        assert not torch.allclose(e.logits(handle), whole(prompt.token_ids), atol=1e-1)
 
 
 @pytest.mark.parametrize("context", [60, 150])

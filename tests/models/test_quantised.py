@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
+from apb.engine.engine import Engine
 from apb.models.checks import check_config
 from apb.models.loading import load_config, load_model
 from apb.models.shape import model_shape
+from apb.prompt.prompt import Prompt, Question
 from burst.errors import UserError
 from tests.support.composites import composite, composite_config, plain, tensors, text_logits
-from tests.support.tiny import build
+from tests.support.tiny import build, byte_tokenizer
 
 IDS_S = torch.arange(5, 60)
 _FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
@@ -88,6 +91,15 @@ def test_mxfp4_experts_are_dequantised_exactly(gpt_oss: tuple[Path, Any], dtype:
         assert torch.equal(loaded.get_parameter(name), x), name
     if dtype == "float32":  # the twin's other types have rounded frequencies too
         assert torch.equal(text_logits(loaded, IDS_S), text_logits(wanted, IDS_S))
+
+
+def test_hosts_prefill_what_was_dequantised(gpt_oss: tuple[Path, Any], tmp_path: Path) -> None:
+    folder = shutil.copytree(gpt_oss[0], tmp_path / "model")
+    byte_tokenizer().save_pretrained(folder)
+    ids = tuple((7 * i) % 120 + 1 for i in range(80))
+    with Engine.launch(str(folder), hosts=3, strategy="ring", dtype="float32") as engine:
+        found_V = engine.logits(engine.prefill(Prompt(ids[:74], 3, Question((), ids[74:], (), None))))
+    assert torch.allclose(found_V, text_logits(gpt_oss[1], torch.tensor(ids))[-1], atol=1e-4)
 
 
 def test_memory_is_that_of_the_parameters(gpt_oss: tuple[Path, Any]) -> None:

@@ -20,6 +20,7 @@ from apb.models.checks import check_config
 from apb.models.loading import generation_stop_ids, load_config, load_model, make_config
 from apb.models.shape import model_shape
 from apb.models.towers import TOWERS
+from apb.prompt.prompt import Prompt, Question
 from burst.errors import UserError
 from tests.support.composites import COMPOSITES, composite, composite_config, plain, renamed, tensors, text_logits
 from tests.support.tiny import byte_tokenizer
@@ -197,6 +198,24 @@ def test_hosts_prefill_the_tower_of_a_composite(tmp_path: Path) -> None:
         wanted = text_logits(model, torch.tensor(handle.prompt.token_ids))[-1]
         assert torch.allclose(engine.logits(handle), wanted, atol=1e-4)
         assert len(engine.generate(handle, 4).token_ids) <= 4
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama4", "mistral3-ministral3"])
+def test_hosts_prefill_towers_with_windows_and_chunks(name: str, tmp_path: Path) -> None:
+    model = composite(composite_config(name, vocab_size=300))
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    ids = tuple((7 * i) % 290 + 5 for i in range(126))
+    prompt = Prompt(ids[:120], 5, Question((), ids[120:], (), None))
+    with Engine.launch(str(tmp_path), hosts=3, strategy="ring", dtype="float32") as engine:
+        found_V = engine.logits(engine.prefill(prompt))
+    assert torch.allclose(found_V, text_logits(model, torch.tensor(ids))[-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [transformers.DeepseekV32Config, transformers.GlmMoeDsaConfig])
+def test_sparse_indexers_are_rejected(kind: Callable[[], Any]) -> None:
+    with pytest.raises(UserError, match="index_topk"):
+        check_config(kind())
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "gemma3"])
