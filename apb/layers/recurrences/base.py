@@ -96,6 +96,10 @@ class Scan(ABC):
         """The type of states: fp32, or fp64 for fp64 models."""
 
     @abstractmethod
+    def blank(self) -> Tensor:
+        """Return an uninitialised output (B, S, H, V)."""
+
+    @abstractmethod
     def rows(self, start: int, stop: int) -> Self:
         """Return the call of tokens [start, stop) alone."""
 

@@ -44,6 +44,10 @@ class DeltaScan(Scan):
         """The type of states."""
         return wide_type(self.q_BSGK)
 
+    def blank(self) -> Tensor:
+        """Return an uninitialised output, in the values' type."""
+        return torch.empty_like(self.v_BSHV)
+
     def rows(self, start: int, stop: int) -> Self:
         """Return the call of tokens [start, stop) alone."""
         names = ("q_BSGK", "k_BSGK", "v_BSHV", "g_BSH", "beta_BSH")

@@ -44,6 +44,10 @@ class Mamba2Scan(Scan):
         """The type of states."""
         return wide_type(self.x_BSHV)
 
+    def blank(self) -> Tensor:
+        """Return an uninitialised output, in the states' type."""
+        return torch.empty_like(self.x_BSHV, dtype=self.state_dtype)
+
     def rows(self, start: int, stop: int) -> Self:
         """Return the call of tokens [start, stop) alone."""
         names = ("x_BSHV", "dt_BSH", "b_BSGK", "c_BSGK")
@@ -52,7 +56,7 @@ class Mamba2Scan(Scan):
     def run(self, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run from a state (B, H, V, K); None: zero."""
         if self.function is not None:
-            return self.function(
+            out_BSHV, after = self.function(
                 self.x_BSHV,
                 self.dt_BSH,
                 self.a_H,
@@ -64,6 +68,7 @@ class Mamba2Scan(Scan):
                 initial_states=state,
                 return_final_states=True,
             )
+            return out_BSHV.to(self.state_dtype), after
         terms, shape = self._terms(), (self.x_BSHV.shape[0], *self.x_BSHV.shape[2:], self.b_BSGK.shape[-1])
         before = self.x_BSHV.new_zeros(shape, dtype=self.state_dtype) if state is None else state
         out_BHSV, state_BHKV = scanned(terms, before.mT)
