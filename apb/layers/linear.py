@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from apb.layers.base import LAYERS, LayerCache, LayerKind, Place
 from apb.layers.call import Call
 from apb.layers.halo import exchanged, picked, sent_rows, traffic
+from apb.layers.linear_chunks import LinearChunks
 from apb.layers.mixing import ConvCall, LinearCache, ScanCall
 from apb.layers.recurrences.base import Affine, Mapped
 from apb.layers.recurrences.convolution import behind
@@ -164,20 +164,24 @@ class LinearPrefill:
             outs.append(self._convolve(segment, part) if isinstance(part, ConvCall) else self._scan(segment, part))
         return outs[0] if len(outs) == 1 else call.join(outs)
 
+    def chunks(self) -> LinearChunks:
+        """Return the same run over chunks of the tokens."""
+        kind = self.kind
+        return LinearChunks(self._segments, kind.reach, kind.scan, kind.sizes, self.cache, self._transport)
+
     def _convolve(self, segment: Segment, call: ConvCall) -> Tensor:
         t, sharding, reach = self._transport, segment.sharding, self.kind.reach
         sends, step = traffic(reach, sharding, segment.kept), f"layer {call.layer}: convolution"
-        x_BCT, at = exchanged(sends, sharding, call.x_BCS, 2, t, "conv", step)
+        held = sharding.spans[t.rank]
+        own = [(span, call.x_BCS[:, :, slice(*sharding.rows(t.rank, span))]) for span in held]
+        found = exchanged(sends, own, 2, t, "conv", step)
         outs = []
-        for start, stop in sharding.spans[t.rank]:
-            first, last = sharding.rows(t.rank, (start, stop))
-            before = picked(x_BCT, at, (reach(start), start), 2) if start else None
-            outs.append(behind(before, call.x_BCS[:, :, first:last], call.convolve))
+        for (start, _), x_BCS in own:
+            before = picked(found, (reach(start), start), 2) if start else None
+            outs.append(behind(before, x_BCS, call.convolve))
         if segment.kept:
             n = sharding.length
-            tail_BCR = picked(x_BCT, at, (reach(n), n), 2)
-            missing = self.kind.kernel - 1 - tail_BCR.shape[2]  # a context shorter than the reach begins with nothing
-            self.cache.fill_tail(torch.nn.functional.pad(tail_BCR, (missing, 0)))
+            self.cache.fill_tail(picked(found, (reach(n), n), 2))
         return outs[0] if len(outs) == 1 else call.join(outs)
 
     def _scan(self, segment: Segment, call: ScanCall) -> Tensor:

@@ -80,8 +80,13 @@ class LinearCache:
 
     def fill_tail(self, tail_BCR: Tensor) -> None:
         """Keep the convolution's last inputs of the context."""
-        self._tail_BCR = tail_BCR.clone()
+        self._tail_BCR = self.filled(tail_BCR)
         self._snapshot = self._snapshot[0], self._tail_BCR
+
+    def filled(self, columns_BCX: Tensor) -> Tensor:
+        """Return a copy of at most R columns, behind zeros for those that stand before the sequence's start."""
+        missing = self._kernel - 1 - columns_BCX.shape[2]
+        return torch.nn.functional.pad(columns_BCX, (missing, 0)) if missing else columns_BCX.clone()
 
     def fill_state(self, state: Tensor) -> None:
         """Keep the state at the end of the context."""
@@ -98,7 +103,7 @@ class LinearCache:
     def _convolve(self, call: ConvCall, step: Step) -> Tensor:
         assert self._tail_BCR is not None and self._columns_BCM is None
         if step.parents is not None:
-            self._columns_BCM = call.x_BCS
+            self._columns_BCM = call.x_BCS.clone()
             index_MW = _index(step.parents, self._kernel, call.x_BCS.device)
             return over_tree(self._tail_BCR, call.x_BCS, index_MW, call.convolve)
         out_BCS = behind(self._tail_BCR, call.x_BCS, call.convolve)

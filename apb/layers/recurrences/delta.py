@@ -102,6 +102,8 @@ class DeltaScan(Scan):
         )
         if self.normalised:
             q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + _EPS) for x in (q, k))
+        else:
+            k = k.clone()  # what a tree leaves pending must be its own
         q, k = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (q, k))
         return Terms(q * q.shape[-1] ** -0.5, k, v, g if g.dim() == 4 else g[..., None], beta)
 
