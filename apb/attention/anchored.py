@@ -20,6 +20,7 @@ from apb.compress.base import Candidates, Compressor, check_scores, top_rows
 from apb.layers.base import Place
 from apb.layers.call import AttentionCall, Call
 from apb.layers.full import Full, FullCache
+from apb.layers.linear_chunks import LinearChunks
 from apb.layers.partials import finish
 from apb.layers.rows import LayerKV, Projections
 from apb.plan.plan import PrefillPlan
@@ -76,8 +77,17 @@ class PrefillAttention:
         out = self._layers.run(call)
         if out is None:
             out = self._attend(call)
-        self._on_layer(call.layer)
+        if call.ends:
+            self._on_layer(call.layer)
         return out
+
+    def chunks(self, layer: int) -> LinearChunks:
+        """Return the run of a linear layer over chunks."""
+        return self._layers.chunks(layer)
+
+    def finished(self, layer: int) -> None:
+        """Hear that a layer which ran over chunks is done."""
+        self._on_layer(layer)
 
     def _attend(self, call: Call) -> Tensor:
         kind, cache = self._mixers[call.layer], self.kept[call.layer]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from apb.layers.base import LayerCache, LayerPrefill, Place
 from apb.layers.call import Call
+from apb.layers.linear import LinearPrefill
+from apb.layers.linear_chunks import LinearChunks
 from apb.plan.plan import PrefillPlan
 
 
@@ -18,6 +20,19 @@ class Attention(Protocol):
 
     def __call__(self, call: Call) -> Tensor:
         """Return the call's output."""
+        ...
+
+
+@runtime_checkable
+class Prefilling(Attention, Protocol):
+    """A stand-in during the prefill of a host's blocks, which may run in chunks."""
+
+    def chunks(self, layer: int) -> LinearChunks:
+        """Return the run of a linear layer over chunks; ``layer``: its number."""
+        ...
+
+    def finished(self, layer: int) -> None:
+        """Hear that a layer which ran over chunks is done."""
         ...
 
 
@@ -33,6 +48,12 @@ class Layers:
             run = None if kind.sharded else kind.prefill(segments, place, reads)
             self._runs.append(run)
             self.caches.append(kind.cache(reads) if run is None else run.cache)
+
+    def chunks(self, layer: int) -> LinearChunks:
+        """Return the run of a linear layer over chunks."""
+        run = self._runs[layer]
+        assert isinstance(run, LinearPrefill)
+        return run.chunks()
 
     def run(self, call: Call) -> Tensor | None:
         """Return the output of a layer that is not sharded; None for the others, which strategies run."""

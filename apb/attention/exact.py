@@ -13,6 +13,7 @@ from apb.attention.base import Layers
 from apb.layers.base import Place
 from apb.layers.call import AttentionCall, Call
 from apb.layers.full import Full, FullCache
+from apb.layers.linear_chunks import LinearChunks
 from apb.layers.rows import LayerKV
 from apb.plan.plan import PrefillPlan
 from burst.execution.blocks import Blocks
@@ -51,8 +52,17 @@ class ExactAttention:
         out = self._layers.run(call)
         if out is None:
             out = self._attend(call)
-        self._on_layer(call.layer)
+        if call.ends:
+            self._on_layer(call.layer)
         return out
+
+    def chunks(self, layer: int) -> LinearChunks:
+        """Return the run of a linear layer over chunks."""
+        return self._layers.chunks(layer)
+
+    def finished(self, layer: int) -> None:
+        """Hear that a layer which ran over chunks is done."""
+        self._on_layer(layer)
 
     def _attend(self, call: Call) -> Tensor:
         kind, cache = self._mixers[call.layer], self.kept[call.layer]

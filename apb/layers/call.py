@@ -9,6 +9,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class Call(ABC):
     """
 
     layer: int
+    ends: ClassVar[bool] = True  # whether the mixer asks for nothing more
 
     @property
     @abstractmethod
@@ -37,6 +39,14 @@ class Call(ABC):
     @abstractmethod
     def join(self, outs: Sequence[Tensor]) -> Tensor:
         """Put the outputs of neighbouring tokens together."""
+
+    @abstractmethod
+    def share(self, out: Tensor, start: int, stop: int) -> Tensor:
+        """Return the tokens [start, stop) of an output, without copying."""
+
+    @abstractmethod
+    def given(self) -> list[Tensor]:
+        """Return what the call is about by token, each (S, X)."""
 
     @abstractmethod
     def blank(self) -> Tensor:
@@ -66,6 +76,12 @@ class AttentionCall(Call):
 
     def join(self, outs: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(outs), dim=1)
+
+    def share(self, out: Tensor, start: int, stop: int) -> Tensor:
+        return out[:, start:stop]
+
+    def given(self) -> list[Tensor]:
+        return [x[0].transpose(0, 1).flatten(1) for x in (self.q_BHSD, self.k_BKSD, self.v_BKSE)]
 
     def blank(self) -> Tensor:
         batch, heads, tokens, _ = self.q_BHSD.shape

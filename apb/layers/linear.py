@@ -68,6 +68,11 @@ class Linear(LayerKind):
         return Sizes((1, self.value_heads, k, k), (1, self.value_heads, k, v))
 
     @property
+    def family(self) -> str:
+        """The name of the inputs that its recurrence takes."""
+        return "mamba2" if self.recurrence == "mamba2" else "delta"
+
+    @property
     def reach(self) -> Reach:
         """How far back the convolution looks."""
         return Reach(self.kernel)

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ _SHORT = 16  # new tokens up to which the closed form is less work than a functi
 class ConvCall(Call):
     """The causal convolution of a linear layer; the output is (B, C, S). ``convolve``: the model's own, from zeros."""
 
+    ends: ClassVar[bool] = False
+
     layer: int
     x_BCS: Tensor
     convolve: Convolve
@@ -38,6 +41,12 @@ class ConvCall(Call):
 
     def join(self, outs: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(outs), dim=2)
+
+    def share(self, out: Tensor, start: int, stop: int) -> Tensor:
+        return out[:, :, start:stop]
+
+    def given(self) -> list[Tensor]:
+        return [self.x_BCS[0].T]
 
     def blank(self) -> Tensor:
         return torch.empty_like(self.x_BCS)
@@ -59,6 +68,12 @@ class ScanCall(Call):
 
     def join(self, outs: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(outs), dim=1)
+
+    def share(self, out: Tensor, start: int, stop: int) -> Tensor:
+        return out[:, start:stop]
+
+    def given(self) -> list[Tensor]:
+        return [x[0].flatten(1) for x in self.scan.by_token]
 
     def blank(self) -> Tensor:
         return self.scan.blank()

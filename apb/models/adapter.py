@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from apb.attention.base import Attention
+from apb.attention.base import Attention, Prefilling
 from apb.draft.base import RotateTo, Target
 from apb.draft.draft import Draft
 from apb.layers.call import AttentionCall
+from apb.layers.linear import Linear
 from apb.layers.softmax import Softmax
 from apb.models.checks import PlainCall, check_config, check_keywords, check_kind
 from apb.models.chunked import Finished, InChunks, chunkable
@@ -35,6 +36,7 @@ from apb.models.hooks import (
 )
 from apb.models.kinds import MIXER, Mixer, layer_kinds, mixers
 from apb.models.lengths import rotate_as_agreed
+from apb.models.linear import hook_linear
 from apb.models.probe import probe
 from apb.models.rotation import Rotation
 from apb.models.temperature import by_temperature
@@ -99,7 +101,8 @@ class Adapter:
         model.set_attn_implementation(IMPLEMENTATION)
         self._mixers = self._number_mixers()
         for layer in self._layer_modules():
-            chunkable(layer)
+            inside = list(layer.modules())
+            chunkable(layer, tuple(n for n, mixer in enumerate(self._mixers) if any(m is mixer for m in inside)))
         hook_features(self._base, self._layer_modules())
         self._rotation = Rotation(self._base, self._mixers)
         self.ends = probe(self, model, self._rotation)
@@ -137,6 +140,7 @@ class Adapter:
             return
         features = active_features()
         to_the_end = features is not None and not features.taps
+        assert isinstance(attention, Prefilling)
         chunks = InChunks(attention, self.shape.mixers, chunk, to_the_end=to_the_end)
         with contextlib.suppress(Finished):
             self._forward(self._base, ids_S, positions_S, chunks)
@@ -253,6 +257,9 @@ class Adapter:
             )
         for number, (module, kind) in enumerate(zip(found, kinds, strict=True)):
             setattr(module, MIXER, Mixer(number, kind))
+            if isinstance(kind, Linear):
+                hook_linear(module, number)
+                continue
             widths = None
             if isinstance(kind, Softmax):
                 widths = [kind.q_heads * kind.qk_dim, kind.kv_heads * kind.qk_dim, kind.kv_heads * kind.v_dim]

@@ -5,6 +5,7 @@ Shapes: B batch (1), S tokens, H query heads, K kv heads, D head dim, E projecti
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -13,11 +14,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from apb.attention.base import Attention
+from apb.attention.base import Prefilling
 from apb.attention.chunked import spans
 from apb.layers.base import LayerKind
 from apb.layers.call import AttentionCall, Call
+from apb.layers.linear import Linear
+from apb.layers.linear_chunks import LinearChunks
+from apb.layers.mixing import ConvCall
 from apb.layers.rows import Projections
+from apb.layers.sharding import Interval
 from apb.models.hooks import active_positions, placed
 from burst.errors import UserError
 
@@ -31,34 +36,112 @@ class Finished(Exception):
 
 
 class _Collected(Exception):
-    """A chunk's queries, keys and values are here; the rest of its layer waits for attention."""
+    """What a chunk's mixers are given is here; the rest of its layer waits for them."""
 
 
 class InChunks:
-    """Stands in for a model's attention while layers run over chunks, twice a layer.
+    """Stands in for a model's mixers while layers run over chunks, twice a layer.
 
     First every chunk runs as far as its queries, keys and values; attention then sees the whole block at once, as
     strategies that choose among all of its tokens must; then every chunk runs again with its share of the output.
+    Linear layers never see the whole: see ``apb.layers.linear_chunks``.
     """
 
-    def __init__(self, attention: Attention, mixers: Sequence[LayerKind], chunk: int, *, to_the_end: bool) -> None:
+    def __init__(self, attention: Prefilling, mixers: Sequence[LayerKind], chunk: int, *, to_the_end: bool) -> None:
         """``to_the_end``: whether anything is wanted of what comes after the last mixer."""
         self.needs_projections, self.chunk = attention.needs_projections, chunk
-        self._attention, self._last = attention, None if to_the_end else len(mixers) - 1
+        self._attention, self._kinds, self._last = attention, mixers, None if to_the_end else len(mixers) - 1
         self._reads = [kind.reads for kind in mixers]
         # Queries, keys and values of all tokens, and the raw projections where asked for. The same memory serves all
         # layers of equal sizes: with its own a layer, kept KV would leave holes too small for the next one's.
         self._whole: dict[tuple[tuple[int, ...], ...], list[Tensor]] = {}
         self._held: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values that later mixers read, by mixer
+        self._mixers: tuple[int, ...] = ()  # of the layer under way
+        self._linear: dict[int, LinearChunks] = {}  # those of them that are linear
+        self._inputs: dict[int, list[Tensor]] | None = None  # of their convolutions, while these are all that is wanted
         self._call: AttentionCall | None = None  # with all tokens' rows
         self._out: Tensor | None = None
+        self._again = False
         self._tokens, self._start, self._stop = 0, 0, 0
 
     def __call__(self, call: Call) -> Tensor:
-        """Keep what a chunk brings, or return its share (B, S, H, E) of the output."""
-        assert isinstance(call, AttentionCall)
-        if self._out is not None:
-            return self._out[:, self._start : self._stop]
+        """Keep what a chunk brings, or return its share of the output."""
+        if self._inputs is not None:
+            return self._take_input(self._inputs, call)
+        if call.layer in self._linear:
+            out = self._linear[call.layer](call, self._start)
+        elif self._again:
+            assert self._out is not None
+            out = call.share(self._out, self._start, self._stop)
+        else:
+            assert isinstance(call, AttentionCall)
+            self._collect(call)
+            out = call.blank()
+        if not self._again and call.ends and call.layer == self._mixers[-1]:
+            raise _Collected
+        return out
+
+    def run(
+        self, forward: Callable[..., Any], hidden_BSE: Tensor, given: dict[str, Any], mixers: tuple[int, ...]
+    ) -> Tensor | tuple[Tensor]:
+        """Run one layer, whose mixers have these numbers; its output takes the place of its input, so that there is one
+        residual stream only. Returns it as the layer does: some wrap it in a tuple.
+
+        Raises Finished instead of running the rest of a last layer of which nobody wants more.
+        """
+        self._tokens, self._mixers, self._again = hidden_BSE.shape[1], mixers, False
+        whole = list(spans(self._tokens, self.chunk))
+        self._linear = {n: self._attention.chunks(n) for n in mixers if isinstance(self._kinds[n], Linear)}
+        for number, chunks in self._linear.items():
+            self._inputs = {number: []}
+            self._each(forward, hidden_BSE, given, chunks.wanted)
+            chunks.exchange(self._inputs[number], number)
+        self._inputs = None
+        if mixers:
+            self._each(forward, hidden_BSE, given, whole)
+        for number in mixers:
+            self._mix(number)
+        if mixers and mixers[-1] == self._last:
+            raise Finished
+        self._again = wrapped = True
+        for hidden, options in self._cuts(hidden_BSE, given, whole):
+            out = forward(hidden, **options)
+            wrapped = isinstance(out, tuple) and len(out) == 1
+            out = out[0] if wrapped else out
+            if not isinstance(out, Tensor):
+                raise _unfit(f"a layer returns {type(out).__name__}")
+            hidden.copy_(out)
+        self._out = self._call = None
+        return (hidden_BSE,) if wrapped else hidden_BSE
+
+    def _each(
+        self, forward: Callable[..., Any], hidden_BSE: Tensor, given: dict[str, Any], rows: list[Interval]
+    ) -> None:
+        """Run these rows as far as their mixers."""
+        for hidden, options in self._cuts(hidden_BSE, given, rows):
+            with contextlib.suppress(_Collected):
+                forward(hidden, **options)
+
+    def _take_input(self, inputs: dict[int, list[Tensor]], call: Call) -> Tensor:
+        if call.layer not in inputs:
+            return call.blank()
+        assert isinstance(call, ConvCall)
+        inputs[call.layer].append(call.x_BCS.clone())
+        raise _Collected
+
+    def _mix(self, number: int) -> None:
+        """Let one mixer see what all chunks brought."""
+        if number in self._linear:
+            self._linear[number].settle(number)
+            self._attention.finished(number)
+            return
+        call = self._call
+        assert call is not None and call.layer == number
+        if number in self._reads:
+            self._held[number] = call.k_BKSD.clone(), call.v_BKSE.clone()
+        self._out = self._attention(call)
+
+    def _collect(self, call: AttentionCall) -> None:
         # A reader's keys and values are the last chunk's: all of them were kept when their own layer ran.
         held = self._held.get(reads) if (reads := self._reads[call.layer]) is not None else None
         given = [call.q_BHSD] if held is not None else [call.q_BHSD, call.k_BKSD, call.v_BKSE]
@@ -74,39 +157,11 @@ class InChunks:
         k, v = kv if held is None else held
         raw = Projections(*self._whole[sizes][len(given) :]) if call.projections is not None else None
         self._call = dataclasses.replace(call, q_BHSD=q, k_BKSD=k, v_BKSE=v, projections=raw)
-        raise _Collected
 
-    def run(self, forward: Callable[..., Any], hidden_BSE: Tensor, given: dict[str, Any]) -> Tensor:
-        """Run one layer; its output takes the place of its input, so that there is one residual stream only.
-
-        Raises Finished instead of running the rest of a last layer of which nobody wants more.
-        """
-        self._tokens, self._out, self._call = hidden_BSE.shape[1], None, None
-        for hidden, options in self._chunks(hidden_BSE, given):
-            try:
-                forward(hidden, **options)
-            except _Collected:
-                continue
-        call = self._collected()
-        if call.layer in self._reads:
-            self._held[call.layer] = call.k_BKSD.clone(), call.v_BKSE.clone()
-        self._out = self._attention(call)
-        if call.layer == self._last:
-            raise Finished
-        for hidden, options in self._chunks(hidden_BSE, given):
-            out = forward(hidden, **options)
-            if not isinstance(out, Tensor):
-                raise _unfit(f"a layer returns {type(out).__name__}")
-            hidden.copy_(out)
-        self._out = None
-        return hidden_BSE
-
-    def _collected(self) -> AttentionCall:
-        assert self._call is not None
-        return self._call
-
-    def _chunks(self, hidden_BSE: Tensor, given: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        for start, stop in spans(self._tokens, self.chunk):
+    def _cuts(
+        self, hidden_BSE: Tensor, given: dict[str, Any], rows: list[Interval]
+    ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        for start, stop in rows:
             self._start, self._stop = start, stop
             options = {name: self._cut(name, value) for name, value in given.items()}
             at_S = active_positions()
@@ -126,8 +181,8 @@ class InChunks:
         return value.narrow(along, self._start, self._stop - self._start)
 
 
-def chunkable(layer: nn.Module) -> None:
-    """Let a decoder layer run over chunks when the attention it is handed asks for it."""
+def chunkable(layer: nn.Module, mixers: tuple[int, ...]) -> None:
+    """Let a decoder layer, whose mixers have these numbers, run over chunks when what it is handed asks for it."""
     forward = layer.forward
     names = list(inspect.signature(forward).parameters)
 
@@ -137,7 +192,7 @@ def chunkable(layer: nn.Module) -> None:
         if not isinstance(attention, InChunks):
             return forward(*args, **keywords)
         given = dict(zip(names, args, strict=False)) | keywords
-        return attention.run(forward, given.pop(names[0]), given)
+        return attention.run(forward, given.pop(names[0]), given, mixers)
 
     layer.forward = run
 

@@ -13,6 +13,7 @@ from apb.layers.base import LayerKind
 from apb.layers.full import Full
 from apb.layers.window import Window
 from apb.models.checks import refuse
+from apb.models.linear import linear_kind, recurrence
 
 _OUTPUTS = ("o_proj", "out_proj", "dense", "wo")
 _WINDOWED, _CHUNKED = "sliding_attention", "chunked_attention"
@@ -53,6 +54,8 @@ def layer_kinds(base: nn.Module, config: Any) -> tuple[LayerKind, ...]:
 
 
 def _maker(module: nn.Module) -> Callable[[nn.Module, Any, int | None], LayerKind] | None:
+    if recurrence(module) is not None:  # some of them have projections of such names
+        return lambda found, _config, _reads: linear_kind(found)
     if has_projections(module):
         return _softmax
     return None

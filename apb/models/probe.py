@@ -20,12 +20,14 @@ from torch import Tensor
 
 from apb.attention.base import Attention
 from apb.layers.call import AttentionCall, Call
+from apb.layers.linear import Linear
 from apb.layers.softmax import Softmax
 from apb.models.checks import PlainCall
 from apb.models.chunked import KEYWORD
 from apb.models.ends import Ends, learn_ends
 from apb.models.hooks import FINAL, capturing
 from apb.models.lengths import agreed
+from apb.models.linear_probe import by_itself, unlike
 from apb.models.reference import Compared, narrowed, reference_attention
 from apb.models.rotation import Rotation
 from apb.plan.shapes import ModelShape
@@ -61,7 +63,8 @@ class _Probe:
         self.seen: list[AttentionCall] = []
 
     def __call__(self, call: Call) -> Tensor:
-        assert isinstance(call, AttentionCall)
+        if not isinstance(call, AttentionCall):
+            return by_itself(call)
         self.seen.append(call)
         v_BKSE = call.v_BKSE
         return v_BKSE.repeat_interleave(call.q_BHSD.shape[1] // v_BKSE.shape[1], dim=1).transpose(1, 2)
@@ -82,12 +85,10 @@ class _Replayed:
         self.seen.append(call.layer)
         stop = self._start + call.tokens
         wanted = self._compared.calls[at].rows(self._start, stop)
-        assert isinstance(call, AttentionCall)
-        pairs = zip((call.q_BHSD, call.k_BKSD, call.v_BKSE), (wanted.q_BHSD, wanted.k_BKSD, wanted.v_BKSE), strict=True)
-        for mine, theirs in pairs:
-            if mine.shape != theirs.shape or not _alike(mine[0].transpose(0, 1), theirs[0].transpose(0, 1)):
+        for mine, theirs in zip(call.given(), wanted.given(), strict=True):
+            if mine.shape != theirs.shape or not _alike(mine, theirs):
                 self.differing.append(call.layer)
-        return self._compared.outs[at][:, self._start : stop]
+        return call.share(self._compared.outs[at], self._start, stop)
 
 
 def probe(adapter: Probed, model: Any, rotation: Rotation) -> Ends:
@@ -104,8 +105,8 @@ def probe(adapter: Probed, model: Any, rotation: Rotation) -> Ends:
         with reference_attention(model), _running(adapter), narrowed(model) as windows, capturing(()) as theirs:
             adapter.run(ids_S, at_S, compared)
         _check_calls(adapter, [call.layer for call in compared.calls])
-        for call in compared.calls:
-            _check_heads(adapter, call, len(ids_S))
+        for call, out in zip(compared.calls, compared.outs, strict=True):
+            _check_sizes(adapter, call, out)
         if compared.differing:
             maybe = f" (config.json says {', '.join(windows)})" if windows else ""
             kind = adapter.shape.mixers[compared.differing[0]].name
@@ -185,13 +186,19 @@ def _learn_rotation(adapter: Probed, rotation: Rotation, far: int) -> None:
 
 
 def _check_calls(adapter: Probed, layers: list[int]) -> None:
-    if layers != list(range(len(adapter.shape.mixers))):
+    """Linear layers ask for their convolution, then for their recurrence."""
+    if layers != [i for i, kind in enumerate(adapter.shape.mixers) for _ in range(1 + isinstance(kind, Linear))]:
         raise _unfit(adapter, f"its mixers asked in the order {layers}")
 
 
-def _check_heads(adapter: Probed, call: AttentionCall, tokens: int) -> None:
-    kind = adapter.shape.mixers[call.layer]
-    assert isinstance(kind, Softmax)
+def _check_sizes(adapter: Probed, call: Call, out: Tensor) -> None:
+    kind, tokens = adapter.shape.mixers[call.layer], call.tokens
+    if isinstance(kind, Linear):
+        why = unlike(call, out, kind, _CUT)
+        if why is not None:
+            raise _unfit(adapter, f"in mixer {call.layer} {why}")
+        return
+    assert isinstance(kind, Softmax) and isinstance(call, AttentionCall)
     sizes = ((kind.q_heads, kind.qk_dim), (kind.kv_heads, kind.qk_dim), (kind.kv_heads, kind.v_dim))
     for x, (heads, dim) in zip((call.q_BHSD, call.k_BKSD, call.v_BKSE), sizes, strict=True):
         wanted = (1, heads, tokens, dim)

@@ -24,6 +24,7 @@ from apb.layers.softmax import Softmax
 from apb.layers.window import Window
 from apb.models.checks import PlainCall, check_keywords
 from apb.models.kinds import MIXER, Mixer
+from apb.models.linear_probe import plainly
 from burst.execution.blocks import add_sinks
 from burst.kernels.reference import attend
 
@@ -46,13 +47,16 @@ class Compared:
 
     def __init__(self, narrow: bool) -> None:
         """``narrow``: whether windows are narrowed meanwhile."""
-        self.calls: list[AttentionCall] = []
+        self.calls: list[Call] = []
         self.outs: list[Tensor] = []
         self.differing: list[int] = []
         self._narrow = narrow
 
     def __call__(self, call: Call) -> Tensor:
-        raise AssertionError("transformers' own attention is called")
+        """Run a linear layer's call plainly; attention goes through ``compare``."""
+        self.calls.append(call)
+        self.outs.append(plainly(call))
+        return self.outs[-1]
 
     def compare(
         self, module: nn.Module, q_BHSD: Tensor, k_BKSD: Tensor, v_BKSE: Tensor, mask: Tensor | None, options: Any

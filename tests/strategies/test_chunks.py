@@ -233,7 +233,7 @@ class Layer(torch.nn.Module):
 )
 def test_layers_that_cannot_be_cut_are_refused(given: dict[str, torch.Tensor], words: str) -> None:
     layer = Layer([])
-    chunkable(layer)
+    chunkable(layer, (0,))
     chunks = InChunks(Given(), [Full(1, 1, 4, 4)] * 2, 3, to_the_end=True)
     with pytest.raises(UserError, match=words) as refused, placed(torch.arange(5)):
         layer(torch.zeros(1, 5, 4), apb_attention=chunks, **given)

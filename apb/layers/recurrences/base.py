@@ -95,6 +95,11 @@ class Scan(ABC):
     def state_dtype(self) -> torch.dtype:
         """The type of states: fp32, or fp64 for fp64 models."""
 
+    @property
+    @abstractmethod
+    def by_token(self) -> tuple[Tensor, ...]:
+        """What is given by token, each (B, S, ...)."""
+
     @abstractmethod
     def blank(self) -> Tensor:
         """Return an uninitialised output (B, S, H, V)."""

@@ -44,6 +44,11 @@ class DeltaScan(Scan):
         """The type of states."""
         return wide_type(self.q_BSGK)
 
+    @property
+    def by_token(self) -> tuple[Tensor, ...]:
+        """Queries, keys, values, decays and steps."""
+        return self.q_BSGK, self.k_BSGK, self.v_BSHV, self.g_BSH, self.beta_BSH
+
     def blank(self) -> Tensor:
         """Return an uninitialised output, in the values' type."""
         return torch.empty_like(self.v_BSHV)

@@ -44,6 +44,11 @@ class Mamba2Scan(Scan):
         """The type of states."""
         return wide_type(self.x_BSHV)
 
+    @property
+    def by_token(self) -> tuple[Tensor, ...]:
+        """Values, time steps, keys and queries."""
+        return self.x_BSHV, self.dt_BSH, self.b_BSGK, self.c_BSGK
+
     def blank(self) -> Tensor:
         """Return an uninitialised output, in the states' type."""
         return torch.empty_like(self.x_BSHV, dtype=self.state_dtype)
