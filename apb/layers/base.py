@@ -158,13 +158,17 @@ class LayerKind(ABC):
         """Return the bytes that every host keeps of a context of that many tokens."""
         return 0
 
-    def workspace(self, sharding: Sharding, rank: int, e: int) -> int:
+    def workspace(self, sharding: Sharding, rank: int, e: int, together: int) -> int:
         """Return the bytes of a host that live only while one layer prefills a context: buffers, partial maps."""
         return 0
 
     def prefill(self, segments: Sequence[Segment], place: Place, reads: LayerCache | None = None) -> LayerPrefill:
         """Return the run of this layer over the segments of a pass; ``reads``: the cache of the layer that it reads."""
         raise NotImplementedError
+
+    def tree_bytes(self, rows: int, e: int) -> int:
+        """Return the bytes that a host keeps of a tree's rows, beside those of a tail, until some of them are kept."""
+        return 0
 
     # -- all --------------------------------------------------------------------------------------------------
 

@@ -21,11 +21,12 @@ from apb.layers.call import Call
 from apb.layers.halo import exchanged, picked, sent_rows, traffic
 from apb.layers.linear_chunks import LinearChunks
 from apb.layers.mixing import ConvCall, LinearCache, ScanCall
-from apb.layers.recurrences.base import Affine, Mapped
+from apb.layers.recurrences.base import KDA_PIECE, PIECE, Affine, Mapped
 from apb.layers.recurrences.convolution import behind
 from apb.layers.recurrences.exchange import Sizes, moves, sent_numbers, states
 from apb.layers.sharding import Segment, Sharding, union
 
+_MANY = 16  # hosts; from here on maps travel by doubling, or a layer would hold hundreds of them
 Recurrence = Literal["delta", "kda", "mamba2"]
 
 
@@ -57,7 +58,7 @@ class Linear(LayerKind):
     key_dim: int
     value_dim: int
     chunk: int = 64
-    scan: Literal["gather", "doubling"] = "gather"
+    scan: Literal["auto", "gather", "doubling"] = "auto"
 
     @property
     def sizes(self) -> Sizes:
@@ -72,6 +73,10 @@ class Linear(LayerKind):
         """The name of the inputs that its recurrence takes."""
         return "mamba2" if self.recurrence == "mamba2" else "delta"
 
+    def way(self, hosts: int) -> str:
+        """How maps travel: a gather is one round, but every host holds all maps; see ``recurrences.exchange``."""
+        return ("gather" if hosts < _MANY else "doubling") if self.scan == "auto" else self.scan
+
     @property
     def reach(self) -> Reach:
         """How far back the convolution looks."""
@@ -84,7 +89,7 @@ class Linear(LayerKind):
     def sent(self, sharding: Sharding, rank: int, e: int, kept: bool = True) -> dict[str, int]:
         whole = _joined(sharding)
         columns = sent_rows(traffic(self.reach, whole, kept), rank)
-        exchange = moves(self.scan, owners(whole), whole.hosts, kept, rank)
+        exchange = moves(self.way(whole.hosts), owners(whole), whole.hosts, kept, rank)
         numbers = sent_numbers(exchange, rank, self.sizes)
         return {"conv": columns * self.channels * e, "state": numbers * max(4, e)}
 
@@ -116,20 +121,37 @@ class Linear(LayerKind):
         """The same behind the last token, beside those at the end of the context."""
         return self.held_bytes(0, e) if tokens else 0
 
-    def workspace(self, sharding: Sharding, rank: int, e: int) -> int:
-        """All stretches' maps, and twice those of one while they are packed."""
-        whole = _joined(sharding)
-        alone = len(whole.stretches) == 1
-        size = self.sizes.numbers(whole=True) * max(4, e)
-        return 0 if alone else (len(whole.stretches) + 2 * len(whole.spans[rank])) * size
+    def tree_bytes(self, rows: int, e: int) -> int:
+        """Keys, new values and decays of its rows by value head, and their inputs of the convolution."""
+        decays = self.key_dim if self.recurrence == "kda" else 1
+        numbers = self.value_heads * (self.key_dim + self.value_dim + decays)
+        return rows * (numbers * max(4, e) + self.channels * e)
+
+    def workspace(self, sharding: Sharding, rank: int, e: int, together: int) -> int:
+        """Maps of stretches, packed too, and what a piece's chunks take in transformers' own functions."""
+        whole, wide = _joined(sharding), max(4, e)
+        count, own = len(whole.stretches), len(whole.spans[rank])
+        held = count + 2 * own if self.way(whole.hosts) == "gather" else 5 * own
+        maps = held * self.sizes.numbers(whole=True) * wide if count > 1 else 0
+        longest = max((stop - start for start, stop in whole.spans[rank]), default=0)
+        piece = min(together, longest, KDA_PIECE if self.recurrence == "kda" else PIECE)
+        return maps + piece * self.value_heads * self._chunk_numbers(widened=count > 1) * wide
+
+    def _chunk_numbers(self, *, widened: bool) -> int:
+        """Numbers of a token and head that live at once in transformers' chunk forms (5.24), counted there."""
+        k, v, c = self.key_dim, self.value_dim, self.chunk
+        if self.recurrence == "mamba2":
+            return (7 * k + 17 * v) // 2 + 3 * c
+        width = v + k if widened else v
+        return 3 * c * k + 3 * k + 3 * width + c if self.recurrence == "kda" else 5 * k + 6 * width + c + 8
 
     def row_work_bytes(self, e: int) -> int:
-        """Inputs and outputs of the convolution, then those of the recurrence in fp32 as its chunk form makes them."""
-        wide = max(4, e)
-        k, v, h = self.key_dim, self.value_dim, self.value_heads
+        """What the convolution is given and gives, or the gate, the outputs and their norm in fp32."""
+        values, gated = self.value_heads * self.value_dim, 3 * max(4, e)
         if self.recurrence == "mamba2":
-            return 3 * self.channels * e + h * (4 * k + 5 * v + 3 * self.chunk) * wide
-        return 3 * self.channels * e + h * (6 * k + 5 * (v + k) + 4 * self.chunk) * wide
+            return (self.channels + values) * e + values * (gated + max(4, e))
+        decays = self.value_heads * self.key_dim * max(4, e) if self.recurrence == "kda" else 0
+        return max((3 * self.channels + values) * e, values * (2 * e + gated)) + decays
 
     def whole_row_bytes(self, e: int, exact: bool) -> int:
         return 0  # chunks run one after another, with the state between them
@@ -172,7 +194,8 @@ class LinearPrefill:
     def chunks(self) -> LinearChunks:
         """Return the same run over chunks of the tokens."""
         kind = self.kind
-        return LinearChunks(self._segments, kind.reach, kind.scan, kind.sizes, self.cache, self._transport)
+        way = kind.way(self._transport.world)
+        return LinearChunks(self._segments, kind.reach, way, kind.sizes, self.cache, self._transport)
 
     def _convolve(self, segment: Segment, call: ConvCall) -> Tensor:
         t, sharding, reach = self._transport, segment.sharding, self.kind.reach
@@ -202,7 +225,7 @@ class LinearPrefill:
             else:  # nothing comes before it
                 runs[number], state = stretch.run(None)
                 maps[number] = Affine(None, state)
-        way, step = self.kind.scan, f"layer {call.layer}: states"
+        way, step = self.kind.way(t.world), f"layer {call.layer}: states"
         before, end = states(way, maps, owners(sharding), segment.kept, t, self.kind.sizes, step)
         if end is not None:
             self.cache.fill_state(end)

@@ -68,7 +68,7 @@ class Window(Softmax):
         short = min(end, self.window)
         return short * (short + 1) // 2 + (end - short) * self.window
 
-    def workspace(self, sharding: Sharding, rank: int, e: int) -> int:
+    def workspace(self, sharding: Sharding, rank: int, e: int, together: int) -> int:
         """Halos arriving, and keys side by side."""
         halo = sum(stop - start for start, stop in self.wanted(sharding, rank, kept=True))
         return (2 * halo + (sharding.tokens(rank) if halo else 0)) * self.row_bytes(e)

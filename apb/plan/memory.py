@@ -43,7 +43,8 @@ def _kv(plan: PrefillPlan, rank: int, answer: Generation) -> int:
     kept = block * s.kv_bytes
     for kind, count in s.kinds.items():
         tail = kind.tail_bytes(later + answer.tree_tokens - 1, e, owner)
-        kept += count * (tail + kind.held_bytes(plan.lengths.context, e))
+        pending = kind.tree_bytes(answer.tree_tokens, e) if answer.tree_tokens > 1 else 0
+        kept += count * (tail + pending + kind.held_bytes(plan.lengths.context, e))
     if owner and answer.gathered and plan.hosts > 1:  # the shards are freed when all of them are here
         kept += (plan.lengths.context + plan.lengths.query) * s.kv_bytes
     if owner and plan.draft is not None:
@@ -63,7 +64,7 @@ def _prefilling(plan: PrefillPlan, rank: int) -> int:
         passing += max(plan.spread.workspace(rank, shape) for shape in shapes)
         if plan.hosts > 1 and together == host.tokens_run:  # in chunks, the whole rows' outputs have room for it
             passing += host.block_len * s.widest_row  # packed to be sent
-    exchanged = [kind.workspace(plan.context, rank, s.element_size) for kind in s.replicated]
+    exchanged = [kind.workspace(plan.context, rank, s.element_size, tokens) for kind in s.replicated]
     passing = max([passing, *exchanged])
     features = plan.draft.feature_bytes(host.spans, plan.lengths.context) if plan.draft is not None else 0
     return tokens * _row_bytes(plan) + passing + host.tokens_run * whole_row_bytes(plan, rank) + features

@@ -16,6 +16,7 @@ from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delt
 from transformers.models.nemotron_h.modeling_nemotron_h import mamba2_chunk_scan
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
+from apb.layers.recurrences import base, delta, mamba2
 from apb.layers.recurrences.base import Affine, Scan
 from apb.layers.recurrences.convolution import behind, columns, over_tree, tail
 from apb.layers.recurrences.delta import DeltaScan
@@ -131,6 +132,23 @@ def test_stretches_composed_are_the_whole(name: str, own: bool, cuts: list[int])
     assert gap(grouped.apply(None), end) < limit
     state = torch.randn(end.shape, dtype=end.dtype)
     assert gap(grouped.apply(state.to(grouped.u.dtype)), by_token(scan(name, 150), state)[1]) < limit
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_long_calls_run_in_pieces(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = scan(name, 150, torch.float32, own=False)
+    whole, mapped = given.run(None), given.mapped()
+    state = torch.randn_like(whole[1])
+    behind = mapped.corrected(state)
+    for module in (base, delta, mamba2):
+        for size in ("PIECE", "KDA_PIECE"):
+            monkeypatch.setattr(module, size, 64, raising=False)
+    again = given.mapped()
+    for a, b in zip(
+        (*given.run(None), again.affine.u, again.corrected(state)), (*whole, mapped.affine.u, behind), strict=True
+    ):
+        assert gap(a, b) < 1e-5
+    assert float((again.affine.m - mapped.affine.m).abs().max()) < 1e-5
 
 
 TREE = (-1, 0, 0, 1, 1, 2, 3, 3, 5, 5, 6, 8, 8, 11)  # parents

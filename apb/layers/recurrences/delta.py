@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from apb.layers.recurrences.algebra import PendingTerms, Terms, closed, scanned
-from apb.layers.recurrences.base import Affine, Mapped, Scan, wide_type
+from apb.layers.recurrences.base import KDA_PIECE, PIECE, Affine, Mapped, Scan, pieces, wide_type
 
 _EPS = 1e-6  # of the normalisation of queries and keys, in transformers and flash-linear-attention alike
 
@@ -60,35 +60,50 @@ class DeltaScan(Scan):
 
     def run(self, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run from a state (B, H, K, V); None: zero."""
-        return self._run(self.v_BSHV, state)
+        return self._run(state, widened=False)
 
     def mapped(self) -> Mapped:
         """Run from zero, with K further columns of values that start at the unit matrix and are given nothing.
 
         Their state is M, their output what the state before the stretch is multiplied with.
         """
-        out_BSHX, state_BHKX = self._run(self._widened(), self._beginning(None))
+        out_BSHX, state_BHKX = self._run(self._beginning(None), widened=True)
         size = self.v_BSHV.shape[-1]
-        out_BSHV, reach_BSHK = out_BSHX[..., :size], out_BSHX[..., size:]
-        return Mapped(_split(state_BHKX, size), out_BSHV, reach_BSHK)
+        return Mapped(_split(state_BHKX, size), out_BSHX[..., :size], out_BSHX[..., size:])
 
     def map_on(self, before: Affine | None) -> Affine:
         """Return the map of ``before`` and these tokens."""
         if before is not None and before.m is None:
             return Affine(None, self.run(before.u)[1])
-        return _split(self._run(self._widened(), self._beginning(before))[1], self.v_BSHV.shape[-1])
+        return _split(self._run(self._beginning(before), widened=True)[1], self.v_BSHV.shape[-1])
 
     def tree(self, state: Tensor, seen_SS: Tensor) -> tuple[Tensor, PendingTerms]:
         """Run rows of a tree over ``state``."""
         out_BHSV, pending = closed(self._terms(self.v_BSHV), state, seen_SS)
         return out_BHSV.transpose(1, 2).to(self.v_BSHV.dtype), pending
 
-    def _run(self, v_BSHV: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _run(self, state: Tensor | None, *, widened: bool) -> tuple[Tensor, Tensor]:
+        """Run piece by piece; ``widened``: with K columns of nothing behind the values."""
+        out: list[Tensor] = []
+        for start, stop in pieces(self.tokens, KDA_PIECE if self.g_BSH.dim() == 4 else PIECE):
+            piece = self.rows(start, stop)
+            v_BSHX = piece.v_BSHV
+            if widened:
+                v_BSHX = torch.cat([v_BSHX, v_BSHX.new_zeros(*v_BSHX.shape[:3], self.q_BSGK.shape[-1])], dim=-1)
+            part_BSHX, state = piece._run_piece(v_BSHX, state)
+            if stop - start == self.tokens:
+                return part_BSHX, state
+            out = out or [part_BSHX.new_empty(part_BSHX.shape[0], self.tokens, *part_BSHX.shape[2:])]
+            out[0][:, start:stop] = part_BSHX
+        assert state is not None
+        return out[0], state
+
+    def _run_piece(self, v_BSHX: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.function is not None:
             return self.function(
                 self.q_BSGK,
                 self.k_BSGK,
-                v_BSHV,
+                v_BSHX,
                 g=self.g_BSH,
                 beta=self.beta_BSH,
                 initial_state=state,
@@ -96,9 +111,9 @@ class DeltaScan(Scan):
                 use_qk_l2norm_in_kernel=self.normalised,
             )
         if state is None:
-            state = v_BSHV.new_zeros(self._state_shape(v_BSHV.shape[-1]), dtype=self.state_dtype)
-        out_BHSV, state = scanned(self._terms(v_BSHV), state)
-        return out_BHSV.transpose(1, 2).to(v_BSHV.dtype), state
+            state = v_BSHX.new_zeros(self._state_shape(v_BSHX.shape[-1]), dtype=self.state_dtype)
+        out_BHSX, state = scanned(self._terms(v_BSHX), state)
+        return out_BHSX.transpose(1, 2).to(v_BSHX.dtype), state
 
     def _terms(self, v_BSHV: Tensor) -> Terms:
         wide, group = self.state_dtype, v_BSHV.shape[2] // self.q_BSGK.shape[2]
@@ -111,11 +126,6 @@ class DeltaScan(Scan):
             k = k.clone()  # what a tree leaves pending must be its own
         q, k = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (q, k))
         return Terms(q * q.shape[-1] ** -0.5, k, v, g if g.dim() == 4 else g[..., None], beta)
-
-    def _widened(self) -> Tensor:
-        """Values with K columns of nothing behind them."""
-        v = self.v_BSHV
-        return torch.cat([v, v.new_zeros(*v.shape[:3], self.q_BSGK.shape[-1])], dim=-1)
 
     def _beginning(self, before: Affine | None) -> Tensor:
         if before is not None:

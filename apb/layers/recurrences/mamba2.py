@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from apb.layers.recurrences.algebra import PendingTerms, Terms, closed, scanned
-from apb.layers.recurrences.base import Affine, Mapped, Scan, wide_type
+from apb.layers.recurrences.base import PIECE, Affine, Mapped, Scan, pieces, wide_type
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Mamba2Scan(Scan):
 
     def blank(self) -> Tensor:
         """Return an uninitialised output, in the states' type."""
-        return torch.empty_like(self.x_BSHV, dtype=self.state_dtype)
+        return torch.empty_like(self.x_BSHV, dtype=self.state_dtype, memory_format=torch.contiguous_format)
 
     def rows(self, start: int, stop: int) -> Self:
         """Return the call of tokens [start, stop) alone."""
@@ -59,9 +59,16 @@ class Mamba2Scan(Scan):
         return replace(self, **{name: getattr(self, name)[:, start:stop] for name in names})
 
     def run(self, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Run from a state (B, H, V, K); None: zero."""
+        """Run from a state (B, H, V, K), piece by piece; None: zero."""
+        out_BSHV = self.blank()
+        for start, stop in pieces(self.tokens, PIECE):
+            out_BSHV[:, start:stop], state = self.rows(start, stop)._run_piece(state)
+        assert state is not None
+        return out_BSHV, state
+
+    def _run_piece(self, state: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.function is not None:
-            out_BSHV, after = self.function(
+            return self.function(
                 self.x_BSHV,
                 self.dt_BSH,
                 self.a_H,
@@ -73,7 +80,6 @@ class Mamba2Scan(Scan):
                 initial_states=state,
                 return_final_states=True,
             )
-            return out_BSHV.to(self.state_dtype), after
         terms, shape = self._terms(), (self.x_BSHV.shape[0], *self.x_BSHV.shape[2:], self.b_BSGK.shape[-1])
         before = self.x_BSHV.new_zeros(shape, dtype=self.state_dtype) if state is None else state
         out_BHSV, state_BHKV = scanned(terms, before.mT)
