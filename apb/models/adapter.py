@@ -178,17 +178,21 @@ class Adapter:
         Raises UserError when it does more round its decoder than scale embeddings and scale and cap logits.
         """
 
-        def turning(rotary: nn.Module) -> RotateTo:
+        rotary: nn.Module | None = getattr(self._base, "rotary_emb", None)
+
+        def turning(rotary: nn.Module | None) -> RotateTo:
             def rotate(x_BHSD: Tensor, positions: Tensor) -> Tensor:
                 return self._rotation.turned(x_BHSD, positions if positions.dim() == 2 else positions[None], rotary)
 
             return rotate
 
         def rotation(parameters: Mapping[str, Any]) -> RotateTo:
+            if rotary is None:
+                raise self._own_end("in place of RoPE")
             config = copy.deepcopy(self._model.config)
             kept = {key: config.rope_parameters[key] for key in _LASTING if key in config.rope_parameters}
             config.rope_parameters = {**kept, **parameters}
-            return turning(type(self._base.rotary_emb)(config=config).to(self.device))
+            return turning(type(rotary)(config=config).to(self.device))
 
         ends, head = self.ends, self._model.get_output_embeddings()
         if ends.embedding_scale is None:
@@ -204,7 +208,7 @@ class Adapter:
             embedding_scale=ends.embedding_scale,
             logit_scale=ends.logit_scale,
             soft_cap=ends.soft_cap,
-            rotate=turning(self._base.rotary_emb),
+            rotate=turning(rotary),
             rotation=rotation,
         )
 

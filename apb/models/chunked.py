@@ -83,7 +83,7 @@ class InChunks:
 
     def run(
         self, forward: Callable[..., Any], hidden_BSE: Tensor, given: dict[str, Any], mixers: tuple[int, ...]
-    ) -> Tensor | tuple[Tensor]:
+    ) -> Tensor | tuple[Tensor, ...]:
         """Run one layer, whose mixers have these numbers; its output takes the place of its input, so that there is one
         residual stream only. Returns it as the layer does: some wrap it in a tuple.
 
@@ -103,16 +103,16 @@ class InChunks:
             self._mix(number)
         if mixers and mixers[-1] == self._last:
             raise Finished
-        self._again = wrapped = True
+        self._again, beside = True, None
         for hidden, options in self._cuts(hidden_BSE, given, whole):
             out = forward(hidden, **options)
-            wrapped = isinstance(out, tuple) and len(out) == 1
-            out = out[0] if wrapped else out
-            if not isinstance(out, Tensor):
+            beside = out[1:] if isinstance(out, tuple) else None
+            out = out[0] if isinstance(out, tuple) else out
+            if not isinstance(out, Tensor) or any(x is not None for x in beside or ()):
                 raise _unfit(f"a layer returns {type(out).__name__}")
             hidden.copy_(out)
         self._out = self._call = None
-        return (hidden_BSE,) if wrapped else hidden_BSE
+        return hidden_BSE if beside is None else (hidden_BSE, *beside)
 
     def _each(
         self, forward: Callable[..., Any], hidden_BSE: Tensor, given: dict[str, Any], rows: list[Interval]

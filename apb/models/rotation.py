@@ -59,7 +59,12 @@ class Rotation:
         self.unlike.add(mixer)
 
     def turned(self, x_BHSD: Tensor, at_BS: Tensor, rotary: nn.Module | None = None) -> Tensor:
-        """Return what is not rotated yet at its positions; by another rotary embedding where one is given."""
+        """Return what is not rotated yet at its positions; by another rotary embedding where one is given.
+
+        A model without any rotates nothing.
+        """
+        if rotary is None and self._rotary is None:
+            return x_BHSD
         mixer, turn = next(iter(self._turns.items()), (0, _whole))
         return turn(self._angles(x_BHSD, at_BS, mixer, rotary), self._mixers[mixer], x_BHSD, 1.0)
 
