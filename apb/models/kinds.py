@@ -14,6 +14,7 @@ from apb.layers.full import Full
 from apb.layers.window import Window
 from apb.models.checks import refuse
 from apb.models.linear import linear_kind, recurrence
+from burst.errors import UserError
 
 _OUTPUTS = ("o_proj", "out_proj", "dense", "wo")
 _WINDOWED, _CHUNKED = "sliding_attention", "chunked_attention"
@@ -50,6 +51,13 @@ def layer_kinds(base: nn.Module, config: Any) -> tuple[LayerKind, ...]:
         if reads is None:
             makers[kind_of_layer] = number
         found.append(make(module, config, reads))
+    if not found:
+        raise UserError(
+            f"the layers of {type(base).__name__} mix tokens in no way that apb knows",
+            given=f"model_type={getattr(config, 'model_type', '?')}",
+            allowed="decoders with q, k and v projections, latents or linear recurrences (docs/models.md)",
+            remedy="Choose another model.",
+        )
     return tuple(found)
 
 

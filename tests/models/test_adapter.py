@@ -141,32 +141,9 @@ def test_rotating_on_equals_rotating_from_scratch(config: Any, delta: int) -> No
 
 DYNAMIC = YARN | {"rope_type": "dynamic"}
 REFUSED: dict[str, tuple[str, Callable[[], Any]]] = {
-    "mistral": ("sliding_window", lambda: transformers.MistralConfig(**COMMON, sliding_window=64)),
-    "qwen2": (
-        "sliding_window",
-        lambda: transformers.Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=64, max_window_layers=1),
-    ),
-    "phi3": ("sliding_window", lambda: transformers.Phi3Config(**COMMON, sliding_window=64)),
-    "gemma2": ("attn_logit_softcapping", lambda: gemma2(None)),
-    "gemma2-window": ("sliding_window", lambda: gemma2("sliding_attention")),
-    "gpt_oss-window": ("sliding_window", lambda: gpt_oss(["sliding_attention", "full_attention"])),
     "dynamic": ("rope_type", lambda: transformers.LlamaConfig(**COMMON, rope_parameters=DYNAMIC)),
     "images": ("other inputs than text", transformers.Gemma3Config),
-    "gpt2": ("positions other than RoPE", transformers.GPT2Config),
-    "bloom": ("positions other than RoPE", transformers.BloomConfig),
 }
-
-
-def gemma2(kind: str | None) -> Any:
-    config = transformers.Gemma2Config(**COMMON, head_dim=12, sliding_window=None if kind is None else 64)
-    config.layer_types = [kind or "full_attention"] * 2
-    return config
-
-
-def gpt_oss(kinds: list[str]) -> Any:
-    options = COMMON | {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 12}
-    rope = {"rope_type": "default", "rope_theta": 10000.0}
-    return transformers.GptOssConfig(**options, layer_types=kinds, sliding_window=64, rope_parameters=rope)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -192,8 +169,9 @@ def test_a_mask_and_a_plain_call_are_refused_by_name() -> None:
             model(ids, use_cache=False)
         with pytest.raises(UserError, match="attention_mask"):
             model(ids, attention_mask=torch.zeros(1, 1, 5, 5), use_cache=False, apb_attention=Recorder())
-        with pytest.raises(UserError, match="softcap"):
-            model(ids, softcap=30.0, use_cache=False, apb_attention=Recorder())
+        for name, value in (("softcap", 30.0), ("sliding_window", 9), ("s_aux", torch.zeros(4))):
+            with pytest.raises(UserError, match=name):
+                model(ids, use_cache=False, apb_attention=Recorder(), **{name: value})
         model.config._attn_implementation = "apb"
         for layer in model.model.layers:
             layer.self_attn.attention_dropout = 0.1
@@ -203,11 +181,8 @@ def test_a_mask_and_a_plain_call_are_refused_by_name() -> None:
 
 
 UNFIT: dict[str, tuple[str, Callable[[], Any]]] = {
-    "sinks": ("'s_aux'", lambda: gpt_oss(["full_attention"] * 2)),
-    "compressed keys": (
-        "DeepseekV3ForCausalLM: 0 of 2 layers",
-        lambda: transformers.DeepseekV3Config(**COMMON, rope_parameters=PARTIAL),
-    ),
+    "other projections": ("GPT2Model", lambda: transformers.GPT2Config(n_layer=2, n_embd=48, n_head=4)),
+    "positions in scores": ("BloomModel", lambda: transformers.BloomConfig(n_layer=2, hidden_size=48, n_head=4)),
     "keywords dropped": (
         "StableLmForCausalLM.*keywords",
         lambda: transformers.StableLmConfig(**COMMON, rope_parameters=PARTIAL),
@@ -216,16 +191,8 @@ UNFIT: dict[str, tuple[str, Callable[[], Any]]] = {
         "NemotronForCausalLM.*keywords",
         lambda: transformers.NemotronConfig(**COMMON, rope_parameters=PARTIAL),
     ),
-    "a norm after RoPE": (
-        "HunYuanDenseV1ForCausalLM.*positions are not RoPE alone",
-        lambda: transformers.HunYuanDenseV1Config(**COMMON, head_dim=12),
-    ),
-    "layers without positions": (
-        "Cohere2ForCausalLM.*positions are not RoPE alone",
-        lambda: transformers.Cohere2Config(**COMMON, layer_types=["full_attention"] * 2, sliding_window=64),
-    ),
     "attention twice a layer": (
-        r"DiffLlamaForCausalLM.*layers \[0, 0, 1, 1\]",
+        r"DiffLlamaForCausalLM.*in the order \[0, 0, 1, 1\]",
         lambda: transformers.DiffLlamaConfig(**COMMON),
     ),
 }
@@ -239,6 +206,20 @@ def test_models_that_attend_otherwise_are_refused_when_loaded(name: str) -> None
     with pytest.raises(UserError, match=match) as caught:
         adapt(config)
     assert caught.value.remedy
+
+
+def test_a_norm_after_rope_is_exact_and_turns_nothing() -> None:
+    config = transformers.HunYuanDenseV1Config(**COMMON, head_dim=12)
+    model, prompt = build(config), prompt_for()
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        want = model(torch.tensor([prompt.token_ids])).logits[0, -1]
+    for name in ("ring", "star"):
+        engine = tiny_engine(adapt(config), strategy(name), 3)
+        got = engine.logits(engine.prefill(prompt))
+        assert name == "star" or (got - want).abs().max() < 1e-4
+    with pytest.raises(UserError, match="cannot be turned on"):
+        tiny_engine(adapt(config), strategy("apb"), 3, "query").prefill(prompt)
 
 
 def test_attention_that_looks_ahead_is_refused() -> None:
