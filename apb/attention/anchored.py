@@ -115,6 +115,8 @@ class PrefillAttention:
         merged = {("anchor", 0): Accumulator()} | {("block", i): Accumulator() for i in range(len(sizes))}
         gathering: Gathered | None = None
         arriving: dict[int, Handle] = {}
+        in_place = kind.qk_dim == kind.v_dim  # in chunks, outputs take their queries' memory
+        out_BHSE = call.q_BHSD if in_place or self._chunk is None else call.blank().transpose(1, 2)
 
         for at, step in enumerate(self.host.steps):
             match step:
@@ -131,21 +133,28 @@ class PrefillAttention:
                     arriving[step.block].wait()
                 case Attend() if self._chunk is None:
                     kv = _concat(self._keys_of(step, here))
-                    part = kernel(self._queries_of(step, here), kv.k_BKTD, kv.v_BKTE, causal=step.causal, scale=scale)
+                    part = kernel(
+                        here.q_BHSD[:, :, self._rows_of(step, here)],
+                        kv.k_BKTD,
+                        kv.v_BKTE,
+                        causal=step.causal,
+                        scale=scale,
+                    )
                     merged[step.queries, step.block].add(*part)
             for attends in self._due.get(at, ()):
                 assert self._chunk is not None
                 keys = [(_concat(self._keys_of(attend, here)), attend.causal) for attend in attends]
-                attend_over(self._queries_of(attends[0], here), keys, kernel, scale, self._chunk, call.sinks_H)
+                these = self._rows_of(attends[0], here)
+                queries = call.q_BHSD[:, :, these]
+                attend_over(out_BHSE[:, :, these], queries, keys, kernel, scale, self._chunk, call.sinks_H)
 
         if self._chunk is not None:
-            return call.q_BHSD.transpose(1, 2)
+            return out_BHSE.transpose(1, 2)
         outs = [finish(done, call.q_BHSD.dtype, call.sinks_H) for done in merged.values() if done.ready]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
-    def _queries_of(self, step: Attend, here: _LayerState) -> Tensor:
-        rows = slice(0, self.host.anchor_len) if step.queries == "anchor" else here.rows[step.block]
-        return here.q_BHSD[:, :, rows]
+    def _rows_of(self, step: Attend, here: _LayerState) -> slice:
+        return slice(0, self.host.anchor_len) if step.queries == "anchor" else here.rows[step.block]
 
     def _keys_of(self, step: Attend, here: _LayerState) -> list[LayerKV]:
         return [part for name in step.keys for part in self._keys(name, step.block, here)]

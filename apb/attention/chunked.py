@@ -26,6 +26,7 @@ def spans(tokens: int, chunk: int) -> Iterator[tuple[int, int]]:
 
 
 def attend_over(
+    out_BHLE: Tensor,
     q_BHLD: Tensor,
     parts: Sequence[tuple[LayerKV, bool]],
     kernel: Kernel,
@@ -33,7 +34,7 @@ def attend_over(
     chunk: int,
     sinks_H: Tensor | None,
 ) -> None:
-    """Attend to ``parts`` (rows, causal) chunk by chunk and leave each chunk's output in place of its queries.
+    """Attend to ``parts`` (rows, causal) chunk by chunk; outputs may take the memory of their queries.
 
     Only one chunk's partial results exist at a time.
     """
@@ -44,7 +45,7 @@ def attend_over(
                 _causal(merged, q_BHSD, kv.rows(0, stop), kernel, scale)
             else:
                 merged.add(*kernel(q_BHSD, kv.k_BKTD, kv.v_BKTE, causal=False, scale=scale))
-        q_BHSD.copy_(finish(merged, q_BHSD.dtype, sinks_H).transpose(1, 2))
+        out_BHLE[:, :, start:stop] = finish(merged, q_BHSD.dtype, sinks_H).transpose(1, 2)
 
 
 def _causal(merged: Accumulator, q_BHSD: Tensor, kv: LayerKV, kernel: Kernel, scale: float) -> None:

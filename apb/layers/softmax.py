@@ -78,8 +78,10 @@ class Softmax(LayerKind):
         return self.qk_dim
 
     def whole_row_bytes(self, e: int, exact: bool) -> int:
-        """q, k and v; the output takes q's place, but not in attention over hosts."""
-        out = 2 * self.q_heads * self.v_dim * max(4, e) if exact else 0
+        """q, k and v; the output takes q's place where it is as wide, but not in attention over hosts."""
+        out = self.q_heads * self.v_dim * e if self.qk_dim != self.v_dim else 0
+        if exact:
+            out = 2 * self.q_heads * self.v_dim * max(4, e)
         return (self.q_heads * self.qk_dim + self.kv_dim) * e + out
 
     def kernel(self, kernel: Kernel) -> Kernel:

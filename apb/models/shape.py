@@ -57,6 +57,9 @@ def _skeleton(config: Any) -> Iterator[PreTrainedModel]:
 
 
 def _counted(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> ModelShape:
+    if type(config.num_hidden_layers) is not int or config.num_hidden_layers < 1:
+        raise ValueError(f"layers is {config.num_hidden_layers}")
+    kinds = layer_kinds(decoder(model), config)  # first: a model without known layers may name its sizes otherwise too
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     outside = {id(p) for m in (embedding, head) for p in m.parameters()}
     visited, total, linear, inner = _visited(config), 0, 0, 0
@@ -72,7 +75,7 @@ def _counted(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> ModelSh
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         intermediate=max(_widest_mlp(model), visited * inner) or int(config.intermediate_size),
-        mixers=layer_kinds(decoder(model), config),
+        mixers=kinds,
         vocab=config.vocab_size,
         linear_params=linear,
         head_params=_weights(head),

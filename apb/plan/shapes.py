@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from apb.layers.base import LayerKind
 from apb.layers.softmax import Softmax
+from burst.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,18 @@ class ModelShape:
 
     @property
     def heads(self) -> Softmax:
-        """The sizes of the first full layer, of a window layer where there is none: those of draft heads."""
+        """The sizes of the first full layer, of a window layer where there is none: those of draft heads.
+
+        Raises UserError where no layer has queries, keys and values by head.
+        """
         found = [kind for kind in self.mixers if isinstance(kind, Softmax)]
+        if not found:
+            raise UserError(
+                "no layer of this model has queries, keys and values by head",
+                given=", ".join(sorted({kind.name for kind in self.mixers})),
+                allowed="models with a full or a window layer",
+                remedy="Leave draft heads, retaining heads and training to other models; decode=lookup needs none.",
+            )
         return next((kind for kind in found if kind.sharded), found[0])
 
     @property

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import transformers
 
+from apb.layers.base import LayerKind
+from apb.layers.full import Full
+from apb.layers.softmax import Softmax
+from apb.layers.window import Window
 from apb.models.adapter import Adapter
 from apb.models.checks import check_config
+from apb.models.kinds import layer_kinds
 from apb.models.shape import model_shape
 from burst.errors import UserError
 from tests.models.test_adapter import COMMON, CONFIGS
@@ -30,45 +36,58 @@ STRAY: list[dict[str, Any]] = [{}, {"use_sliding_window": False}, {"layer_types"
 
 @pytest.mark.parametrize("stray", STRAY)
 @pytest.mark.parametrize("make", [phimoe, lambda **more: transformers.MistralConfig(**COMMON, **more)])
-def test_keys_of_other_families_switch_no_check_off(make: Callable[..., Any], stray: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="sliding_window"):
-        check_config(make(sliding_window=64, **stray))
-    check_config(make(sliding_window=None, **stray))
+def test_keys_of_other_families_switch_no_window_off(make: Callable[..., Any], stray: dict[str, Any]) -> None:
+    kinds = {window: model_shape(make(sliding_window=window, **stray), torch.float32).mixers for window in (64, None)}
+    assert all(isinstance(kind, Window) and kind.window == 64 for kind in kinds[64])
+    assert all(isinstance(kind, Full) for kind in kinds[None])
 
 
 def test_a_window_that_is_switched_off_by_its_own_family_is_none() -> None:
     for config in (
         transformers.Qwen2Config(**COMMON, use_sliding_window=False, sliding_window=64),
         transformers.Qwen3Config(**COMMON, use_sliding_window=False, sliding_window=64),
-        transformers.Gemma2Config(**COMMON, layer_types=FULL, sliding_window=64, attn_logit_softcapping=None),
+        transformers.Gemma2Config(**COMMON, layer_types=FULL, sliding_window=64),
     ):
-        check_config(config)
+        assert all(isinstance(kind, Full) for kind in model_shape(config, torch.float32).mixers)
 
 
-WRONG: dict[str, tuple[str, Callable[[], Any]]] = {
-    "a window shorter than the probe": (r"sliding_window|not causal", lambda: phimoe(sliding_window=20)),
-    "a window far longer than the probe": (
-        r"layer 0 attention is not causal.*sliding_window=2047",
-        lambda: phimoe(sliding_window=2047, layer_types=FULL),
-    ),
+# Kinds read off otherwise than the model attends: the probe must see it.
+WRONG: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "a window shorter than the probe": (lambda: phimoe(sliding_window=20), {}),
+    "no window far longer than the probe": (lambda: phimoe(sliding_window=2047, layer_types=FULL), {}),
     "a window by layer": (
-        "sliding_window",
         lambda: transformers.Qwen2Config(
             **COMMON, use_sliding_window=True, sliding_window=2047, layer_types=["full_attention", "sliding_attention"]
         ),
+        {},
     ),
-    "a soft cap": ("softcap|not causal", lambda: transformers.Gemma2Config(**COMMON, head_dim=12, layer_types=FULL)),
+    "a soft cap": (
+        lambda: transformers.Gemma2Config(**COMMON, head_dim=12, layer_types=FULL),
+        {"soft_cap": None},
+    ),
+    "another soft cap": (
+        lambda: transformers.Gemma2Config(**COMMON, head_dim=12, layer_types=FULL),
+        {"soft_cap": 40.0},
+    ),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_a_configuration_hides_is_seen_when_loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    match, make = WRONG[name]
-    monkeypatch.setattr("apb.models.adapter.check_config", lambda config: None)
+def test_a_kind_that_the_model_is_not_is_seen_when_loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, wrong = WRONG[name]
     config = make()
+
+    def misread(base: Any, config: Any) -> tuple[LayerKind, ...]:
+        found = [cast("Softmax", kind) for kind in layer_kinds(base, config)]
+        if wrong:
+            return tuple(dataclasses.replace(kind, **wrong) for kind in found)
+        return tuple(Full(kind.q_heads, kind.kv_heads, kind.qk_dim, kind.v_dim) for kind in found)
+
     model = build(config)
     windows = {n: getattr(m, "sliding_window", None) for n, m in model.named_modules()}
-    with pytest.raises(UserError, match=match):
+    monkeypatch.setattr("apb.models.adapter.layer_kinds", misread)
+    monkeypatch.setattr("apb.models.shape.layer_kinds", misread)
+    with pytest.raises(UserError, match=r"is not of the kind|sliding_window|softcap"):
         Adapter(model, model_shape(copy.deepcopy(config), torch.float32))
     # What the probe narrows is as it was.
     assert {n: getattr(m, "sliding_window", None) for n, m in model.named_modules()} == windows
@@ -86,7 +105,7 @@ def test_a_model_whose_mask_is_another_is_rejected(monkeypatch: pytest.MonkeyPat
         return own(module, q, k, v, hidden, **options)
 
     monkeypatch.setattr(modeling_llama, "eager_attention_forward", looking_away)
-    with pytest.raises(UserError, match="not causal"):
+    with pytest.raises(UserError, match="is not of the kind"):
         Adapter(build(CONFIGS["llama"]()), model_shape(CONFIGS["llama"](), torch.float32))
 
 
@@ -116,12 +135,13 @@ def test_layers_in_several_lists_are_rejected() -> None:
         Adapter(build(config), model_shape(copy.deepcopy(config), torch.float32))
 
 
-def test_queries_that_are_scaled_by_far_positions_are_rejected() -> None:
+def test_queries_that_are_scaled_by_far_positions_are_turned_nowhere() -> None:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "llama_4_scaling_beta": 0.1}
     rope |= {"original_max_position_embeddings": 256}
     config = transformers.Ministral3Config(**COMMON, head_dim=12, sliding_window=None, rope_parameters=rope)
-    with pytest.raises(UserError, match="RoPE alone"):
-        Adapter(build(config), model_shape(copy.deepcopy(config), torch.float32))
+    adapter = Adapter(build(config), model_shape(copy.deepcopy(config), torch.float32))
+    with pytest.raises(UserError, match="cannot be turned on"):
+        adapter.rotate(torch.zeros(1, 4, 1, 12), 300, 0)
 
 
 def test_a_tiny_vocabulary_and_few_positions_can_be_probed() -> None:
