@@ -90,9 +90,10 @@ def codec() -> Codec:
     from apb.decode.placement import Links
     from apb.decode.score import Score
     from apb.host.messages import HostReport, PrefillRequest
+    from apb.layers.base import LAYERS
     from apb.plan.draft import Handoff
     from apb.plan.exact import Spread
 
     asked, answered = (Start, Call, Drop, PrefillRequest, Handoff, Spread, DecodeRequest), (HostReport, Links, Score)
     said = (Do, Stop, Ping, Hello, Beat, Done)
-    return Codec(reachable((*asked, *answered, *said)), (COMPRESSORS, DECODERS))
+    return Codec(reachable((*asked, *answered, *said)), (COMPRESSORS, DECODERS, LAYERS))

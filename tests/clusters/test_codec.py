@@ -22,6 +22,9 @@ from apb.decode.sampling import Sampling
 from apb.draft.spec import DraftSpec
 from apb.engine.requests import prefill_request
 from apb.host.messages import HostSpec
+from apb.layers.full import Full
+from apb.layers.linear import Linear
+from apb.layers.window import Window
 from apb.strategies import STRATEGIES
 from burst.errors import HostFailure, UserError
 from launch.torchrun.messages import Call, Do, Done, Start, codec
@@ -182,3 +185,9 @@ def test_only_its_own_classes() -> None:
     with pytest.raises(AssertionError, match="does not travel"):
         codec().encode(Bomb())
     assert ids(1, 1)
+
+
+def test_layers_of_every_kind_travel_with_plans() -> None:
+    cap = Window(4, 2, 16, 12, sink=True, soft_cap=2.0, window=8, chunked=True)
+    for layer in (Full(4, 2, 16, 16, reads=1), cap, Linear("kda", 96, 4, 2, 4, 16, 16, scan="gather")):
+        assert codec().decode(codec().encode(layer)) == layer
