@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from burst.execution.tiles import tiled
 from burst.kernels import Kernel
 from burst.kernels.merge import Accumulator, accumulate_dtype
 from burst.layouts.masks import MaskPiece
@@ -50,15 +51,18 @@ class Blocks:
     def _forward(self, total: Accumulator, q: Tensor, k: Tensor, v: Tensor, pieces: Iterable[MaskPiece]) -> None:
         if self.accurate:
             q, k, v = _wide(q), _wide(k), _wide(v)
-        for piece in pieces:
-            q_part, k_part, v_part = (_rows(q, piece.q, piece), _rows(k, piece.k, piece), _rows(v, piece.k, piece))
-            out, lse = self.kernel(q_part, k_part, v_part, causal=piece.causal, scale=self.scale)
-            if piece.flip:
+        for tiles in tiled(tuple(pieces)):
+            parts = [tiles.cut(q, keys=False), tiles.cut(k, keys=True), tiles.cut(v, keys=True)]
+            if tiles.first.flip:
+                parts = [x.flip(TOKENS) for x in parts]
+            out, lse = self.kernel(*parts, causal=tiles.first.causal, scale=self.scale)
+            if tiles.first.flip:
                 out, lse = out.flip(TOKENS), lse.flip(TOKENS)
-            whole = piece.q_stop - piece.q_start == q.shape[TOKENS]
+            out, lse = tiles.joined(out, lse)
+            whole = lse.shape[TOKENS] == q.shape[TOKENS]
             if not whole:
                 begin(total, q, v.shape[3])
-            total.add(out, lse, None if whole else piece.q)
+            total.add(out, lse, None if whole else tiles.q)
 
     def backward(
         self,
