@@ -6,13 +6,21 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 
+from apb.attention.exact import ExactAttention
 from apb.decode import decoder
+from apb.models.adapter import Adapter
 from apb.plan.bytes import bytes_by_kind
+from apb.plan.plan import PrefillPlan
+from apb.plan.shapes import PromptLengths
 from apb.prompt.prompt import Prompt, Question
 from apb.strategies import strategy
-from tests.support.families import VOCAB
+from burst.kernels import kernel
+from burst.transport import Transport, VirtualWorld
+from tests.support.families import FAMILIES, VOCAB, adapt_family
 from tests.support.matrix import LIMIT, adapter, wanted
+from tests.support.planned import planned_twin
 from tests.support.tape import Tape
 from tests.support.tiny import TinyEngine, random_ids, tiny_engine
 
@@ -24,9 +32,16 @@ def prompt(context: int, asked: int = 9) -> Prompt:
     return Prompt(ids[:context], 3, question if asked else None)
 
 
-def engine(family: str, hosts: int, name: str = "ring", chunk: int | None = None, **options: Any) -> TinyEngine:
+def engine(
+    family: str,
+    hosts: int,
+    name: str = "ring",
+    chunk: int | None = None,
+    model: Adapter | None = None,
+    **options: Any,
+) -> TinyEngine:
     made = strategy(name, **options)
-    e = tiny_engine(adapter(family, False), made, hosts, "norm" if name in ("apb", "spava") else None)
+    e = tiny_engine(model or adapter(family, False), made, hosts, "norm" if name in ("apb", "spava") else None)
     e.setup = dataclasses.replace(e.setup, chunk_tokens=chunk)
     return e
 
@@ -41,16 +56,18 @@ def test_single_tokens_and_few_are_chunks(family: str, chunk: int) -> None:
         assert error < LIMIT
 
 
-@pytest.mark.parametrize("family", ("qwen3_5", "falcon_h1"))
+@pytest.mark.parametrize("family", ("qwen3_5", "nemotron_h"))
 @pytest.mark.parametrize("name, options", [("star", {}), ("apb", {"anchor": "shared"}), ("apb", {}), ("spava", {})])
-def test_approximate_strategies_run_and_send_what_they_plan(family: str, name: str, options: dict[str, Any]) -> None:
-    asked = prompt(120)
-    e = engine(family, 3, name, **options)
-    handle = e.prefill(asked)
-    assert handle.metrics["bytes_by_kind"] == bytes_by_kind(e.setup.plan(asked), asked.lengths.query)
-    whole = e.generate(handle, 4).token_ids
-    chunked = engine(family, 3, name, 16, **options)
-    assert chunked.generate(chunked.prefill(asked), 4).token_ids == whole
+def test_approximate_strategies_are_exact_in_linear_layers(family: str, name: str, options: dict[str, Any]) -> None:
+    """Beside a dense twin that runs the context in true order there, and each anchor as a sequence of its own."""
+    asked, doubles = prompt(120), adapt_family(family, torch.float64)
+    for chunk in (None, 16):
+        e = engine(family, 3, name, chunk, doubles, **options)
+        handle = e.prefill(asked)
+        plan = e.setup.plan(asked)
+        assert handle.metrics["bytes_by_kind"] == bytes_by_kind(plan, asked.lengths.query)
+        want = planned_twin(doubles, lambda q, delta, layer: q, asked, plan, e.setup.compressor)
+        assert (handle.logits() - want.logits).abs().max() < 1e-5  # norms compute in fp32
 
 
 @pytest.mark.parametrize("family", ("qwen3_5", "falcon_h1"))
@@ -64,3 +81,28 @@ def test_steps_run_as_graphs(family: str) -> None:
         e.cluster.host(rank).capture = tape  # type: ignore[attr-defined]
     got = [e.generate(handle.fork(), 8, each).token_ids for each in (decoder("autoregressive"), made)]
     assert got == want and min(tape.replays for tape in tapes) > 8
+
+
+@pytest.mark.parametrize("family", [name for name, found in FAMILIES.items() if "linear" in found.kinds])
+def test_hidden_states_of_any_hosts_are_those_of_one(family: str) -> None:
+    """In fp64 by our own scan, of all tokens, before the last layer: to roundings of fp64."""
+    if family == "kimi_linear":
+        pytest.skip("latents")
+    model, ids = adapt_family(family, torch.float64), torch.tensor(random_ids(61, 3, vocab=VOCAB))
+    last = model.shape.layers - 1
+    parts = {}
+    for hosts, layout in ((1, "zigzag"), (3, "zigzag"), (5, "contiguous"), (8, "zigzag")):
+        plan = strategy("ring", layout=layout).plan(PromptLengths(61, 1, 0, 0), hosts, model.shape)
+        world = VirtualWorld(hosts)
+
+        def host(t: Transport, plan: PrefillPlan = plan) -> torch.Tensor:
+            at = torch.cat([torch.arange(start, stop) for start, stop in plan.host_plans[t.rank].spans])
+            attention = ExactAttention(plan, t, kernel("reference"), lambda layer: None)
+            with torch.inference_mode(), model.capturing((last,)) as features:
+                model.run(ids[at], at, attention)
+            return torch.cat([at[:, None].double(), features.value_SF], dim=1)
+
+        rows = torch.cat(world.run(host))
+        parts[hosts, layout] = rows[rows[:, 0].argsort(), 1:]
+    one = parts.pop((1, "zigzag"))
+    assert all((other - one).abs().max() < 1e-12 for other in parts.values())

@@ -11,7 +11,7 @@ Shapes: H query heads, K kv heads, N tokens of the sequence, L block tokens, Q q
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from apb.compress.base import Candidates
 from apb.compress.random import Random
-from apb.layers.call import AttentionCall, plain
+from apb.layers.call import AttentionCall, Call, plain
+from apb.layers.mixing import ConvCall, ScanCall
 from apb.layers.rows import Projections
 from apb.models.adapter import Adapter
 from apb.prompt.prompt import Prompt
@@ -174,7 +175,24 @@ class _Dense:
             | ((q_kind == QUERY) & (k_kind == BLOCK))
         )
 
-    def __call__(self, call: AttentionCall) -> Tensor:
+    def _mixed(self, call: ConvCall | ScanCall) -> Tensor:
+        """Run a linear layer: the context in true order with the question behind it, and each anchor by itself."""
+        in_order = ((self.kind != ANCHOR) * (self.number + 1)).argsort(stable=True)
+        rows = [in_order[int((self.kind == ANCHOR).sum()) :]]
+        rows += [self._rows(ANCHOR, number) for number in range(len(self.sizes.spans))]
+        out = call.blank()
+        for each in (each for each in rows if len(each)):
+            if isinstance(call, ConvCall):
+                out[:, :, each] = call.convolve(call.x_BCS[:, :, each])
+            else:
+                given = {name: x[:, each] for name, x in vars(call.scan).items() if "_BS" in name}
+                out[:, each] = replace(call.scan, **given).run(None)[0]
+        return out
+
+    def __call__(self, call: Call) -> Tensor:
+        if isinstance(call, ConvCall | ScanCall):
+            return self._mixed(call)
+        assert isinstance(call, AttentionCall)
         layer, (q_BHSD, k_BKSD, v_BKSD, scale), projections = call.layer, plain(call), call.projections
         q_HND, k_KND, v_KND = q_BHSD[0], k_BKSD[0], v_BKSD[0]
         heads, n, _ = q_HND.shape
