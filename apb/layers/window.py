@@ -53,6 +53,9 @@ class Window(Softmax):
         return without([*halos, *([(self.reach(n), n)] if kept else [])], held)
 
     def sent(self, sharding: Sharding, rank: int, e: int, kept: bool = True) -> dict[str, int]:
+        """The halo; a layer that reads another's has its rows already."""
+        if self.reads is not None:
+            return {"halo": 0}
         rows = sum(stop - start for _, parts in _traffic(self, sharding, kept)[rank] for start, stop in parts)
         return {"halo": rows * self.row_bytes(e)}
 
@@ -137,17 +140,27 @@ class WindowPrefill:
         self, kind: Window, segments: Sequence[Segment], place: Place, reads: WindowCache | None = None
     ) -> None:
         self.kind, self._segments, self._place = kind, segments, place
-        self.cache = WindowCache(kind, reads)
+        self._reads, self.cache = reads, WindowCache(kind, reads)
+        if reads is not None:
+            reads.readers += 1
 
     def __call__(self, call: Call) -> Tensor:
         """Exchange halos and attend, segment by segment; returns (B, S, H, E)."""
         assert isinstance(call, AttentionCall)
-        return call.join([self._run(segment, call.rows(segment.start, segment.stop)) for segment in self._segments])
+        parts = [(segment, call.rows(segment.start, segment.stop)) for segment in self._segments]
+        source = self._reads or self.cache
+        out = call.join([self._run(number, *part) for number, part in enumerate(parts)])
+        source.readers -= self._reads is not None
+        if not source.readers:
+            source.halos.clear()
+        return out
 
-    def _run(self, segment: Segment, call: AttentionCall) -> Tensor:
+    def _run(self, number: int, segment: Segment, call: AttentionCall) -> Tensor:
         rank, sharding = self._place.transport.rank, segment.sharding
         own, held = LayerKV(call.k_BKSD, call.v_BKSE), list(sharding.spans[rank])
-        arrived, wanted = self._exchange(segment, own, call.layer)
+        if self._reads is None:
+            self.cache.halos.append(self._exchange(segment, own, call.layer))
+        arrived, wanted = (self._reads or self.cache).halos[number]
         keys = own if arrived is None else _side_by_side([own, arrived])
         keys_at = [*held, *wanted]
         out = self.kind.attend(call, held, keys, keys_at, self._place)
@@ -193,6 +206,9 @@ class WindowCache:
         self._at: Interval = (0, 0)  # positions of the context's rows that are kept
         self._tail = Rows()
         self._step = 0  # tokens that the last step added
+        # Of a prefill: rows that arrived for each segment, with their positions, and the layers that will read them.
+        self.halos: list[tuple[LayerKV | None, list[Interval]]] = []
+        self.readers = 0
 
     def fill(self, context: LayerKV, at: Interval) -> None:
         """Keep the context's last rows."""

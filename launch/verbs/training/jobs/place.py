@@ -48,17 +48,26 @@ class Place:
 
 def place(model: str, device: str, dtype: str, display: Display) -> Place:
     """Find the model and settle device and type; raises UserError where these are missing or unsupported."""
+    from apb.layers.full import Full
     from apb.models.checks import check_config
     from apb.models.fetch.resolve import resolve
     from apb.models.loading import load_config
-    from apb.models.placement import resolve_device, resolve_dtype
-    from apb.models.shape import rope_border
+    from apb.models.placement import resolve_device, resolve_dtype, torch_dtype
+    from apb.models.shape import model_shape, rope_border
 
     cache = Path(os.environ.get("APB_CACHE") or default_cache_dir())
     with display.progress() as on_progress:
         path = resolve(model, on_progress=on_progress, cache_dir=cache)
     config = load_config(path)
     check_config(config)
+    kinds = model_shape(config, torch_dtype(resolve_dtype(dtype, resolve_device(device), config))).kinds
+    if any(not isinstance(kind, Full) or kind.sink or kind.soft_cap for kind in kinds):
+        raise UserError(
+            "nothing is trained for models with other layers than full attention",
+            given=f"{model}, layers: {', '.join(sorted({kind.name for kind in kinds}))}",
+            allowed="models whose every layer is full attention, without sinks or soft caps",
+            remedy="Use decode=lookup, and compressors that need no training, or train for another model.",
+        )
     if rope_border(config) is not None:
         raise UserError(
             "nothing is trained for models whose RoPE depends on the sequence's length (LongRoPE)",
