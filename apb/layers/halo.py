@@ -5,7 +5,7 @@ Stretches may be shorter than a halo, which then has several owners.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -14,10 +14,22 @@ from torch import Tensor
 from apb.layers.sharding import Interval, Sharding, common, union, without
 from burst.transport import Message, Transport
 
-Reach = Callable[[int], int]  # the first position that the token at a position needs
 # By host: the peers that it sends to, and the positions sent to each.
 Traffic = tuple[tuple[tuple[int, tuple[Interval, ...]], ...], ...]
 Found = list[tuple[Interval, Tensor]]  # rows of neighbouring positions
+
+
+@dataclass(frozen=True)
+class Reach:
+    """The first position that a token needs: of its last ``window``, its own included, or of its own chunk."""
+
+    window: int
+    chunked: bool = False
+
+    def __call__(self, position: int) -> int:
+        if self.chunked:
+            return position // self.window * self.window
+        return max(0, position - self.window + 1)
 
 
 def needed(reach: Reach, sharding: Sharding, rank: int, kept: bool) -> list[Interval]:
@@ -29,7 +41,7 @@ def needed(reach: Reach, sharding: Sharding, rank: int, kept: bool) -> list[Inte
 
 @lru_cache(maxsize=256)
 def traffic(reach: Reach, sharding: Sharding, kept: bool) -> Traffic:
-    """Return what every host sends; ``reach`` is hashable and equal for equal layers."""
+    """Return what every host sends."""
     out: list[dict[int, list[Interval]]] = [{} for _ in sharding.spans]
     for receiver in range(sharding.hosts):
         wanted = without(needed(reach, sharding, receiver, kept), list(sharding.spans[receiver]))
@@ -46,9 +58,9 @@ def sent_rows(sends: Traffic, rank: int) -> int:
     return sum(stop - start for _, parts in sends[rank] for start, stop in parts)
 
 
-def exchanged(sends: Traffic, own: Found, dim: int, transport: Transport, kind: str, step: str) -> Found:
-    """Return rows that this host has, and behind them those that arrive; rows lie along ``dim``."""
-    t, like = transport, own[0][1]
+def exchanged(sends: Traffic, own: Found, like: Tensor, dim: int, transport: Transport, kind: str, step: str) -> Found:
+    """Send rows that this host has and return those that arrive, along ``dim``; other sizes are those of ``like``."""
+    t = transport
     arriving = [(src, parts) for src, each in enumerate(sends) for peer, parts in each if peer == t.rank]
     buffers = []
     for _, parts in arriving:
@@ -59,7 +71,7 @@ def exchanged(sends: Traffic, own: Found, dim: int, transport: Transport, kind: 
     if out or buffers:
         recvs = [Message(src, buffer) for (src, _), buffer in zip(arriving, buffers, strict=True)]
         t.exchange(out, recvs, kind=kind, step=step).wait()
-    found = list(own)
+    found: Found = []
     for (_, parts), buffer in zip(arriving, buffers, strict=True):
         found += zip(parts, buffer.split([stop - start for start, stop in parts], dim=dim), strict=True)
     return found

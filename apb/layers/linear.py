@@ -18,7 +18,7 @@ from torch import Tensor
 
 from apb.layers.base import LAYERS, LayerCache, LayerKind, Place
 from apb.layers.call import Call
-from apb.layers.halo import exchanged, picked, sent_rows, traffic
+from apb.layers.halo import Reach, exchanged, picked, sent_rows, traffic
 from apb.layers.linear_chunks import LinearChunks
 from apb.layers.mixing import ConvCall, LinearCache, ScanCall
 from apb.layers.recurrences.base import KDA_PIECE, PIECE, Affine, Mapped
@@ -28,16 +28,6 @@ from apb.layers.sharding import Segment, Sharding, union
 
 _MANY = 16  # hosts; from here on maps travel by doubling, or a layer would hold hundreds of them
 Recurrence = Literal["delta", "kda", "mamba2"]
-
-
-@dataclass(frozen=True)
-class Reach:
-    """The first input of the convolution that an output needs."""
-
-    kernel: int
-
-    def __call__(self, position: int) -> int:
-        return max(0, position - self.kernel + 1)
 
 
 @LAYERS.register("linear", "a recurrence behind a short convolution; its state is kept on every host")
@@ -202,7 +192,7 @@ class LinearPrefill:
         sends, step = traffic(reach, sharding, segment.kept), f"layer {call.layer}: convolution"
         held = sharding.spans[t.rank]
         own = [(span, call.x_BCS[:, :, slice(*sharding.rows(t.rank, span))]) for span in held]
-        found = exchanged(sends, own, 2, t, "conv", step)
+        found = [*own, *exchanged(sends, own, call.x_BCS, 2, t, "conv", step)]
         outs = []
         for (start, _), x_BCS in own:
             before = picked(found, (reach(start), start), 2) if start else None

@@ -85,7 +85,8 @@ class LinearChunks:
             if not own:  # another's anchor
                 continue
             sends = traffic(reach, segment.sharding, segment.kept)
-            found = exchanged(sends, own, 2, self._transport, "conv", f"layer {layer}: convolution")
+            step = f"layer {layer}: convolution"
+            found = [*own, *exchanged(sends, own, own[0][1], 2, self._transport, "conv", step)]
             mine = [stretch for stretch in self._stretches if stretch.segment == at]
             for stretch, (start, _) in zip(mine, segment.sharding.spans[self._transport.rank], strict=True):
                 stretch.halo_BCR = self._cache.filled(picked(found, (reach(start), start), 2))

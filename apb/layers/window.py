@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from apb.layers.base import LAYERS, LayerCache, Place, Step
 from apb.layers.call import AttentionCall, Call
+from apb.layers.halo import Reach, exchanged, needed, sent_rows, traffic
 from apb.layers.partials import finish
 from apb.layers.rows import LayerKV, Rows
 from apb.layers.sharding import Interval, Segment, Sharding, common, union, without
@@ -27,7 +27,6 @@ from burst.execution.blocks import Blocks, begin
 from burst.kernels.merge import Accumulator
 from burst.kernels.reference import attend
 from burst.layouts.masks import Span, pieces
-from burst.transport import Message
 
 
 @LAYERS.register("window", "causal attention over the last tokens, or within chunks")
@@ -41,23 +40,19 @@ class Window(Softmax):
     window: int = 0
     chunked: bool = False
 
-    def reach(self, position: int) -> int:
-        if self.chunked:
-            return position // self.window * self.window
-        return max(0, position - self.window + 1)
+    @property
+    def back(self) -> Reach:
+        """How far back a token sees."""
+        return Reach(self.window, self.chunked)
 
-    def wanted(self, sharding: Sharding, rank: int, kept: bool) -> list[Interval]:
-        """Return the positions whose rows a host needs of others: before its stretches, and (``kept``) at the end."""
-        held, n = list(sharding.spans[rank]), sharding.length
-        halos = [(self.reach(start), start) for start, stop in held if start < stop]
-        return without([*halos, *([(self.reach(n), n)] if kept else [])], held)
+    def reach(self, position: int) -> int:
+        return self.back(position)
 
     def sent(self, sharding: Sharding, rank: int, e: int, kept: bool = True) -> dict[str, int]:
         """The halo; a layer that reads another's has its rows already."""
         if self.reads is not None:
             return {"halo": 0}
-        rows = sum(stop - start for _, parts in _traffic(self, sharding, kept)[rank] for start, stop in parts)
-        return {"halo": rows * self.row_bytes(e)}
+        return {"halo": sent_rows(traffic(self.back, sharding, kept), rank) * self.row_bytes(e)}
 
     def flops(self, sharding: Sharding, rank: int) -> int:
         pairs = sum(self._pairs(stop) - self._pairs(start) for start, stop in sharding.spans[rank])
@@ -73,7 +68,8 @@ class Window(Softmax):
 
     def workspace(self, sharding: Sharding, rank: int, e: int, together: int) -> int:
         """Halos arriving, and keys side by side."""
-        halo = sum(stop - start for start, stop in self.wanted(sharding, rank, kept=True))
+        wanted = without(needed(self.back, sharding, rank, kept=True), list(sharding.spans[rank]))
+        halo = sum(stop - start for start, stop in wanted)
         return (2 * halo + (sharding.tokens(rank) if halo else 0)) * self.row_bytes(e)
 
     def held_bytes(self, context: int, e: int) -> int:
@@ -109,28 +105,6 @@ class Window(Softmax):
         Blocks(self.kernel(place.kernel), call.scale).forward(total, call.q_BHSD, keys.k_BKTD, keys.v_BKTE, mask)
         begin(total, call.q_BHSD, call.v_BKSE.shape[3])
         return finish(total, call.q_BHSD.dtype, call.sinks_H)
-
-
-@lru_cache(maxsize=256)
-def _traffic(kind: Window, sharding: Sharding, kept: bool) -> tuple[tuple[tuple[int, tuple[Interval, ...]], ...], ...]:
-    """Return by host the peers that it sends rows to, and their positions."""
-    out: list[list[tuple[int, tuple[Interval, ...]]]] = [[] for _ in sharding.spans]
-    for receiver in range(sharding.hosts):
-        wanted = kind.wanted(sharding, receiver, kept)
-        low, high = (wanted[0][0], wanted[-1][1]) if wanted else (0, 0)
-        for start, stop, owner in sharding.stretches:
-            parts = common([(start, stop)], wanted) if start < high and stop > low and owner != receiver else []
-            if parts:
-                out[owner].append((receiver, tuple(parts)))
-    return tuple(_joined(each) for each in out)
-
-
-def _joined(sends: list[tuple[int, tuple[Interval, ...]]]) -> tuple[tuple[int, tuple[Interval, ...]], ...]:
-    """Put what two stretches of an owner have for one peer into one message."""
-    peers: dict[int, list[Interval]] = {}
-    for peer, parts in sends:
-        peers.setdefault(peer, []).extend(parts)
-    return tuple((peer, tuple(union(parts))) for peer, parts in peers.items())
 
 
 class WindowPrefill:
@@ -173,28 +147,20 @@ class WindowPrefill:
     def _exchange(self, segment: Segment, own: LayerKV, layer: int) -> tuple[LayerKV | None, list[Interval]]:
         """Send the rows that others need, and return those that arrive here, with their positions."""
         t, sharding = self._place.transport, segment.sharding
-        plan = _traffic(self.kind, sharding, segment.kept)
-        sends = [
-            Message(peer, self._packed(own, [sharding.rows(t.rank, p) for p in parts])) for peer, parts in plan[t.rank]
-        ]
-        arriving = [(src, parts) for src, sent in enumerate(plan) for peer, parts in sent if peer == t.rank]
-        batch, heads, _, wide = own.k_BKTD.shape
-        buffers = {
-            src: own.k_BKTD.new_empty(batch, heads, sum(b - a for a, b in parts), wide + own.v_BKTE.shape[3])
-            for src, parts in arriving
-        }
-        if sends or buffers:
-            recvs = [Message(src, buffer) for src, buffer in buffers.items()]
-            t.exchange(sends, recvs, kind="halo", step=f"layer {layer}: halo").wait()
-        if not buffers:
+        sends, wide = traffic(self.kind.back, sharding, segment.kept), own.k_BKTD.shape[3]
+        parts = union([part for _, sent in sends[t.rank] for part in sent])
+        here = [part for span in sharding.spans[t.rank] for part in common([span], parts)]
+        have = [(part, _packed(own.rows(*sharding.rows(t.rank, part)))) for part in here]
+        found = exchanged(sends, have, _packed(own.rows(0, 0)), 2, t, "halo", f"layer {layer}: halo")
+        if not found:
             return None, []
-        both = torch.cat(list(buffers.values()), dim=2)
-        return LayerKV(both[..., :wide], both[..., wide:]), [part for _, parts in arriving for part in parts]
+        both = torch.cat([rows for _, rows in found], dim=2)
+        return LayerKV(both[..., :wide], both[..., wide:]), [part for part, _ in found]
 
-    @staticmethod
-    def _packed(own: LayerKV, rows: Sequence[Interval]) -> Tensor:
-        parts = [torch.cat([own.rows(*r).k_BKTD, own.rows(*r).v_BKTE], dim=-1) for r in rows]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+def _packed(kv: LayerKV) -> Tensor:
+    """Put keys and values side by side, (B, K, T, D + E)."""
+    return torch.cat([kv.k_BKTD, kv.v_BKTE], dim=-1)
 
 
 class WindowCache:
