@@ -9,20 +9,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from apb.attention.base import Layers
 from apb.attention.cached import CacheAttention
-from apb.attention.chunked import attend_over
-from apb.compress.base import Candidates, Compressor, check_scores, top_rows
-from apb.layers.base import Place
+from apb.attention.chunked import attend_over, attend_to
+from apb.attention.selection import Selection
+from apb.compress.base import Compressor
+from apb.layers.base import Place, ShardedCache
 from apb.layers.call import AttentionCall, Call
-from apb.layers.full import Full, FullCache
 from apb.layers.linear_chunks import LinearChunks
 from apb.layers.partials import finish
-from apb.layers.rows import LayerKV, Projections
+from apb.layers.rows import LayerKV
 from apb.plan.plan import PrefillPlan
 from apb.plan.steps import Attend, GatherAnchor, Pass, Region, Select, Step, WaitAnchor, WaitPassing
 from burst.kernels import Kernel
@@ -34,10 +35,7 @@ from burst.transport import Gathered, Handle, Message, Transport
 class _LayerState:
     """State of one layer while its steps run; lists are by the host's own blocks."""
 
-    number: int
-    q_BHSD: Tensor
-    scale: float
-    projections: Projections | None
+    call: AttentionCall
     rows: list[slice]  # where each block stands in S
     blocks: list[LayerKV]
     share: LayerKV  # the anchor's rows that this host runs
@@ -67,8 +65,8 @@ class PrefillAttention:
         self.needs_projections = compressor is not None and compressor.needs_projections
         chunk = plan.chunk_tokens
         self._chunk = chunk if chunk is not None and chunk < self.host.tokens_run else None
-        self._transport, self._kernel, self._compressor = transport, kernel, compressor
-        self._question_delta, self._rotate, self._on_layer = question_delta, rotate, on_layer
+        self._transport, self._kernel, self._on_layer = transport, kernel, on_layer
+        self._select = Selection(plan, transport.rank, compressor, question_delta, rotate)
         self._numbers = plan.numbers[transport.rank]
         self._due = _due(self.host.steps) if self._chunk is not None else {}
 
@@ -91,20 +89,17 @@ class PrefillAttention:
 
     def _attend(self, call: Call) -> Tensor:
         kind, cache = self._mixers[call.layer], self.kept[call.layer]
-        assert isinstance(kind, Full) and isinstance(cache, FullCache) and isinstance(call, AttentionCall)
+        assert kind.sharded and isinstance(call, AttentionCall)
         a, rows = self.host.anchor_len, LayerKV(call.k_BKSD, call.v_BKSE)
         # Copies, so that the kept KV does not hold the anchor's rows in memory.
         kept = rows.rows(a, len(rows)).clone()
-        cache.fill(kept)
+        cast("ShardedCache", cache).fill(kept)
         share = rows.rows(0, a)
         sizes = [stop - start for start, stop in self.host.spans]
         ends = list(itertools.accumulate(sizes, initial=0))
-        scale, kernel = call.scale, kind.kernel(self._kernel)
+        blocks = kind.blocks(call, self._kernel)
         here = _LayerState(
-            number=call.layer,
-            q_BHSD=call.q_BHSD,
-            scale=scale,
-            projections=call.projections,
+            call=call,
             rows=[slice(a + start, a + stop) for start, stop in itertools.pairwise(ends)],
             blocks=[kept.rows(start, stop) for start, stop in itertools.pairwise(ends)],
             share=share,
@@ -115,7 +110,7 @@ class PrefillAttention:
         merged = {("anchor", 0): Accumulator()} | {("block", i): Accumulator() for i in range(len(sizes))}
         gathering: Gathered | None = None
         arriving: dict[int, Handle] = {}
-        in_place = kind.qk_dim == kind.v_dim  # in chunks, outputs take their queries' memory
+        in_place = call.q_BHSD.shape[3] == call.value_dim  # in chunks, outputs take their queries' memory
         out_BHSE = call.q_BHSD if in_place or self._chunk is None else call.blank().transpose(1, 2)
 
         for at, step in enumerate(self.host.steps):
@@ -126,34 +121,29 @@ class PrefillAttention:
                     assert gathering is not None
                     self._take_anchor(gathering.wait(), here)
                 case Select():
-                    here.passed[self._numbers[step.block]] = self._select(step, here)
+                    own, block = here.rows[step.block], here.blocks[step.block]
+                    with self._transport.during("selection"):
+                        chosen = self._select(step, call.rows(own.start, own.stop), block, here.question)
+                    here.passed[self._numbers[step.block]] = chosen
                 case Pass():
                     arriving[step.block] = self._pass(step, here)
                 case WaitPassing():
                     arriving[step.block].wait()
                 case Attend() if self._chunk is None:
-                    kv = _concat(self._keys_of(step, here))
-                    part = kernel(
-                        here.q_BHSD[:, :, self._rows_of(step, here)],
-                        kv.k_BKTD,
-                        kv.v_BKTE,
-                        causal=step.causal,
-                        scale=scale,
-                    )
-                    merged[step.queries, step.block].add(*part)
+                    kv, total = _concat(self._keys_of(step, here)), merged[step.queries, step.block]
+                    attend_to(total, call.q_BHSD[:, :, self._queries(step, here)], kv, blocks, step.causal)
             for attends in self._due.get(at, ()):
                 assert self._chunk is not None
                 keys = [(_concat(self._keys_of(attend, here)), attend.causal) for attend in attends]
-                these = self._rows_of(attends[0], here)
-                queries = call.q_BHSD[:, :, these]
-                attend_over(out_BHSE[:, :, these], queries, keys, kernel, scale, self._chunk, call.sinks_H)
+                own = self._queries(attends[0], here)
+                attend_over(out_BHSE[:, :, own], call.q_BHSD[:, :, own], keys, blocks, self._chunk, call.sinks_H)
 
         if self._chunk is not None:
             return out_BHSE.transpose(1, 2)
         outs = [finish(done, call.q_BHSD.dtype, call.sinks_H) for done in merged.values() if done.ready]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
-    def _rows_of(self, step: Attend, here: _LayerState) -> slice:
+    def _queries(self, step: Attend, here: _LayerState) -> slice:
         return slice(0, self.host.anchor_len) if step.queries == "anchor" else here.rows[step.block]
 
     def _keys_of(self, step: Attend, here: _LayerState) -> list[LayerKV]:
@@ -182,11 +172,11 @@ class PrefillAttention:
         own = [here.share.k_BKTD, here.share.v_BKTE, *(here.question if step.question else [])]
         packed = torch.cat([x.flatten() for x in own])
         shapes = [(sum(self._share_sizes(rank, step.question, here)),) for rank in range(self.plan.hosts)]
-        return self._transport.all_gather(packed, shapes, kind="anchor", step=f"layer {here.number}: anchor")
+        return self._transport.all_gather(packed, shapes, kind="anchor", step=f"layer {here.call.layer}: anchor")
 
     def _share_sizes(self, rank: int, question: bool, here: _LayerState) -> list[int]:
         """Return how many numbers of K, V and queries a host's share has."""
-        _, heads, _, width = here.q_BHSD.shape
+        _, heads, _, width = here.call.q_BHSD.shape
         rows, block = self.plan.host_plans[rank].anchor_len, here.blocks[0]
         kv = [rows * x.shape[1] * x.shape[3] for x in (block.k_BKTD, block.v_BKTE)]
         first, last = self.plan.question_rows(rank)
@@ -194,7 +184,7 @@ class PrefillAttention:
 
     def _take_anchor(self, parts: list[Tensor], here: _LayerState) -> None:
         """Unpack all hosts' shares."""
-        batch, heads, _, width = here.q_BHSD.shape
+        batch, heads, _, width = here.call.q_BHSD.shape
         shared = self.plan.shared_anchor
         assert shared is not None
         here.anchor, here.question = [], []
@@ -208,42 +198,6 @@ class PrefillAttention:
 
     # -- passing --------------------------------------------------------------------------------------------------
 
-    def _select(self, step: Select, here: _LayerState) -> Tensor:
-        """Return the kept rows, K and V in one tensor (B, K, R, D + E), so that they travel as one message."""
-        with self._transport.during("selection"):
-            return self._selected(step, here)
-
-    def _selected(self, step: Select, here: _LayerState) -> Tensor:
-        assert self._compressor is not None
-        layer, block, rows, question_q = here.number, here.blocks[step.block], here.rows[step.block], None
-        if self._compressor.needs_question:
-            assert self._question_delta is not None
-            question_q = self._rotate(torch.cat(here.question, dim=2), self._question_delta, layer)
-        projections = here.projections
-        if projections is not None:
-            projections = projections.rows(rows.start, rows.stop)
-        scores_BKL = self._compressor.score(
-            Candidates(
-                layer=layer,
-                rank=self._numbers[step.block],
-                q_BHSD=here.q_BHSD[:, :, rows],
-                k_BKSD=block.k_BKTD,
-                v_BKSD=block.v_BKTE,
-                scale=here.scale,
-                question_q_BHQD=question_q,
-                projections=projections,
-                start=self.host.spans[step.block][0],
-                end=self.plan.lengths.context,
-                rotate=lambda x_BHSD, delta: self._rotate(x_BHSD, delta, layer),
-            )
-        )
-        check_scores(self._compressor, scores_BKL, block.k_BKTD)
-        index_BKR = top_rows(scores_BKL, step.rows, step.skip)
-        picked = [
-            x.gather(2, index_BKR[..., None].expand(-1, -1, -1, x.shape[3])) for x in (block.k_BKTD, block.v_BKTE)
-        ]
-        return torch.cat(picked, dim=-1)
-
     def _pass(self, step: Pass, here: _LayerState) -> Handle:
         """Post the passing of one block; ``here.passed`` gets the buffers of what is received with it."""
         t, plan, block = self._transport, self.plan, here.blocks[step.block]
@@ -253,7 +207,7 @@ class PrefillAttention:
         own = here.passed.get(number)
         if own is None:
             own = k.new_empty(shapes[number])
-        name = f"layer {here.number}: passing" + (f" {step.block}" if step.route == "direct" else "")
+        name = f"layer {here.call.layer}: passing" + (f" {step.block}" if step.route == "direct" else "")
         if step.route == "direct":
             sources = [n[step.block] for n in plan.numbers if len(n) > step.block]
             buffers = {n: k.new_empty(shapes[n]) for n in sources if t.rank in plan.receivers(n)}

@@ -6,18 +6,19 @@ Shapes: B batch (1), S tokens of a chunk, L block tokens, H query heads, K kv he
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 from torch import Tensor
 
 from apb.attention.base import Layers
-from apb.layers.base import Place
+from apb.layers.base import Place, ShardedCache
 from apb.layers.call import AttentionCall, Call
-from apb.layers.full import Full, FullCache
 from apb.layers.partials import finish
 from apb.layers.rows import LayerKV
 from apb.plan.plan import PrefillPlan
-from burst.kernels import Kernel
+from burst.execution.blocks import Blocks
 from burst.kernels.merge import Accumulator
+from burst.layouts.masks import MaskPiece
 
 
 def spans(tokens: int, chunk: int) -> Iterator[tuple[int, int]]:
@@ -29,8 +30,7 @@ def attend_over(
     out_BHLE: Tensor,
     q_BHLD: Tensor,
     parts: Sequence[tuple[LayerKV, bool]],
-    kernel: Kernel,
-    scale: float,
+    blocks: Blocks,
     chunk: int,
     sinks_H: Tensor | None,
 ) -> None:
@@ -41,20 +41,18 @@ def attend_over(
     for start, stop in spans(q_BHLD.shape[2], chunk):
         q_BHSD, merged = q_BHLD[:, :, start:stop], Accumulator()
         for kv, causal in parts:
-            if causal:
-                _causal(merged, q_BHSD, kv.rows(0, stop), kernel, scale)
-            else:
-                merged.add(*kernel(q_BHSD, kv.k_BKTD, kv.v_BKTE, causal=False, scale=scale))
+            attend_to(merged, q_BHSD, kv.rows(0, stop) if causal else kv, blocks, causal)
         out_BHLE[:, :, start:stop] = finish(merged, q_BHSD.dtype, sinks_H).transpose(1, 2)
 
 
-def _causal(merged: Accumulator, q_BHSD: Tensor, kv: LayerKV, kernel: Kernel, scale: float) -> None:
-    """Attend the last S tokens to all earlier ones and to themselves."""
-    start = len(kv) - q_BHSD.shape[2]
-    before, own = kv.rows(0, start), kv.rows(start, len(kv))
-    if start:
-        merged.add(*kernel(q_BHSD, before.k_BKTD, before.v_BKTE, causal=False, scale=scale))
-    merged.add(*kernel(q_BHSD, own.k_BKTD, own.v_BKTE, causal=True, scale=scale))
+def attend_to(merged: Accumulator, q_BHSD: Tensor, kv: LayerKV, blocks: Blocks, causal: bool) -> None:
+    """Attend to all rows; ``causal``: the queries are those of the last rows, and see what is not behind them."""
+    tokens, held = q_BHSD.shape[2], len(kv)
+    start = held - tokens if causal else held
+    pieces = [MaskPiece(0, tokens, 0, start)] if start else []
+    if causal:
+        pieces.append(MaskPiece(0, tokens, start, held, causal=True))
+    blocks.forward(merged, q_BHSD, kv.k_BKTD, kv.v_BKTE, pieces)
 
 
 class LocalAttention:
@@ -73,8 +71,8 @@ class LocalAttention:
 
     def __call__(self, call: Call) -> Tensor:
         """Keep the chunk's KV, attend to it and to all before it; returns (B, S, H, E)."""
-        kind, cache = self._mixers[call.layer], self.kept[call.layer]
-        assert isinstance(kind, Full) and isinstance(cache, FullCache) and isinstance(call, AttentionCall)
+        kind, cache = self._mixers[call.layer], cast("ShardedCache", self.kept[call.layer])
+        assert kind.sharded and isinstance(call, AttentionCall)
         if not self._done:
             given = (call.k_BKSD, call.v_BKSE)
             cache.fill(LayerKV(*(x.new_empty(*x.shape[:2], self._tokens, x.shape[3]) for x in given)))
@@ -84,7 +82,7 @@ class LocalAttention:
             kv.k_BKTD[:, :, self._done :] = call.k_BKSD
             kv.v_BKTE[:, :, self._done :] = call.v_BKSE
         merged = Accumulator()
-        _causal(merged, call.q_BHSD, kv, kind.kernel(self._kernel), call.scale)
+        attend_to(merged, call.q_BHSD, kv, kind.blocks(call, self._kernel), causal=True)
         if call.layer == len(self._mixers) - 1:
             self._done = stop
             finished = len(self._mixers) * stop // self._tokens  # a share of the work, told in layers

@@ -6,17 +6,16 @@ Shapes: B batch (1), S tokens of this host, H query heads, K kv heads, D head di
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 from torch import Tensor
 
 from apb.attention.base import Layers
-from apb.layers.base import Place
+from apb.layers.base import ALL_HEADS, Place, ShardedCache
 from apb.layers.call import AttentionCall, Call
-from apb.layers.full import Full, FullCache
 from apb.layers.linear_chunks import LinearChunks
 from apb.layers.rows import LayerKV
 from apb.plan.plan import PrefillPlan
-from burst.execution.blocks import Blocks
 from burst.execution.buffers import Form
 from burst.execution.execute import Execution
 from burst.kernels import Kernel
@@ -66,15 +65,17 @@ class ExactAttention:
 
     def _attend(self, call: Call) -> Tensor:
         kind, cache = self._mixers[call.layer], self.kept[call.layer]
-        assert isinstance(kind, Full) and isinstance(cache, FullCache) and isinstance(call, AttentionCall)
+        assert kind.sharded and isinstance(call, AttentionCall)
         kept = LayerKV(call.k_BKSD.clone(), call.v_BKSE.clone())
-        cache.fill(kept)
-        q = call.q_BHSD
+        cast("ShardedCache", cache).fill(kept)
+        made, q = self._schedules[kind], call.q_BHSD
+        s, heads = made.shape, made.heads_of(self._transport.rank)
+        own = ALL_HEADS if heads is None else slice(heads.q_start, heads.q_stop)
         run = Execution(
-            self._schedules[kind],
+            made,
             self._transport,
-            Blocks(kind.kernel(self._kernel), call.scale),
-            Form(q.shape[0], q.shape[1], kept.k_BKTD.shape[1], q.shape[3], kept.v_BKTE.shape[3], q.dtype),
+            kind.blocks(call, self._kernel, own),
+            Form(q.shape[0], s.q_heads, s.kv_heads, s.head_dim, s.value_dim, q.dtype, carried=s.carried),
             {"q": q, "k": kept.k_BKTD, "v": kept.v_BKTE},
             sinks=call.sinks_H,
             label=f"layer {call.layer}:",

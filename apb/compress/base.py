@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from apb.layers.full import Full
 from apb.layers.rows import Projections
 from apb.plan.shapes import ModelShape
 from burst.errors import UserError
@@ -57,11 +58,24 @@ class Compressor(ABC):
     needs_projections: ClassVar[bool] = False
 
     def check(self, shape: ModelShape) -> None:  # noqa: B027 - most fit every model
-        """Raise UserError unless the compressor fits a model of ``shape``; called before weights are loaded."""
+        """Raise UserError unless the compressor fits a model of ``shape``; see ``check_fits``."""
 
     @abstractmethod
     def score(self, block: Candidates) -> Tensor:
         """Return scores (B, K, S), fp32; higher is kept."""
+
+
+def check_fits(by: Compressor, shape: ModelShape) -> None:
+    """Raise UserError unless the compressor fits a model of ``shape``; called before weights are loaded."""
+    others = sorted({kind.name for kind in shape.sharded if not isinstance(kind, Full)})
+    if by.needs_projections and others:
+        raise UserError(
+            f"compressor '{by.name}' reads raw projections of queries, keys and values, which {others[0]} layers lack",
+            given=f"compress={by.name} on a model with {others[0]} layers",
+            allowed="models whose sharded layers are full attention",
+            remedy="Choose compress=norm, recent, snapkv or expected, or query where the prompt has a question.",
+        )
+    by.check(shape)
 
 
 def check_scores(by: Compressor, scores: object, keys_BKSD: Tensor) -> None:

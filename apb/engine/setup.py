@@ -10,6 +10,7 @@ from typing import Any
 
 from apb.clusters import Launcher
 from apb.compress import Compressor, compressor
+from apb.compress.base import check_fits
 from apb.draft.spec import DraftSpec
 from apb.engine.options import MOST_YARN, EngineOptions
 from apb.host.messages import HostSpec
@@ -81,7 +82,7 @@ class Setup:
         if options.max_positions is not None:
             shape = dataclasses.replace(shape, max_positions=options.max_positions)
         if scorer is not None:
-            scorer.check(shape)
+            check_fits(scorer, shape)
         spec = DraftSpec(options.draft) if isinstance(options.draft, str) else options.draft
         if spec is not None and path is None:
             raise UserError(

@@ -33,9 +33,7 @@ def gather(cache: HostCache, rank: int, transport: Transport, shape: ModelShape,
         made = kind.cache(reads) if here else None
         if kind.reads is None:
             sizes = kind.attention_shape(like.element_size())
-            moving = _Moving(
-                transport, rank, like, sizes.kv_heads, (sizes.head_dim, sizes.value_dim), f"layer {number}"
-            )
+            moving = _Moving(transport, rank, like, sizes.kv_heads, sizes.row_widths, f"layer {number}")
             _gather_layer(cache, cast("ShardedCache | None", held), cast("ShardedCache | None", made), moving)
         layers += [made] if made is not None else []
     logits = cache.logits

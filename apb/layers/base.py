@@ -16,14 +16,17 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from apb.layers.call import Call
+from apb.layers.call import AttentionCall, Call
 from apb.layers.rows import LayerKV
 from apb.layers.sharding import Segment, Sharding
 from apb.layers.tree import visible
+from burst.execution.blocks import Blocks
 from burst.kernels import Kernel
 from burst.registry import Registry
 from burst.schedules import AttentionShape
 from burst.transport import Transport
+
+ALL_HEADS = slice(None)
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,10 @@ class LayerKind(ABC):
         """Return an empty cache of this layer; ``reads``: the cache of the layer that it reads, if it reads one."""
         raise NotImplementedError
 
+    def blocks(self, call: AttentionCall, kernel: Kernel, heads: slice = ALL_HEADS) -> Blocks:
+        """Return how a call's queries attend to rows; ``heads``: those that are worked on here."""
+        raise NotImplementedError
+
     def partial_bytes(self, e: int) -> int:
         """Return the bytes of one new token's partial output to each peer; 0 for kinds that are not sharded."""
         return 0
@@ -137,6 +144,19 @@ class LayerKind(ABC):
     @property
     def pair_flops(self) -> int:
         """FLOPs of one query-key pair of one head; 0 for kinds that are not sharded."""
+        return 0
+
+    @property
+    def expansion_flops(self) -> int:
+        """FLOPs of making one key and value of one head of what travels; 0 for kinds that need not be expanded."""
+        return 0
+
+    def expansion_bytes(self, rows: int, e: int) -> int:
+        """Return the bytes of so many keys and values while they are made and attended to, piece by piece."""
+        return 0
+
+    def scored_bytes(self, rows: int, e: int) -> int:
+        """Return the bytes of what must be made of so many rows of a block to be scored."""
         return 0
 
     @property
@@ -179,6 +199,10 @@ class LayerKind(ABC):
     @abstractmethod
     def row_work_bytes(self, e: int) -> int:
         """Return the bytes of one token that live at once while the layer mixes: what it is given and gives."""
+
+    def step_work_bytes(self, e: int) -> int:
+        """Return the bytes of one new token that live at once while it runs over a cache."""
+        return self.row_work_bytes(e)
 
     @abstractmethod
     def whole_row_bytes(self, e: int, exact: bool) -> int:

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from apb.layers.expansion import Expansion
 from apb.layers.rows import Projections
 
 
@@ -55,7 +56,11 @@ class Call(ABC):
 
 @dataclass
 class AttentionCall(Call):
-    """Attention of new tokens, queries and keys rotated; the output is (B, S, H, E). ``sinks_H``: logits of sinks."""
+    """Attention of new tokens, queries and keys rotated; the output is (B, S, H, E). ``sinks_H``: logits of sinks.
+
+    ``latent``: in layers with latents, which are then the keys, and their rotated parts the values, of one head: the
+    matrix that makes keys and values of them.
+    """
 
     layer: int
     q_BHSD: Tensor
@@ -64,10 +69,16 @@ class AttentionCall(Call):
     scale: float
     sinks_H: Tensor | None = None
     projections: Projections | None = None
+    latent: Expansion | None = None
 
     @property
     def tokens(self) -> int:
         return self.q_BHSD.shape[2]
+
+    @property
+    def value_dim(self) -> int:
+        """E."""
+        return self.v_BKSE.shape[3] if self.latent is None else self.latent.value_dim
 
     def rows(self, start: int, stop: int) -> AttentionCall:
         q, k, v = (x[:, :, start:stop] for x in (self.q_BHSD, self.k_BKSD, self.v_BKSE))
@@ -85,7 +96,7 @@ class AttentionCall(Call):
 
     def blank(self) -> Tensor:
         batch, heads, tokens, _ = self.q_BHSD.shape
-        return self.q_BHSD.new_empty(batch, tokens, heads, self.v_BKSE.shape[3])
+        return self.q_BHSD.new_empty(batch, tokens, heads, self.value_dim)
 
 
 def plain(call: Call) -> tuple[Tensor, Tensor, Tensor, float]:

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from apb.layers.base import LayerKind
+from apb.layers.base import ALL_HEADS, LayerKind
+from apb.layers.call import AttentionCall
 from apb.layers.rows import LayerKV
+from burst.execution.blocks import Blocks
 from burst.kernels import Kernel
 from burst.kernels.merge import Accumulator
 from burst.kernels.soft_cap import capped
@@ -83,6 +85,9 @@ class Softmax(LayerKind):
         if exact:
             out = 2 * self.q_heads * self.v_dim * max(4, e)
         return (self.q_heads * self.qk_dim + self.kv_dim) * e + out
+
+    def blocks(self, call: AttentionCall, kernel: Kernel, heads: slice = ALL_HEADS) -> Blocks:
+        return Blocks(self.kernel(kernel), call.scale)
 
     def kernel(self, kernel: Kernel) -> Kernel:
         """Return the kernel with this layer's soft cap."""

@@ -19,6 +19,7 @@ from apb.attention.base import Attention, Prefilling
 from apb.draft.base import RotateTo, Target
 from apb.draft.draft import Draft
 from apb.layers.call import AttentionCall
+from apb.layers.latent import Latent
 from apb.layers.linear import Linear
 from apb.layers.softmax import Softmax
 from apb.models.checks import PlainCall, check_config, check_keywords, check_kind
@@ -35,6 +36,7 @@ from apb.models.hooks import (
     take_projections,
 )
 from apb.models.kinds import MIXER, Mixer, layer_kinds, mixers
+from apb.models.latents import expansion, keep_latents
 from apb.models.lengths import rotate_as_agreed
 from apb.models.linear import hook_linear
 from apb.models.probe import probe
@@ -78,6 +80,7 @@ def _attend(
         scaling if scaling is not None else query.shape[-1] ** -0.5,
         others.get("s_aux"),
         take_projections(),
+        expansion(module) if isinstance(mixer.kind, Latent) else None,
     )
     return apb_attention(call).contiguous(), None  # most models would copy it themselves, some insist on it
 
@@ -261,6 +264,9 @@ class Adapter:
             )
         for number, (module, kind) in enumerate(zip(found, kinds, strict=True)):
             setattr(module, MIXER, Mixer(number, kind))
+            if isinstance(kind, Latent):
+                keep_latents(module)
+                continue
             if isinstance(kind, Linear):
                 hook_linear(module, number)
                 continue

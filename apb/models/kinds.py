@@ -13,6 +13,7 @@ from apb.layers.base import LayerKind
 from apb.layers.full import Full
 from apb.layers.window import Window
 from apb.models.checks import refuse
+from apb.models.latents import has_latents, latent_kind
 from apb.models.linear import linear_kind, recurrence
 from burst.errors import UserError
 
@@ -64,9 +65,17 @@ def layer_kinds(base: nn.Module, config: Any) -> tuple[LayerKind, ...]:
 def _maker(module: nn.Module) -> Callable[[nn.Module, Any, int | None], LayerKind] | None:
     if recurrence(module) is not None:  # some of them have projections of such names
         return lambda found, _config, _reads: linear_kind(found)
+    if has_latents(module):
+        return _latent
     if has_projections(module):
         return _softmax
     return None
+
+
+def _latent(module: nn.Module, config: Any, reads: int | None) -> LayerKind:
+    if reads is not None:
+        raise refuse("kv_sharing", "latents of another layer")
+    return latent_kind(module)
 
 
 def has_projections(module: nn.Module) -> bool:

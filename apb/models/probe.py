@@ -21,7 +21,6 @@ from torch import Tensor
 from apb.attention.base import Attention
 from apb.layers.call import AttentionCall, Call
 from apb.layers.linear import Linear
-from apb.layers.softmax import Softmax
 from apb.models.checks import PlainCall
 from apb.models.chunked import KEYWORD
 from apb.models.ends import Ends, learn_ends
@@ -66,7 +65,7 @@ class _Probe:
         if not isinstance(call, AttentionCall):
             return by_itself(call)
         self.seen.append(call)
-        v_BKSE = call.v_BKSE
+        v_BKSE = call.v_BKSE if call.latent is None else call.latent.expand(call.k_BKSD, call.v_BKSE)[1]
         return v_BKSE.repeat_interleave(call.q_BHSD.shape[1] // v_BKSE.shape[1], dim=1).transpose(1, 2)
 
 
@@ -174,7 +173,8 @@ def _learn_rotation(adapter: Probed, rotation: Rotation, far: int) -> None:
         adapter.run(ids_S, torch.tensor([0, *distances], device=adapter.device), probe)
     # Full layers first: draft heads turn as the first that is learnt.
     for call in sorted(probe.seen, key=lambda call: not shape.mixers[call.layer].sharded):
-        both = [x for x in (call.q_BHSD, call.k_BKSD) if x.shape[2] == len(ids_S)]
+        keys = call.k_BKSD if call.latent is None else call.v_BKSE  # of latents a part of its own is rotated
+        both = [x for x in (call.q_BHSD, keys) if x.shape[2] == len(ids_S)]
         # 8 roundings in low precision; in fp32 the angles themselves are known to some 1e-5.
         sizes = [max(1e-3, 8 * torch.finfo(x.dtype).eps) * float(x.abs().max()) for x in both]
         if all(float((x - x[:, :, :1]).abs().max()) <= size for x, size in zip(both, sizes, strict=True)):
@@ -198,8 +198,9 @@ def _check_sizes(adapter: Probed, call: Call, out: Tensor) -> None:
         if why is not None:
             raise _unfit(adapter, f"in mixer {call.layer} {why}")
         return
-    assert isinstance(kind, Softmax) and isinstance(call, AttentionCall)
-    sizes = ((kind.q_heads, kind.qk_dim), (kind.kv_heads, kind.qk_dim), (kind.kv_heads, kind.v_dim))
+    assert isinstance(call, AttentionCall)
+    s = kind.attention_shape(1)
+    sizes = ((s.q_heads, s.head_dim), *((s.kv_heads, width) for width in s.row_widths))
     for x, (heads, dim) in zip((call.q_BHSD, call.k_BKSD, call.v_BKSE), sizes, strict=True):
         wanted = (1, heads, tokens, dim)
         if x.shape != wanted:

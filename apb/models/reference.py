@@ -20,10 +20,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from apb.layers.base import LayerKind
 from apb.layers.call import AttentionCall, Call
+from apb.layers.latent import Latent
 from apb.layers.softmax import Softmax
 from apb.layers.window import Window
 from apb.models.checks import PlainCall, check_keywords
 from apb.models.kinds import MIXER, Mixer
+from apb.models.latents import expansion, own_expansion
 from apb.models.linear_probe import plainly
 from burst.execution.blocks import add_sinks
 from burst.kernels.reference import attend
@@ -65,30 +67,41 @@ class Compared:
         mixer: Mixer = getattr(module, MIXER)
         scaling = options["scaling"]
         scale = scaling if scaling is not None else q_BHSD.shape[-1] ** -0.5
-        call = AttentionCall(mixer.number, q_BHSD.clone(), k_BKSD.clone(), v_BKSE.clone(), scale, options.get("s_aux"))
+        by = expansion(module) if isinstance(mixer.kind, Latent) else None
+        given = (q_BHSD.clone(), k_BKSD.clone(), v_BKSE.clone())
+        call = AttentionCall(mixer.number, *given, scale, options.get("s_aux"), latent=by)
         self.calls.append(call)
-        own = _own_function(module)
+
+        def own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k, v = (k, v) if by is None else own_expansion(module, k, v)
+            out: Tensor = _own_function(module)(module, q, k, v, mask, **options)[0]
+            return out
+
         # Trained scores may be so sharp that a window changes next to nothing in 32 tokens; made-up ones are not.
         q, k, v = (_noise(x, i) for i, x in enumerate((q_BHSD, k_BKSD, v_BKSE)))
         q = q * (_SPREAD / (scale * q_BHSD.shape[-1] ** 0.5))
-        theirs = own(module, q, k, v, mask, **options)[0]
+        theirs = own(q, k, v)
         ours = self._dense(mixer.kind, dataclasses.replace(call, q_BHSD=q, k_BKSD=k, v_BKSE=v))
         if theirs.shape != ours.shape or not float((theirs - ours).abs().max()) < _TOLERANCE:
             self.differing.append(mixer.number)
-        out: Tensor = own(module, q_BHSD, k_BKSD, v_BKSE, mask, **options)[0]
+        out = own(q_BHSD, k_BKSD, v_BKSE)
         self.outs.append(out)
         return out
 
     def _dense(self, kind: LayerKind, call: AttentionCall) -> Tensor:
         """Return what a layer of this kind is to answer, (B, S, H, E), in plain softmax."""
-        assert isinstance(kind, Softmax)
-        if self._narrow and isinstance(kind, Window):
-            kind = dataclasses.replace(kind, window=min(kind.window, NARROW))
-        at_S = torch.arange(call.tokens, device=call.q_BHSD.device)
-        reach_S = torch.tensor([kind.reach(p) for p in range(call.tokens)], device=at_S.device)
+        q, k, v, cap = call.q_BHSD, call.k_BKSD, call.v_BKSE, None
+        at_S = torch.arange(call.tokens, device=q.device)
+        reach_S = torch.zeros_like(at_S)
+        if call.latent is not None:
+            k, v = call.latent.expand(k, v)
+        else:
+            assert isinstance(kind, Softmax)
+            if self._narrow and isinstance(kind, Window):
+                kind = dataclasses.replace(kind, window=min(kind.window, NARROW))
+            reach_S, cap = torch.tensor([kind.reach(p) for p in range(call.tokens)], device=q.device), kind.soft_cap
         seen_SS = (at_S <= at_S[:, None]) & (at_S >= reach_S[:, None])
-        q, k, v = call.q_BHSD, call.k_BKSD, call.v_BKSE
-        out, lse = attend(q, k, v, False, call.scale, seen_ST=seen_SS, soft_cap=kind.soft_cap)
+        out, lse = attend(q, k, v, False, call.scale, seen_ST=seen_SS, soft_cap=cap)
         if call.sinks_H is not None:
             add_sinks(out, lse, call.sinks_H)
         return out.transpose(1, 2)

@@ -48,7 +48,7 @@ class Rotation:
     def learn(self, x_BHSD: Tensor, delta: int, mixer: int, wanted_BHSD: Tensor, tolerance: float) -> None:
         """Find out how a mixer turns ``x_BHSD`` on by ``delta`` to what is wanted; if nohow it is ``unlike``."""
         known = self._turns.get(mixer)
-        for turn in (_whole, _rotary_part, _complex) if known is None else (known,):
+        for turn in (_whole, _rotary_part, _complex, _last_part, _last_complex) if known is None else (known,):
             try:
                 mine = self._turned_on(x_BHSD, delta, mixer, turn)
             except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):  # made of other functions
@@ -108,3 +108,18 @@ def _complex(angles: Any, module: nn.Module, x_BHSD: Tensor, scaling: Any) -> Te
     x_BSHD = x_BHSD.transpose(1, 2)
     turned_BSHD: Tensor = apply(x_BSHD, x_BSHD, angles / scaling)[0]
     return turned_BSHD.transpose(1, 2)
+
+
+def _last_part(angles: Any, module: nn.Module, x_BHSD: Tensor, scaling: Any) -> Tensor:
+    """Turn the last dimensions, by halves also where pairs were neighbours: what is turned once has them in halves
+    (latent attention)."""
+    first = x_BHSD.shape[-1] - angles[0].shape[-1]
+    return torch.cat([x_BHSD[..., :first], _whole(angles, module, x_BHSD[..., first:], scaling)], dim=-1)
+
+
+def _last_complex(angles: Any, module: nn.Module, x_BHSD: Tensor, scaling: Any) -> Tensor:
+    """Turn the last dimensions, neighbouring numbers as complex ones (DeepSeek-V2)."""
+    first = x_BHSD.shape[-1] - 2 * angles.shape[-1]
+    apply: Callable[..., Any] = sys.modules[type(module).__module__].apply_rotary_emb
+    turned_BHSR: Tensor = apply(x_BHSD[..., first:], x_BHSD[..., first:], angles / scaling)[0]
+    return torch.cat([x_BHSD[..., :first], turned_BHSR], dim=-1)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from apb.layers.latent import Latent
 from apb.layers.softmax import Softmax
 from apb.models.classes import causal_lm, decoder
 from apb.models.files import first_line
@@ -91,6 +93,8 @@ def _counted(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> ModelSh
             sizes |= {f"{kind.name} {name}": getattr(kind, name) for name in ("q_heads", "kv_heads", "qk_dim", "v_dim")}
             if kind.q_heads % max(1, kind.kv_heads):
                 raise ValueError(f"{kind.q_heads} query heads for {kind.kv_heads} of keys and values")
+        if isinstance(kind, Latent):
+            sizes |= {f"{kind.name} {name}": size for name, size in asdict(kind).items()}
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
             raise ValueError(f"{name} is {size}")

@@ -21,9 +21,10 @@ Numbers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Counts:
-    """By host: pairs computed, each head by itself; bytes sent by kind; bytes of buffers."""
+    """By host: pairs computed, and keys attended to, each head by itself; bytes sent by kind; bytes of buffers."""
 
     head_pairs: tuple[int, ...]
+    head_keys: tuple[int, ...]
     sent: tuple[dict[str, int], ...]
     workspace: tuple[int, ...]
 
@@ -34,7 +35,7 @@ def counts(name: str, layout: Layout, shape: AttentionShape, members: int) -> Co
     hosts = layout.world
     split = head_split(shape.q_heads, shape.kv_heads, members) if members > 1 else (_all(shape),)
     blocks = layout.grouped([range(g, g + members) for g in range(0, hosts, members)]) if members > 1 else layout
-    pairs, passed, held = _ring(blocks, straight=name == "allgather")
+    pairs, seen, passed, held = _ring(blocks, straight=name == "allgather")
     rows = np.asarray(layout.counts, dtype=np.int64)
     group, member = np.arange(hosts) // members, np.arange(hosts) % members
     working = np.array([h.q_count > 0 for h in split])[member]
@@ -52,14 +53,16 @@ def counts(name: str, layout: Layout, shape: AttentionShape, members: int) -> Co
         space = space + others * mine + rows * busy * own["out"]
         space = space + (others + rows) * (own["qkv"] + own["out"])  # the group's tokens for this member's heads
     return Counts(
-        tuple(int(x) for x in np.where(working, pairs[group] * heads, 0)),
+        tuple(int(x) for x in pairs[group] * heads),
+        tuple(int(x) for x in seen[group] * heads),
         tuple({kind: int(each[r]) for kind, each in sent.items()} for r in range(hosts)),
         tuple(int(x) for x in space),
     )
 
 
-def _ring(blocks: Layout, *, straight: bool) -> tuple[Numbers, Numbers, Numbers]:
-    """Return by block: unmasked pairs of its queries, rows that its holder sends, and rows of buffers it needs.
+def _ring(blocks: Layout, *, straight: bool) -> tuple[Numbers, Numbers, Numbers, Numbers]:
+    """Return by block: unmasked pairs of its queries, and rows that these see; rows that its holder sends, and rows of
+    buffers it needs.
 
     A block goes from need to need round the ring, or ``straight`` from home to all who need it.
     """
@@ -72,14 +75,15 @@ def _ring(blocks: Layout, *, straight: bool) -> tuple[Numbers, Numbers, Numbers]
     holder, block = np.arange(n)[:, None], np.arange(n)[None]
     needs_HB = (last[:, None] > first[None]) & (holder != block)
     turn_HB = (holder - block) % n
+    seen = rows + needs_HB @ rows
     if straight:
-        return pairs, rows * needs_HB.sum(axis=0), needs_HB @ rows
+        return pairs, seen, rows * needs_HB.sum(axis=0), needs_HB @ rows
     end_B = np.where(needs_HB, turn_HB, 0).max(axis=0)
     passed = ((needs_HB | (holder == block)) & (turn_HB < end_B[None])) @ rows
     # Received blocks fill two buffers in turn, each as long as the longest block that it holds.
     odd = needs_HB & (turn_HB % 2 == 1)
     held = sum(np.where(each, rows[None], 0).max(axis=1) for each in (odd, needs_HB & ~odd))
-    return pairs, passed, np.asarray(held)
+    return pairs, seen, passed, np.asarray(held)
 
 
 def _all(shape: AttentionShape) -> Heads:

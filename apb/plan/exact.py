@@ -47,6 +47,10 @@ class Spread:
         """Query-key pairs that a host computes in one layer, each head by itself."""
         return self._counts(shape).head_pairs[rank]
 
+    def head_keys(self, rank: int, shape: AttentionShape) -> int:
+        """Keys that a host attends to in one layer, its own among them, each head by itself."""
+        return self._counts(shape).head_keys[rank]
+
     def workspace(self, rank: int, shape: AttentionShape) -> int:
         """Bytes of a host's buffers in one layer, and of its heads of the group's tokens."""
         return self._counts(shape).workspace[rank]

@@ -17,8 +17,11 @@ def mixing_flops(plan: PrefillPlan, rank: int) -> int:
     total = attention_flops(shape, plan.host_plans[rank].pairs)
     if plan.spread is not None:
         for kind, count in shape.sharded.items():
-            pairs = plan.spread.head_pairs(rank, kind.attention_shape(shape.element_size))
-            total += count * kind.pair_flops * pairs
+            sizes = kind.attention_shape(shape.element_size)
+            # Making the keys and values of a host's own tokens is among its linear layers.
+            made = plan.spread.head_keys(rank, sizes) - kind.heads * plan.host_plans[rank].tokens_run
+            pairs = plan.spread.head_pairs(rank, sizes)
+            total += count * (kind.pair_flops * pairs + kind.expansion_flops * made)
     for kind, count in shape.replicated.items():
         total += count * sum(kind.flops(segment.sharding, rank) for segment in plan.segments(rank))
     return total

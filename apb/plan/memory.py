@@ -56,6 +56,10 @@ def _prefilling(plan: PrefillPlan, rank: int) -> int:
     s, host = plan.shape, plan.host_plans[rank]
     together = host.tokens_run if plan.chunk_tokens is None else min(plan.chunk_tokens, host.tokens_run)
     fused = plan.fused and plan.chunk_tokens is None
+    asked = _running(plan, plan.lengths.query, new=True)
+    chosen = max((stop - start for start, stop in host.spans), default=0) if host.kept_rows else 0
+    run = _running(plan, together, chosen=chosen)
+    run = run + asked if fused else max(run, asked)
     tokens = together + plan.lengths.query if fused else max(together, plan.lengths.query)
     anchor = plan.anchor_len if plan.shared_anchor is not None else host.anchor_len
     passing = (plan.passing_rows(rank) + anchor) * s.widest_row * 2
@@ -67,7 +71,7 @@ def _prefilling(plan: PrefillPlan, rank: int) -> int:
     exchanged = [kind.workspace(plan.context, rank, s.element_size, tokens) for kind in s.replicated]
     passing = max([passing, *exchanged])
     features = plan.draft.feature_bytes(host.spans, plan.lengths.context) if plan.draft is not None else 0
-    return tokens * _row_bytes(plan) + passing + host.tokens_run * whole_row_bytes(plan, rank) + features
+    return run + passing + host.tokens_run * whole_row_bytes(plan, rank) + features
 
 
 def _handing_over(plan: PrefillPlan, rank: int) -> int:
@@ -87,18 +91,22 @@ def _decoding(plan: PrefillPlan, rank: int, answer: Generation) -> int:
     if rank == plan.hosts - 1:
         copied = 4 if s.element_size < 4 else 0  # to fp32
         logits = answer.tree_tokens * s.vocab * (s.element_size + copied)
-    return answer.tree_tokens * _row_bytes(plan) + logits
+    return _running(plan, answer.tree_tokens, new=True) + logits
 
 
-def _row_bytes(plan: PrefillPlan) -> int:
-    """Bytes of a token that runs through a layer.
+def _running(plan: PrefillPlan, tokens: int, *, new: bool = False, chosen: int = 0) -> int:
+    """Bytes of tokens that run through a layer; ``new``: over a cache; ``chosen``: of a block whose rows are chosen.
 
     The embedding, which the forward pass keeps, residual, norm and output of the hidden size, and the rotation; then
-    either the MLP's gate, up and product, or attention's q, k, v before and after RoPE with two fp32 partial outputs.
+    either the MLP's gate, up and product, or attention's q, k, v before and after RoPE with two fp32 partial outputs,
+    and keys and values while they are made of latents.
     """
-    s = plan.shape
-    mixing = max((kind.row_work_bytes(s.element_size) for kind in s.kinds), default=0)
-    return (4 * s.hidden + 2 * s.rotary_dim) * s.element_size + max(s.mlp_row_bytes, mixing)
+    s, e = plan.shape, plan.shape.element_size
+    mixing = [0]
+    for kind in s.kinds:
+        made = max(kind.expansion_bytes(plan.lengths.context, e), kind.scored_bytes(chosen, e))
+        mixing.append(tokens * kind.step_work_bytes(e) if new else tokens * kind.row_work_bytes(e) + made)
+    return tokens * (4 * s.hidden + 2 * s.rotary_dim) * e + max(tokens * s.mlp_row_bytes, *mixing)
 
 
 def whole_row_bytes(plan: PrefillPlan, rank: int) -> int:

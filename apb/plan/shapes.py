@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from apb.layers.base import LayerKind
+from apb.layers.latent import Latent
 from apb.layers.softmax import Softmax
 from burst.errors import UserError
 
@@ -51,17 +52,17 @@ class ModelShape:
         return {kind: count for kind, count in self.kinds.items() if not kind.sharded}
 
     @property
-    def heads(self) -> Softmax:
-        """The sizes of the first full layer, of a window layer where there is none: those of draft heads.
+    def heads(self) -> Softmax | Latent:
+        """The sizes of the first sharded layer, of a window layer where there is none: those of draft heads.
 
         Raises UserError where no layer has queries, keys and values by head.
         """
-        found = [kind for kind in self.mixers if isinstance(kind, Softmax)]
+        found = [kind for kind in self.mixers if isinstance(kind, Softmax | Latent)]
         if not found:
             raise UserError(
                 "no layer of this model has queries, keys and values by head",
                 given=", ".join(sorted({kind.name for kind in self.mixers})),
-                allowed="models with a full or a window layer",
+                allowed="models with a full, a latent or a window layer",
                 remedy="Leave draft heads, retaining heads and training to other models; decode=lookup needs none.",
             )
         return next((kind for kind in found if kind.sharded), found[0])

@@ -22,6 +22,8 @@ TOKENS = 2  # the dim of tokens in every tensor here
 # Keys and values as they travel -> (B, K', T, D) and (B, K', T, E) as attention sees them, for the heads worked on.
 Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
+AT_ONCE = 4096  # rows that are expanded together
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -35,7 +37,7 @@ class Blocks:
     scale: float
     accurate: bool = False
     expand: Expand | None = None
-    at_once: int = 4096
+    at_once: int = AT_ONCE
 
     def forward(self, total: Accumulator, q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[MaskPiece]) -> None:
         """Merge the attention of q (B, H, S, D) over k (B, K, T, D) and v (B, K, T, E) into ``total``."""

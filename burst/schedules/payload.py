@@ -95,6 +95,11 @@ class AttentionShape:
     partial_size: int = 2  # partial outputs of pass-Q and dqkv on the wire; 4 in the accurate mode
     carried: tuple[int, int] | None = None  # widths of k and v on their way, where attention sees others
 
+    @property
+    def row_widths(self) -> tuple[int, int]:
+        """Numbers of one head's key and value as they travel."""
+        return self.carried or (self.head_dim, self.value_dim)
+
     def row_bytes(self, role: Role, heads: Heads | None = None) -> int:
         """Bytes of one token of a role, for the given heads (all when None)."""
         size = {

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from apb.models.adapter import Adapter
-from apb.models.ends import Ends
+from apb.models.rotation import _whole
 from apb.models.shape import model_shape
 from apb.plan.memory import host_memory
 from apb.plan.plan import PrefillPlan
@@ -68,7 +68,7 @@ def large() -> Adapter:
     """Two layers of an 8B model, without values."""
     config = llama_config(**SHAPE)
     with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("apb.models.adapter.probe", lambda adapter, model, rotation: Ends())  # compares values
+        patch.setattr("apb.models.adapter.probe", unreal.unprobed(_whole))
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         return Adapter(model, model_shape(config, torch.bfloat16))
 

@@ -16,6 +16,8 @@ from apb.engine.setup import Setup
 from apb.host.host import Host
 from apb.host.messages import HostSpec
 from apb.models.adapter import Adapter
+from apb.models.ends import Ends
+from apb.models.rotation import Rotation, Turn
 from apb.plan.draft import Handoff
 from apb.plan.plan import PrefillPlan
 from apb.prompt.prompt import Prompt
@@ -32,6 +34,16 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the CUDA kernel take flash attention, and hosts agree without reading what they gathered."""
     monkeypatch.setattr(cuda, "_has_flash", lambda device: True)
     monkeypatch.setattr(Transport, "agree", lambda self, text, **options: None)
+
+
+def unprobed(turn: Turn) -> Callable[[Adapter, Any, Rotation], Ends]:
+    """Return what stands in for the probe, which compares values; ``turn``: how all mixers turn queries and keys."""
+
+    def probe(adapter: Adapter, model: Any, rotation: Rotation) -> Ends:
+        rotation._turns |= dict.fromkeys(range(len(adapter.shape.mixers)), turn)
+        return Ends()
+
+    return probe
 
 
 def prefill(
