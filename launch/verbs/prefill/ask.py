@@ -147,10 +147,15 @@ def _count(number: int, what: str) -> str:
 
 _KINDS = {
     "agree": "agreement on the plan",
+    "conv": "inputs before a stretch, of linear layers",
     "draft": "the draft head's own keys and values",
     "gather": "the cache, gathered on one host",
+    "halo": "rows before a stretch, of windows",
+    "kv": "keys and values, exact",
+    "latent": "latents, exact",
     "partials": "partial attention of question and answer",
     "passing": "compressed blocks",
+    "state": "maps of states, of linear layers",
     "token": "decided tokens",
 }
 _TIMES = {"prefill": "prefill_s", "time to first token": "ttft_s"}
