@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from apb.layers.call import AttentionCall, Call
 from apb.layers.rows import LayerKV
 from apb.layers.sharding import Segment, Sharding
-from apb.layers.tree import visible
+from apb.layers.tree import depths, visible
 from burst.execution.blocks import Blocks
 from burst.kernels import Kernel
 from burst.registry import Registry
@@ -50,6 +51,13 @@ class Step:
     members: tuple[int, ...]  # hosts that hold parts of the context
     owner: bool  # whether this host keeps new rows of sharded layers
     parents: tuple[int, ...] | None = None
+
+    @cached_property
+    def positions_M(self) -> Tensor:
+        """Where the tree's rows stand: at their depths below the root."""
+        assert self.parents is not None
+        at = [self.start + depth for depth in depths(self.parents)]
+        return torch.tensor(at, device=self.place.transport.device)
 
     @cached_property
     def seen_MM(self) -> Tensor:

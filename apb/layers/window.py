@@ -22,7 +22,6 @@ from apb.layers.partials import finish
 from apb.layers.rows import LayerKV, Rows
 from apb.layers.sharding import Interval, Segment, Sharding, common, union, without
 from apb.layers.softmax import Softmax
-from apb.layers.tree import depths
 from burst.execution.blocks import Blocks, begin
 from burst.kernels.merge import Accumulator
 from burst.kernels.reference import attend
@@ -212,13 +211,10 @@ class WindowCache:
 
     def _attend_tree(self, call: AttentionCall, step: Step, keys: LayerKV, at: Interval) -> Tensor:
         """Attend a draft tree's rows, which stand at their depths, to cached rows and ancestors in their windows."""
-        assert step.parents is not None
-        device = call.q_BHSD.device
-        depth = depths(step.parents)
-        reach_M1 = torch.tensor([self.kind.reach(step.start + d) for d in depth], device=device)[:, None]
-        rows_M = torch.tensor([step.start + d for d in depth], device=device)
-        cached_T = torch.arange(*at, device=device)
-        seen_MT = torch.cat([cached_T >= reach_M1, step.seen_MM & (rows_M >= reach_M1)], dim=1)
+        at_M, size = step.positions_M, self.kind.window
+        reach_M = at_M // size * size if self.kind.chunked else at_M - size + 1
+        cached_T = torch.arange(*at, device=at_M.device)
+        seen_MT = torch.cat([cached_T >= reach_M[:, None], step.seen_MM & (at_M >= reach_M[:, None])], dim=1)
         total = Accumulator()
         cap = self.kind.soft_cap
         total.add(*attend(call.q_BHSD, keys.k_BKTD, keys.v_BKTE, False, call.scale, seen_ST=seen_MT, soft_cap=cap))
