@@ -79,6 +79,7 @@ class ExactAttention:
             {"q": q, "k": kept.k_BKTD, "v": kept.v_BKTE},
             sinks=call.sinks_H,
             label=f"layer {call.layer}:",
+            kv=kind.travels,
         )
         out_BHSE, _ = run.forward()
         return out_BHSE.transpose(1, 2)

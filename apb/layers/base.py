@@ -121,6 +121,8 @@ class LayerKind(ABC):
     name: ClassVar[str]
     sharded: ClassVar[bool]
 
+    travels: ClassVar[str] = "kv"  # the ledger's kind of a sharded layer's rows in exact attention over hosts
+
     reads: int | None = None  # the mixer whose keys and values this layer reads, keeping none of its own
 
     # -- sharded kinds ----------------------------------------------------------------------------------------

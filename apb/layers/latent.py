@@ -38,6 +38,7 @@ class Latent(LayerKind):
     """Sizes of such a layer: of a head's keys, ``nope`` without rotation and ``rope`` rotated, shared by all heads."""
 
     sharded: ClassVar[bool] = True
+    travels: ClassVar[str] = "latent"
 
     q_heads: int
     nope: int

@@ -55,7 +55,7 @@ def prefill_bytes(plan: PrefillPlan, rank: int) -> dict[str, int]:
     else:
         for kind, count in s.sharded.items():
             sent = plan.spread.sent(rank, kind.attention_shape(e))
-            kinds.update({name: count * each for name, each in sent.items()})
+            kinds.update({kind.travels if name == "kv" else name: count * each for name, each in sent.items()})
     for kind, count in s.replicated.items():
         for segment in plan.segments(rank):
             sent = kind.sent(segment.sharding, rank, e, segment.kept)

@@ -37,7 +37,7 @@ class Spread:
         that the schedule cannot take.
         """
         where = tuple(nodes) if nodes is not None else (0,) * self.hosts
-        return schedule(self.schedule, self.tokens(), shape, nodes=where, ulysses=self.ulysses)
+        return schedule(self.schedule, self.tokens(), shape, nodes=where, travels="kv", ulysses=self.ulysses)
 
     def sent(self, rank: int, shape: AttentionShape) -> dict[str, int]:
         """Bytes that a host sends in one layer, by kind; hosts on one machine."""

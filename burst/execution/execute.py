@@ -27,7 +27,7 @@ class Execution:
     k (B, K, T, D), v (B, K, T, E), the latter two as wide as ``form.carried`` where that says so; backward also
     lse (B, H, S), out and dout (B, H, S, E). In head groups the backward takes all but dout as the forward left them
     in ``working``; ``resume`` starts a forward there.
-    ``label`` begins the names of steps in failures.
+    ``label`` begins the names of steps in failures; ``kv`` is the ledger's kind of keys and values on their way.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class Execution:
         sinks: Tensor | None = None,
         resume: bool = False,
         label: str = "attention",
+        kv: str = "kv",
     ) -> None:
         self.schedule, self.transport, self.blocks, self.form = schedule, transport, blocks, form
         self.memory = SlotMemory(schedule, transport, form, own)
@@ -48,7 +49,7 @@ class Execution:
         heads, self._split = self.memory.heads, self.memory.split
         self._own_heads = slice(None) if heads is None else slice(heads.q_start, heads.q_stop)
         self._sinks = None if sinks is None else sinks[self._own_heads]
-        self._resume, self._label = resume, label
+        self._resume, self._label, self._kv = resume, label, kv
         self._total = Accumulator()
         self._under_way: dict[int, tuple[Handle, list[Message]]] = {}
         self._steps = tuple(self._chosen())
@@ -119,7 +120,8 @@ class Execution:
         recvs = [Message(p.peer, self.memory.space(p)) for p in step.recvs]
         self.memory.written |= {p.slot for p in step.recvs if p.slot.index == 0}
         name = self._name(f"{step.channel} {step.name}")
-        handle = self.transport.exchange(sends, recvs, kind=_role(step), step=name, channel=step.channel)
+        kind = self._kv if _role(step) == "kv" else _role(step)
+        handle = self.transport.exchange(sends, recvs, kind=kind, step=name, channel=step.channel)
         self._under_way[step.name] = handle, sends  # the messages live until the wait
 
     def _forward_pair(self, step: Compute) -> None:

@@ -92,7 +92,7 @@ def test_every_schedule_is_exact(name: str) -> None:
 def test_latents_are_what_travels() -> None:
     hosts, context = 4, 64
     plan = hosts_of("minicpm3", "ring", hosts, layout="contiguous").setup.plan(drawn(context))
-    assert [prefill_bytes(plan, r)["kv"] for r in range(hosts)] == [16 * ROW * 2 * n for n in (1, 2, 3, 0)]
+    assert [prefill_bytes(plan, r)["latent"] for r in range(hosts)] == [16 * ROW * 2 * n for n in (1, 2, 3, 0)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
