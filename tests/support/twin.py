@@ -19,9 +19,12 @@ from torch import Tensor
 
 from apb.compress.base import Candidates
 from apb.compress.random import Random
-from apb.layers.call import AttentionCall, Call, plain
+from apb.layers.base import LayerKind
+from apb.layers.call import AttentionCall, Call
 from apb.layers.mixing import ConvCall, ScanCall
 from apb.layers.rows import Projections
+from apb.layers.softmax import Softmax
+from apb.layers.window import Window
 from apb.models.adapter import Adapter
 from apb.prompt.prompt import Prompt
 
@@ -125,8 +128,10 @@ class Twin:
 class _Dense:
     """The attention of the whole sequence in one layer after another."""
 
-    def __init__(self, prompt: Prompt, sizes: Sizes, select: Select, rotate: Rotate) -> None:
-        self.sizes, self.select, self.rotate = sizes, select, rotate
+    def __init__(
+        self, prompt: Prompt, sizes: Sizes, select: Select, rotate: Rotate, mixers: tuple[LayerKind, ...]
+    ) -> None:
+        self.sizes, self.select, self.rotate, self.mixers = sizes, select, rotate, mixers
         self.needs_projections = callable(select)
         ids: list[int] = []
         positions: list[int] = []
@@ -175,6 +180,14 @@ class _Dense:
             | ((q_kind == QUERY) & (k_kind == BLOCK))
         )
 
+    def _in_window(self, window: Window) -> Tensor:
+        """Who sees whom in a window layer: context and question in true order, each anchor alone."""
+        anchors = (self.kind == ANCHOR)[:, None] & (self.kind == ANCHOR)[None] & (self.number[:, None] == self.number)
+        rest = (self.kind != ANCHOR)[:, None] & (self.kind != ANCHOR)[None]
+        at, size = self.positions, window.window
+        near = at[None] >= (at // size * size if window.chunked else at - size + 1)[:, None]
+        return (anchors | rest) & near & (at[None] <= at[:, None])
+
     def _mixed(self, call: ConvCall | ScanCall) -> Tensor:
         """Run a linear layer: the context in true order with the question behind it, and each anchor by itself."""
         in_order = ((self.kind != ANCHOR) * (self.number + 1)).argsort(stable=True)
@@ -193,11 +206,18 @@ class _Dense:
         if isinstance(call, ConvCall | ScanCall):
             return self._mixed(call)
         assert isinstance(call, AttentionCall)
-        layer, (q_BHSD, k_BKSD, v_BKSD, scale), projections = call.layer, plain(call), call.projections
+        layer, projections, scale = call.layer, call.projections, call.scale
+        q_BHSD, k_BKSD, v_BKSD = call.q_BHSD, call.k_BKSD, call.v_BKSE
+        layer_kind = self.mixers[layer]
+        soft_cap = layer_kind.soft_cap if isinstance(layer_kind, Softmax) else None
         q_HND, k_KND, v_KND = q_BHSD[0], k_BKSD[0], v_BKSD[0]
         heads, n, _ = q_HND.shape
         group = heads // k_KND.shape[0]
-        selected_KN = self._selected(layer, q_HND, k_KND, v_KND, scale, projections)
+        window = layer_kind if isinstance(layer_kind, Window) else None
+        if window is None:
+            selected_KN = self._selected(layer, q_HND, k_KND, v_KND, scale, projections)
+        else:
+            selected_KN = torch.zeros(k_KND.shape[:2], dtype=torch.bool)
         self.out.keys.append(k_KND)
         self.out.values.append(v_KND)
         self.out.selected.append(selected_KN)
@@ -206,10 +226,16 @@ class _Dense:
             later_NN[self._rows(BLOCK, number)] = False
         out_HND = torch.empty(heads, n, v_KND.shape[-1], dtype=q_HND.dtype)
         for j in range(k_KND.shape[0]):
-            mask_NN = self.static_NN | (later_NN & selected_KN[j])
+            mask_NN = self.static_NN | (later_NN & selected_KN[j]) if window is None else self._in_window(window)
             for h in range(j * group, (j + 1) * group):
-                scores_NN = (q_HND[h] @ k_KND[j].T * scale).masked_fill_(~mask_NN, -torch.inf)
-                out_HND[h] = scores_NN.softmax(-1) @ v_KND[j]
+                scores_NN = q_HND[h] @ k_KND[j].T * scale
+                if soft_cap is not None:
+                    scores_NN = (scores_NN / soft_cap).tanh() * soft_cap
+                scores_NN = scores_NN.masked_fill_(~mask_NN, -torch.inf)
+                if call.sinks_H is not None:  # a key without a value, in every row
+                    sink_N1 = call.sinks_H[h].to(scores_NN.dtype).expand(n, 1)
+                    scores_NN = torch.cat([scores_NN, sink_N1], dim=1)
+                out_HND[h] = scores_NN.softmax(-1)[:, :n] @ v_KND[j]
         return out_HND.transpose(0, 1)[None]
 
     def _selected(
@@ -290,7 +316,7 @@ def twin(
     found = strategy
     if not isinstance(found, Sizes):
         found = sizes(found, prompt, hosts, select=chosen, published=published, **lengths)
-    dense = _Dense(prompt, found, chosen, rotate)
+    dense = _Dense(prompt, found, chosen, rotate, adapter.shape.mixers)
     with torch.inference_mode():
         dense.out.logits = adapter.logits(dense.ids, dense.positions, dense)
     return dense.out
