@@ -73,7 +73,8 @@ class Compared:
         self.calls.append(call)
 
         def own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            k, v = (k, v) if by is None else own_expansion(module, k, v)
+            if by is not None:
+                k, v = _in_type(q.dtype, own_expansion(module, *_in_type(by.weight_HXR.dtype, (k, v))))
             out: Tensor = _own_function(module)(module, q, k, v, mask, **options)[0]
             return out
 
@@ -94,7 +95,7 @@ class Compared:
         at_S = torch.arange(call.tokens, device=q.device)
         reach_S = torch.zeros_like(at_S)
         if call.latent is not None:
-            k, v = call.latent.expand(k, v)
+            k, v = _in_type(q.dtype, call.latent.expand(*_in_type(call.latent.weight_HXR.dtype, (k, v))))
         else:
             assert isinstance(kind, Softmax)
             if self._narrow and isinstance(kind, Window):
@@ -170,6 +171,11 @@ def _own_function(module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
     own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function: Callable[..., tuple[Tensor, Any]] = own or ALL_ATTENTION_FUNCTIONS["sdpa"]
     return function
+
+
+def _in_type(dtype: torch.dtype, xs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return both in a type: made-up inputs are fp32, the matrix that expands latents is the model's."""
+    return xs[0].to(dtype), xs[1].to(dtype)
 
 
 def _noise(x: Tensor, seed: int) -> Tensor:

@@ -86,8 +86,6 @@ def test_steps_run_as_graphs(family: str) -> None:
 @pytest.mark.parametrize("family", [name for name, found in FAMILIES.items() if "linear" in found.kinds])
 def test_hidden_states_of_any_hosts_are_those_of_one(family: str) -> None:
     """In fp64 by our own scan, of all tokens, before the last layer: to roundings of fp64."""
-    if family == "kimi_linear":
-        pytest.skip("latents")
     model, ids = adapt_family(family, torch.float64), torch.tensor(random_ids(61, 3, vocab=VOCAB))
     last = model.shape.layers - 1
     parts = {}
@@ -105,4 +103,6 @@ def test_hidden_states_of_any_hosts_are_those_of_one(family: str) -> None:
         rows = torch.cat(world.run(host))
         parts[hosts, layout] = rows[rows[:, 0].argsort(), 1:]
     one = parts.pop((1, "zigzag"))
-    assert all((other - one).abs().max() < 1e-12 for other in parts.values())
+    # Norms and gates compute in fp32. Where one of these numbers lies between two, fp64's rounding decides which it is.
+    limit = 1e-5 if family == "kimi_linear" else 1e-12
+    assert all((other - one).abs().max() < limit for other in parts.values())
