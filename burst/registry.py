@@ -75,12 +75,21 @@ def _entry_points(group: str) -> Mapping[str, importlib.metadata.EntryPoint]:
     """Return a group's entry points of all packages by name.
 
     A package may be found twice, as where a checkout keeps what an earlier installation wrote into it: both count.
+    Raises UserError where two packages have one name for different modules.
     """
     found: dict[str, importlib.metadata.EntryPoint] = {}
     for distribution in importlib.metadata.distributions():
         for entry in distribution.entry_points:
-            if entry.group == group:
-                found.setdefault(entry.name, entry)
+            if entry.group != group:
+                continue
+            held = found.setdefault(entry.name, entry)
+            if held.value != entry.value:
+                raise UserError(
+                    f"two installed packages have an entry point '{entry.name}' in {group}",
+                    given=f"{held.value} and {entry.value}",
+                    allowed="one module a name",
+                    remedy="Uninstall one of them, or rename its entry point.",
+                )
     return found
 
 

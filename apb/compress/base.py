@@ -79,7 +79,10 @@ def check_fits(by: Compressor, shape: ModelShape) -> None:
 
 
 def check_scores(by: Compressor, scores: object, keys_BKSD: Tensor) -> None:
-    """Reject scores that are not one real number a token and kv head; raises UserError. Values are not read."""
+    """Reject scores that are not one real number a token and kv head; raises UserError.
+
+    Of values on a GPU, which cannot be read without a wait, the device itself stops at what is no number.
+    """
     wanted = keys_BKSD.shape[:-1]
     if not isinstance(scores, Tensor) or scores.shape != wanted or scores.is_complex():
         kind = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
@@ -87,6 +90,15 @@ def check_scores(by: Compressor, scores: object, keys_BKSD: Tensor) -> None:
             f"compressor '{by.name}' returns no score for each token of each kv head",
             given=kind,
             allowed=f"a real tensor {tuple(wanted)}: batch, kv heads, block tokens",
+            remedy="Mend the score method of that compressor.",
+        )
+    if scores.device.type == "cuda":
+        torch._assert_async(~scores.isnan().any(), f"compressor '{by.name}' returns scores that are no numbers")
+    elif scores.device.type == "cpu" and bool(scores.isnan().any()):
+        raise UserError(
+            f"compressor '{by.name}' returns scores that are no numbers",
+            given=f"NaN for {int(scores.isnan().sum())} of {scores.numel()} scores",
+            allowed="numbers; -inf for rows that are never to be kept",
             remedy="Mend the score method of that compressor.",
         )
 

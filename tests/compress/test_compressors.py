@@ -114,3 +114,14 @@ def test_compressors_that_ask_nothing_prefill_for_every_question(name: str) -> N
 def test_options_out_of_range_are_refused(name: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         compressor(name, **options)
+
+
+def test_scores_that_are_no_numbers_are_rejected() -> None:
+    class Broken(type(compressor("norm"))):  # type: ignore[misc]
+        def score(self, block: Any) -> torch.Tensor:
+            scores = super().score(block)
+            scores[..., 3] = float("nan")
+            return scores
+
+    with pytest.raises(UserError, match=r"no numbers.*NaN for"):
+        tiny_engine(tiny_llama(torch.float32), strategy("apb"), 3, Broken()).prefill(make_prompt(90))
