@@ -143,7 +143,7 @@ class LinearCache:
             return
         assert self._state is not None and self._tail_BCR is not None and self._columns_BCM is not None
         if rows:
-            index_P = torch.tensor(rows, device=self._state.device)
+            index_P = _rows(tuple(rows), self._state.device)
             self._state = self._pending.commit(index_P, self._state)
             self._tail_BCR = tail(self._tail_BCR, self._columns_BCM.index_select(2, index_P))
         self._pending = self._columns_BCM = None
@@ -158,6 +158,12 @@ class LinearCache:
         out = LinearCache(self._kernel)
         out.__dict__ |= self.__dict__
         return out
+
+
+@lru_cache(maxsize=16)
+def _rows(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return kept rows, which all layers share."""
+    return torch.tensor(rows, device=device)
 
 
 @lru_cache(maxsize=16)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from apb.attention.exact import ExactAttention
 from apb.decode import decoder
@@ -16,6 +17,7 @@ from apb.plan.plan import PrefillPlan
 from apb.plan.shapes import PromptLengths
 from apb.prompt.prompt import Prompt, Question
 from apb.strategies import strategy
+from burst.errors import UserError
 from burst.kernels import kernel
 from burst.transport import Transport, VirtualWorld
 from tests.support.families import FAMILIES, VOCAB, adapt_family
@@ -106,3 +108,36 @@ def test_hidden_states_of_any_hosts_are_those_of_one(family: str) -> None:
     # Norms and gates compute in fp32. Where one of these numbers lies between two, fp64's rounding decides which it is.
     limit = 1e-5 if family == "kimi_linear" else 1e-12
     assert all((other - one).abs().max() < limit for other in parts.values())
+
+
+def shifted(original: Any) -> Any:
+    """A convolution that sees a token further back than its kernel."""
+    return lambda x, *args, **options: original(x, *args, **options) + torch.nn.functional.pad(x, (4, 0))[:, :, :-4]
+
+
+def unnormalised(original: Any) -> Any:
+    """A recurrence that does without the normalisation that it is asked for."""
+    return lambda *args, **options: original(*args, **(options | {"use_qk_l2norm_in_kernel": False}))
+
+
+def forgetful(original: Any) -> Any:
+    """A recurrence that does not go on from the state that it is given."""
+    return lambda *args, **options: original(*args, **(options | {"initial_state": None}))
+
+
+@pytest.mark.parametrize(
+    "name, broken, words",
+    [
+        ("causal_conv1d_fn", shifted, "sees more than 3 tokens before"),
+        ("torch_chunk_gated_delta_rule", unnormalised, "not that of the kind 'delta'"),
+        ("torch_chunk_gated_delta_rule", forgetful, "does not go on from a state"),
+    ],
+)
+def test_functions_that_compute_something_else_are_rejected(
+    name: str, broken: Any, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another version of a kernel package might."""
+    known = getattr(modeling_qwen3_5, name)
+    monkeypatch.setattr(modeling_qwen3_5, name, broken(getattr(known, "apb_original", known)))
+    with pytest.raises(UserError, match=words):
+        adapt_family("qwen3_5")
