@@ -8,7 +8,7 @@ import numpy as np
 
 from apb.costs.lockstep import Await, ClockStep, Exchange, Hosts, HostWork, Move, Relay, Seconds, shift
 from apb.costs.rates import Rates, read
-from apb.plan.bytes import anchor_bytes
+from apb.layers.base import LayerKind
 from apb.plan.plan import PrefillPlan
 from apb.plan.steps import Attend, AttendAll, GatherAnchor, Pass, Select, WaitAnchor, WaitPassing
 
@@ -16,8 +16,9 @@ Together = GatherAnchor | WaitAnchor | Pass | WaitPassing
 Meeting = tuple[str, int]  # what hosts do together, and for which of their blocks
 
 
-def attention(plan: PrefillPlan, rates: Rates) -> list[ClockStep]:
-    """Return what a layer does after its projections."""
+def attention(plan: PrefillPlan, kind: LayerKind, rates: Rates) -> list[ClockStep]:
+    """Return what a layer of this kind does after its projections."""
+    kv_heads = kind.attention_shape(plan.shape.element_size).kv_heads
     order = _meetings(plan)
     turn = {meeting: at + 1 for at, meeting in enumerate(order)}
     work = [defaultdict[str, Seconds](lambda: np.zeros(plan.hosts)) for _ in range(len(order) + 1)]
@@ -28,18 +29,18 @@ def attention(plan: PrefillPlan, rates: Rates) -> list[ClockStep]:
                 case Attend():
                     begun = (step.queries, step.block) in seen
                     seen.add((step.queries, step.block))
-                    for name, seconds in _attend(step, plan, host.rank, rates, begun).items():
+                    for name, seconds in _attend(step, plan, kind, host.rank, rates, begun).items():
                         work[at][name][host.rank] += seconds
                 case Select():
                     start, stop = host.spans[step.block]
-                    work[at]["selection"][host.rank] += (stop - start) * plan.shape.heads.kv_heads / rates.select
+                    work[at]["selection"][host.rank] += (stop - start) * kv_heads / rates.select
                 case AttendAll():
                     raise AssertionError("an exact plan")
                 case _:
                     at = turn[_meeting(step)]
     steps: list[ClockStep] = [HostWork(dict(work[0]))]
     for at, meeting in enumerate(order):
-        steps += [*_together(meeting, plan), HostWork(dict(work[at + 1]))]
+        steps += [*_together(meeting, plan, kind), HostWork(dict(work[at + 1]))]
     return steps
 
 
@@ -53,18 +54,21 @@ def _meetings(plan: PrefillPlan) -> list[Meeting]:
     return max(own, key=len)
 
 
-def _together(meeting: Meeting, plan: PrefillPlan) -> list[ClockStep]:
+def _together(meeting: Meeting, plan: PrefillPlan, kind: LayerKind) -> list[ClockStep]:
     what, block = meeting
     if what.startswith("Wait"):
         return [Await(f"{what.removeprefix('Wait')} {block}")]
-    return [_passed(what, block, plan)]
+    return [_passed(what, block, plan, kind)]
 
 
-def _passed(what: str, block: int, plan: PrefillPlan) -> ClockStep:
-    row = plan.shape.widest_row
+def _passed(what: str, block: int, plan: PrefillPlan, kind: LayerKind) -> ClockStep:
+    e = plan.shape.element_size
+    row = kind.row_bytes(e)
     if what == "GatherAnchor":
-        layers, others = plan.shape.layers, plan.hosts - 1
-        share = np.array([anchor_bytes(plan, r) // layers // others for r in range(plan.hosts)], dtype=float)
+        asked = [stop - start for start, stop in (plan.question_rows(r) for r in range(plan.hosts))]
+        queries = kind.query_bytes(e) if plan.shared_anchor is not None and plan.shared_anchor.question else 0
+        held = [host.anchor_len * row for host in plan.host_plans]
+        share = np.array(held, dtype=float) + np.array(asked, dtype=float) * queries
         return Exchange(f"Anchor {block}", _all(plan.hosts, share))
     kept = np.array([plan.kept_rows[held[block]] if len(held) > block else 0 for held in plan.numbers])
     name = f"Passing {block}"
@@ -87,12 +91,13 @@ def _all(hosts: int, sizes: Seconds) -> tuple[Move, ...]:
     return tuple(shift(hosts, k, lambda source, _: sizes[source]) for k in range(1, hosts))
 
 
-def _attend(step: Attend, plan: PrefillPlan, rank: int, rates: Rates, begun: bool) -> dict[str, float]:
+def _attend(step: Attend, plan: PrefillPlan, kind: LayerKind, rank: int, rates: Rates, begun: bool) -> dict[str, float]:
     """Return the seconds of one kernel call, and of merging it with what these queries have ``begun``."""
-    s, host = plan.shape, plan.host_plans[rank]
+    host, wide = plan.host_plans[rank], kind.attention_shape(plan.shape.element_size).value_dim
     start, stop = host.spans[step.block]
     tokens = host.anchor_len if step.queries == "anchor" else stop - start
     keys = tokens if step.causal else step.pairs / tokens
     rate = read(rates.causal if step.causal else rates.full, keys)
-    merged = 3 * 4 * tokens * s.heads.q_heads * s.heads.v_dim / rates.memory if begun else 0.0
-    return {"attention": s.heads.pair_flops * s.heads.q_heads * step.pairs / rate + rates.call_s, "other": merged}
+    merged = 3 * 4 * tokens * kind.heads * wide / rates.memory if begun else 0.0
+    expanded = kind.heads * kind.expansion_flops * keys / read(rates.linear, keys)
+    return {"attention": kind.heads * kind.pair_flops * step.pairs / rate + expanded + rates.call_s, "other": merged}

@@ -8,6 +8,7 @@ import numpy as np
 
 from apb.costs.lockstep import Await, ClockStep, Exchange, Hosts, HostWork, Move, Seconds, shift
 from apb.costs.rates import Rates, read
+from apb.layers.base import LayerKind
 from apb.plan.exact import Spread
 from apb.plan.plan import PrefillPlan
 from burst.layouts.layout import Layout
@@ -16,16 +17,18 @@ from burst.schedules import AttentionShape, Heads, head_split
 PIECES = 2  # kernel calls of a pair of blocks in zigzag, at most
 
 
-def attention(plan: PrefillPlan, rates: Rates, nodes: tuple[int, ...]) -> list[ClockStep]:
-    """Return what a layer does after its projections; ``nodes`` is each host's machine."""
+def attention(plan: PrefillPlan, kind: LayerKind, rates: Rates, nodes: tuple[int, ...]) -> list[ClockStep]:
+    """Return what a layer of this kind does after its projections; ``nodes`` is each host's machine."""
     assert plan.spread is not None
-    return _ExactLayer(plan, plan.spread, rates, nodes).steps()
+    return _ExactLayer(plan, plan.spread, kind, rates, nodes).steps()
 
 
 class _ExactLayer:
-    def __init__(self, plan: PrefillPlan, spread: Spread, rates: Rates, nodes: tuple[int, ...]) -> None:
-        self.spread, self.rates, self.hosts = spread, rates, plan.hosts
-        self.shape: AttentionShape = plan.shape.heads.attention_shape(plan.shape.element_size)
+    def __init__(
+        self, plan: PrefillPlan, spread: Spread, kind: LayerKind, rates: Rates, nodes: tuple[int, ...]
+    ) -> None:
+        self.spread, self.kind, self.rates, self.hosts = spread, kind, rates, plan.hosts
+        self.shape: AttentionShape = kind.attention_shape(plan.shape.element_size)
         self.members = spread.members()
         layout = spread.tokens()
         groups = [range(g, g + self.members) for g in range(0, self.hosts, self.members)]
@@ -106,10 +109,13 @@ class _ExactLayer:
         if self.spread.schedule == "allgather":
             block = (group - turn) % self.hosts
         pairs = _visible(self.starts[group], self.stops[group], self.starts[block], self.stops[block])
-        d = self.shape.head_dim
-        rate = read(self.rates.causal if turn == 0 else self.rates.full, float(self.block_rows.mean()))
-        seconds = 4 * d * self.q_heads * pairs / rate + self.rates.call_s * PIECES * (pairs > 0)
-        merged = 3 * 4 * self.block_rows[group] * self.q_heads * d / self.rates.memory * (pairs > 0) * (turn > 0)
+        mean, sees = float(self.block_rows.mean()), pairs > 0
+        rate = read(self.rates.causal if turn == 0 else self.rates.full, mean)
+        seconds = self.kind.pair_flops * self.q_heads * pairs / rate + self.rates.call_s * PIECES * sees
+        expanded = self.kind.expansion_flops * self.q_heads * self.block_rows[block] * sees
+        seconds = seconds + expanded / read(self.rates.linear, mean)
+        rows = self.block_rows[group] * self.q_heads * self.shape.value_dim
+        merged = 3 * 4 * rows / self.rates.memory * sees * (turn > 0)
         return HostWork({"attention": seconds, "other": merged})
 
     def _border(self, role: str) -> list[ClockStep]:

@@ -120,6 +120,7 @@ class LayerKind(ABC):
 
     name: ClassVar[str]
     sharded: ClassVar[bool]
+    part: ClassVar[str] = "attention"  # tables call the work of mixing so
 
     travels: ClassVar[str] = "kv"  # the ledger's kind of a sharded layer's rows in exact attention over hosts
 
@@ -176,9 +177,18 @@ class LayerKind(ABC):
 
     # -- the others -------------------------------------------------------------------------------------------
 
+    def messages(self, sharding: Sharding, rank: int, e: int, kept: bool = True) -> dict[str, dict[int, int]]:
+        """Return the bytes that a host sends to each peer while a sequence is prefilled, by the ledger's kind."""
+        return {}
+
     def sent(self, sharding: Sharding, rank: int, e: int, kept: bool = True) -> dict[str, int]:
         """Return the bytes that a host sends while a sequence is prefilled, by the ledger's kind."""
-        return {}
+        return {name: sum(peers.values()) for name, peers in self.messages(sharding, rank, e, kept).items()}
+
+    @property
+    def width(self) -> int:
+        """Tokens that are mixed with one token in one call: the window, or a chunk of a scan."""
+        return 0
 
     def flops(self, sharding: Sharding, rank: int) -> int:
         """Return the FLOPs of a host for mixing a sequence's tokens, projections left out."""

@@ -53,11 +53,6 @@ def traffic(reach: Reach, sharding: Sharding, kept: bool) -> Traffic:
     return tuple(tuple((peer, tuple(union(parts))) for peer, parts in each.items() if parts) for each in out)
 
 
-def sent_rows(sends: Traffic, rank: int) -> int:
-    """Return the rows that a host sends, each as often as there are peers for it."""
-    return sum(stop - start for _, parts in sends[rank] for start, stop in parts)
-
-
 def exchanged(sends: Traffic, own: Found, like: Tensor, dim: int, transport: Transport, kind: str, step: str) -> Found:
     """Send rows that this host has and return those that arrive, along ``dim``; other sizes are those of ``like``."""
     t = transport

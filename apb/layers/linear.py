@@ -9,6 +9,7 @@ Shapes: B batch (1), S tokens, C channels, R reach (kernel - 1), H value heads, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,12 +19,12 @@ from torch import Tensor
 
 from apb.layers.base import LAYERS, LayerCache, LayerKind, Place
 from apb.layers.call import Call
-from apb.layers.halo import Reach, exchanged, picked, sent_rows, traffic
+from apb.layers.halo import Reach, exchanged, picked, traffic
 from apb.layers.linear_chunks import LinearChunks
 from apb.layers.mixing import ConvCall, LinearCache, ScanCall
 from apb.layers.recurrences.base import KDA_PIECE, PIECE, Affine, Mapped
 from apb.layers.recurrences.convolution import behind
-from apb.layers.recurrences.exchange import Sizes, moves, sent_numbers, states
+from apb.layers.recurrences.exchange import Sizes, moves, states
 from apb.layers.sharding import Segment, Sharding, union
 
 _MANY = 16  # hosts; from here on maps travel by doubling, or a layer would hold hundreds of them
@@ -39,6 +40,7 @@ class Linear(LayerKind):
     """
 
     sharded: ClassVar[bool] = False
+    part: ClassVar[str] = "recurrence"
 
     recurrence: Recurrence
     channels: int  # of the convolution
@@ -76,12 +78,19 @@ class Linear(LayerKind):
         """Bytes of a state, fp32 (fp64 for fp64 models)."""
         return self.sizes.numbers(whole=False) * max(4, e)
 
-    def sent(self, sharding: Sharding, rank: int, e: int, kept: bool = True) -> dict[str, int]:
-        whole = _joined(sharding)
-        columns = sent_rows(traffic(self.reach, whole, kept), rank)
-        exchange = moves(self.way(whole.hosts), owners(whole), whole.hosts, kept, rank)
-        numbers = sent_numbers(exchange, rank, self.sizes)
-        return {"conv": columns * self.channels * e, "state": numbers * max(4, e)}
+    def messages(self, sharding: Sharding, rank: int, e: int, kept: bool = True) -> dict[str, dict[int, int]]:
+        whole, column, wide = _joined(sharding), self.channels * e, max(4, e)
+        sends = traffic(self.reach, whole, kept)[rank]
+        conv = {peer: sum(stop - start for start, stop in parts) * column for peer, parts in sends}
+        state = dict[int, int]()
+        for move in itertools.chain(*moves(self.way(whole.hosts), owners(whole), whole.hosts, kept, rank)):
+            if move.src == rank:
+                state[move.dst] = state.get(move.dst, 0) + self.sizes.numbers(move.whole) * wide
+        return {"conv": conv, "state": state}
+
+    @property
+    def width(self) -> int:
+        return self.chunk
 
     def flops(self, sharding: Sharding, rank: int) -> int:
         """Those of the recurrence, of maps, and of the correction of outputs; composing maps included."""

@@ -95,3 +95,23 @@ def _grown(old: LayerKV | None, used: int, capacity: int, k_BKSD: Tensor, v_BKSE
         new.k_BKTD[:, :, :used] = old.k_BKTD[:, :, :used]
         new.v_BKTE[:, :, :used] = old.v_BKTE[:, :, :used]
     return new
+
+
+def side_by_side(parts: Sequence[LayerKV]) -> LayerKV:
+    """Return the rows of all parts in order; of one part itself."""
+    if len(parts) == 1:
+        return parts[0]
+    return LayerKV(torch.cat([p.k_BKTD for p in parts], dim=2), torch.cat([p.v_BKTE for p in parts], dim=2))
+
+
+def picked(here: Sequence[tuple[LayerKV, Sequence[tuple[int, int]]]], wanted: tuple[int, int]) -> LayerKV:
+    """Return the rows at the positions [start, stop) of ``wanted``, in order, of rows at given positions."""
+    found: list[tuple[int, LayerKV]] = []
+    for keys, at in here:
+        row = 0
+        for start, stop in at:
+            low, high = max(start, wanted[0]), min(stop, wanted[1])
+            if low < high:
+                found.append((low, keys.rows(row + low - start, row + high - start)))
+            row += stop - start
+    return side_by_side([kv for _, kv in sorted(found, key=lambda each: each[0])] or [here[0][0].rows(0, 0)])

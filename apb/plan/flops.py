@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from apb.layers.base import LayerKind
 from apb.plan.plan import PrefillPlan
 from apb.plan.shapes import ModelShape
 
@@ -11,33 +12,39 @@ def attention_flops(shape: ModelShape, pairs: int) -> int:
     return pairs * sum(count * kind.heads * kind.pair_flops for kind, count in shape.sharded.items())
 
 
-def mixing_flops(plan: PrefillPlan, rank: int) -> int:
-    """Return the FLOPs of host ``rank`` for mixing the tokens that it runs, all layers."""
-    shape = plan.shape
-    total = attention_flops(shape, plan.host_plans[rank].pairs)
-    if plan.spread is not None:
-        for kind, count in shape.sharded.items():
-            sizes = kind.attention_shape(shape.element_size)
-            # Making the keys and values of a host's own tokens is among its linear layers.
-            made = plan.spread.head_keys(rank, sizes) - kind.heads * plan.host_plans[rank].tokens_run
-            pairs = plan.spread.head_pairs(rank, sizes)
-            total += count * (kind.pair_flops * pairs + kind.expansion_flops * made)
-    for kind, count in shape.replicated.items():
-        total += count * sum(kind.flops(segment.sharding, rank) for segment in plan.segments(rank))
-    return total
+def layer_flops(plan: PrefillPlan, kind: LayerKind, rank: int) -> int:
+    """Return the FLOPs of host ``rank`` for mixing the tokens that it runs in one layer of this kind."""
+    if not kind.sharded:
+        return sum(kind.flops(segment.sharding, rank) for segment in plan.segments(rank))
+    host = plan.host_plans[rank]
+    if plan.spread is None:
+        return kind.pair_flops * host.pairs * kind.heads
+    sizes = kind.attention_shape(plan.shape.element_size)
+    # Making the keys and values of a host's own tokens is among its linear layers.
+    made = plan.spread.head_keys(rank, sizes) - kind.heads * host.tokens_run
+    return kind.pair_flops * plan.spread.head_pairs(rank, sizes) + kind.expansion_flops * made
+
+
+def part_flops(plan: PrefillPlan, rank: int) -> dict[str, int]:
+    """Return the FLOPs of host ``rank`` for context and question by what they go to; the LM head is ``linear``."""
+    m, n, owner = plan.lengths.query, plan.lengths.context, rank == plan.hosts - 1
+    host, s = plan.host_plans[rank], plan.shape
+    found = {"linear": 2 * s.linear_params * (host.tokens_run + m) + (2 * s.head_params if owner else 0)}
+    for kind, count in s.kinds.items():
+        mixed = layer_flops(plan, kind, rank) + kind.step_flops(m, n, host.block_len, owner)
+        found[kind.part] = found.get(kind.part, 0) + count * mixed
+    return found
 
 
 def prefill_flops(plan: PrefillPlan, rank: int) -> int:
     """Return the FLOPs of host ``rank`` for the context."""
-    return 2 * plan.shape.linear_params * plan.host_plans[rank].tokens_run + mixing_flops(plan, rank)
+    mixed = sum(count * layer_flops(plan, kind, rank) for kind, count in plan.shape.kinds.items())
+    return 2 * plan.shape.linear_params * plan.host_plans[rank].tokens_run + mixed
 
 
 def query_flops(plan: PrefillPlan, rank: int) -> int:
     """Return the FLOPs of host ``rank`` for the query phase, which runs on every host."""
-    m, n, owner = plan.lengths.query, plan.lengths.context, rank == plan.hosts - 1
-    held = plan.host_plans[rank].block_len
-    mixing = sum(count * kind.step_flops(m, n, held, owner) for kind, count in plan.shape.kinds.items())
-    return 2 * plan.shape.linear_params * m + mixing + (2 * plan.shape.head_params if owner else 0)
+    return sum(part_flops(plan, rank).values()) - prefill_flops(plan, rank)
 
 
 def critical_flops(plan: PrefillPlan) -> int:

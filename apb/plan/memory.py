@@ -5,8 +5,11 @@ What freed memory leaves unused is not counted: C's allocator on Linux may keep 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
+from apb.layers.base import LayerKind
 from apb.plan.plan import PrefillPlan
 
 
@@ -36,42 +39,75 @@ def host_memory(plan: PrefillPlan, rank: int, answer: Generation = NOTHING) -> d
     }
 
 
+def memory_by_kind(plan: PrefillPlan, rank: int, answer: Generation = NOTHING) -> dict[str, dict[str, int]]:
+    """Return what layers of each kind take on a host: ``kept`` by all of them, and, by the one that takes most,
+    ``exchanged`` (rows passed on, halos, maps of states: all buffers) and ``mixed`` (the tokens under way)."""
+    found: dict[str, dict[str, int]] = {}
+    for kind, count in plan.shape.kinds.items():
+        mine = found.setdefault(kind.name, {"layers": 0, "kept": 0, "exchanged": 0, "mixed": 0})
+        mine["layers"] += count
+        mine["kept"] += count * _kept(plan, kind, rank, answer)
+        mine["exchanged"] = max(mine["exchanged"], _exchanged(plan, kind, rank))
+        mine["mixed"] = max(mine["mixed"], _together(plan, rank) * kind.row_work_bytes(plan.shape.element_size))
+    return found
+
+
 def _kv(plan: PrefillPlan, rank: int, answer: Generation) -> int:
-    s, e, block, owner = plan.shape, plan.shape.element_size, plan.host_plans[rank].block_len, rank == plan.hosts - 1
-    # A tree's rows stand behind the tail until its walk; its root is the last token decided.
-    later = plan.lengths.query + answer.new_tokens
-    kept = block * s.kv_bytes
-    for kind, count in s.kinds.items():
-        tail = kind.tail_bytes(later + answer.tree_tokens - 1, e, owner)
-        pending = kind.tree_bytes(answer.tree_tokens, e) if answer.tree_tokens > 1 else 0
-        kept += count * (tail + pending + kind.held_bytes(plan.lengths.context, e))
-    if owner and answer.gathered and plan.hosts > 1:  # the shards are freed when all of them are here
-        kept += (plan.lengths.context + plan.lengths.query) * s.kv_bytes
-    if owner and plan.draft is not None:
-        kept += plan.draft.cache_bytes(plan.lengths.context, later)
+    kept = sum(count * _kept(plan, kind, rank, answer) for kind, count in plan.shape.kinds.items())
+    if rank == plan.hosts - 1 and plan.draft is not None:
+        kept += plan.draft.cache_bytes(plan.lengths.context, plan.lengths.query + answer.new_tokens)
     return kept
 
 
-def _prefilling(plan: PrefillPlan, rank: int) -> int:
+def _kept(plan: PrefillPlan, kind: LayerKind, rank: int, answer: Generation) -> int:
+    """Bytes that a host keeps of one layer."""
+    e, owner, n = plan.shape.element_size, rank == plan.hosts - 1, plan.lengths
+    # A tree's rows stand behind the tail until its walk; its root is the last token decided.
+    kept = kind.tail_bytes(n.query + answer.new_tokens + answer.tree_tokens - 1, e, owner)
+    kept += kind.held_bytes(n.context, e)
+    kept += kind.tree_bytes(answer.tree_tokens, e) if answer.tree_tokens > 1 else 0
+    if kind.sharded and kind.reads is None:
+        rows = plan.host_plans[rank].block_len
+        if owner and answer.gathered and plan.hosts > 1:  # the shards are freed when all of them are here
+            rows += n.context + n.query
+        kept += rows * kind.row_bytes(e)
+    return kept
+
+
+def _exchanged(plan: PrefillPlan, kind: LayerKind, rank: int) -> int:
+    """Bytes of what one layer sends and receives while the context is prefilled."""
     s, host = plan.shape, plan.host_plans[rank]
-    together = host.tokens_run if plan.chunk_tokens is None else min(plan.chunk_tokens, host.tokens_run)
-    fused = plan.fused and plan.chunk_tokens is None
-    asked = _running(plan, plan.lengths.query, new=True)
-    chosen = max((stop - start for start, stop in host.spans), default=0) if host.kept_rows else 0
-    run = _running(plan, together, chosen=chosen)
-    run = run + asked if fused else max(run, asked)
-    tokens = together + plan.lengths.query if fused else max(together, plan.lengths.query)
+    if not kind.sharded:
+        return kind.workspace(plan.context, rank, s.element_size, _together(plan, rank))
+    row = kind.row_bytes(s.element_size)
     anchor = plan.anchor_len if plan.shared_anchor is not None else host.anchor_len
-    passing = (plan.passing_rows(rank) + anchor) * s.widest_row * 2
-    if plan.spread is not None and s.sharded:
-        shapes = [kind.attention_shape(s.element_size) for kind in s.sharded]
-        passing += max(plan.spread.workspace(rank, shape) for shape in shapes)
-        if plan.hosts > 1 and together == host.tokens_run:  # in chunks, the whole rows' outputs have room for it
-            passing += host.block_len * s.widest_row  # packed to be sent
-    exchanged = [kind.workspace(plan.context, rank, s.element_size, tokens) for kind in s.replicated]
-    passing = max([passing, *exchanged])
+    passing = (plan.passing_rows(rank) + anchor) * row * 2
+    if plan.spread is not None:
+        passing += plan.spread.workspace(rank, kind.attention_shape(s.element_size))
+        in_chunks = plan.chunk_tokens is not None and plan.chunk_tokens < host.tokens_run
+        if plan.hosts > 1 and not in_chunks:  # in chunks, the whole rows' outputs have room for it
+            passing += host.block_len * row  # packed to be sent
+    return passing
+
+
+def _together(plan: PrefillPlan, rank: int) -> int:
+    """Tokens of the context that a host runs at once."""
+    run = plan.host_plans[rank].tokens_run
+    return run if plan.chunk_tokens is None else min(plan.chunk_tokens, run)
+
+
+def _prefilling(plan: PrefillPlan, rank: int) -> int:
+    """Buffers of attention over hosts stay from layer to layer; those of other exchanges live in their layer alone."""
+    host = plan.host_plans[rank]
+    stays = max((_exchanged(plan, kind, rank) for kind in plan.shape.sharded), default=0)
+    chosen = max((stop - start for start, stop in host.spans), default=0) if host.kept_rows else 0
+    beside = stays if plan.spread is None else 0
+    freed = {kind: max(0, _exchanged(plan, kind, rank) - beside) for kind in plan.shape.replicated}
+    run = _running(plan, _together(plan, rank), chosen=chosen, freed=freed)
+    asked = _running(plan, plan.lengths.query, new=True)
+    run = run + asked if plan.fused and plan.chunk_tokens is None else max(run, asked)
     features = plan.draft.feature_bytes(host.spans, plan.lengths.context) if plan.draft is not None else 0
-    return run + passing + host.tokens_run * whole_row_bytes(plan, rank) + features
+    return run + stays + host.tokens_run * whole_row_bytes(plan, rank) + features
 
 
 def _handing_over(plan: PrefillPlan, rank: int) -> int:
@@ -94,8 +130,16 @@ def _decoding(plan: PrefillPlan, rank: int, answer: Generation) -> int:
     return _running(plan, answer.tree_tokens, new=True) + logits
 
 
-def _running(plan: PrefillPlan, tokens: int, *, new: bool = False, chosen: int = 0) -> int:
-    """Bytes of tokens that run through a layer; ``new``: over a cache; ``chosen``: of a block whose rows are chosen.
+def _running(
+    plan: PrefillPlan,
+    tokens: int,
+    *,
+    new: bool = False,
+    chosen: int = 0,
+    freed: Mapping[LayerKind, int] = MappingProxyType({}),
+) -> int:
+    """Bytes of tokens that run through a layer; ``new``: over a cache; ``chosen``: of a block whose rows are chosen;
+    ``freed``: what exchanges of a kind take beside.
 
     The embedding, which the forward pass keeps, residual, norm and output of the hidden size, and the rotation; then
     either the MLP's gate, up and product, or attention's q, k, v before and after RoPE with two fp32 partial outputs,
@@ -104,7 +148,7 @@ def _running(plan: PrefillPlan, tokens: int, *, new: bool = False, chosen: int =
     s, e = plan.shape, plan.shape.element_size
     mixing = [0]
     for kind in s.kinds:
-        made = max(kind.expansion_bytes(plan.lengths.context, e), kind.scored_bytes(chosen, e))
+        made = max(kind.expansion_bytes(plan.lengths.context, e), kind.scored_bytes(chosen, e)) + freed.get(kind, 0)
         mixing.append(tokens * kind.step_work_bytes(e) if new else tokens * kind.row_work_bytes(e) + made)
     return tokens * (4 * s.hidden + 2 * s.rotary_dim) * e + max(tokens * s.mlp_row_bytes, *mixing)
 

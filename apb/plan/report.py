@@ -8,7 +8,7 @@ from typing import Any
 
 from apb.plan.bytes import bytes_by_kind, partial_bytes, prefill_bytes
 from apb.plan.flops import prefill_flops, query_flops
-from apb.plan.memory import NOTHING, Generation, host_memory
+from apb.plan.memory import NOTHING, Generation, host_memory, memory_by_kind
 from apb.plan.plan import PrefillPlan
 
 
@@ -31,6 +31,7 @@ def host_rows(plan: PrefillPlan, answer: Generation = NOTHING) -> Iterator[dict[
             "query_bytes": partial_bytes(plan, plan.lengths.query),
             "memory_bytes": sum(memory.values()),
             "memory": memory,
+            "memory_by_kind": memory_by_kind(plan, r, answer),
         }
 
 

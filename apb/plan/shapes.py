@@ -69,8 +69,11 @@ class ModelShape:
 
     @property
     def rotary_dim(self) -> int:
-        """The widest rotation's cos, and sin."""
-        return max((kind.rotary_dim for kind in self.kinds), default=0)
+        """The widest rotation's cos, or sin; every kind may have one of its own, made before the first layer."""
+        widest = {kind.name: 0 for kind in self.kinds}
+        for kind in self.kinds:
+            widest[kind.name] = max(widest[kind.name], kind.rotary_dim)
+        return sum(widest.values())
 
     @property
     def kv_bytes(self) -> int:

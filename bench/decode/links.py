@@ -1,7 +1,8 @@
 """Trees against chains over links: measured lengths and compute, modelled exchanges.
 
-A step takes the draft's and the verification's own compute, both measured, and one exchange a layer: its latency, and
-the partial outputs of every row over the bandwidth. Sizes are free: each shape takes the size that is fastest there.
+A step takes the draft's and the verification's own compute, both measured, and one exchange a layer whose context is
+sharded: its latency, and the partial outputs of every row over the bandwidth. Sizes are free: each shape takes the size
+that is fastest there.
 """
 
 from __future__ import annotations

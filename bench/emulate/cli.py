@@ -107,7 +107,7 @@ def _show(
     )
     display.note(
         "no overlap, all hidden: the two ends; speed-ups compare pessimistic ends round by round, median and "
-        "interquartile range. limit: what FLOPs allow, at one rate for all and at full attention's own two rates. "
+        "interquartile range. limit: what FLOPs allow, at one rate for all and at full attention's own rates. "
         "exposed: what the network adds as the code orders it. most idle: of any host, share of the whole.",
         style="dim",
     )

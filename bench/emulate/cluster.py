@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +15,10 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from apb.clusters.virtual import VirtualCluster
 from apb.host.messages import HostSpec, OnEvent
+from apb.layers.recurrences.base import Mapped, Scan
 from apb.models.adapter import Adapter
-from burst.kernels import Kernel
+from burst.kernels import Kernel, capped
+from burst.kernels.base import Backward, Forward
 from burst.planner.events import TimelineEvent
 from burst.planner.trace import TraceRecorder
 
@@ -23,13 +26,20 @@ _here = threading.local()  # the recorder of the virtual rank that this thread i
 
 
 def _timed(kernel: Kernel, recorder: TraceRecorder) -> Kernel:
-    """Return the kernel with its forward calls counted as attention."""
+    """Return the kernel with its forward calls counted as attention, those with soft caps included."""
 
-    def block(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-        with recorder.during("attention"):
-            return kernel.block(q, k, v, causal, scale)
+    def counted(forward: Forward) -> Forward:
+        def block(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+            with recorder.during("attention"):
+                return forward(q, k, v, causal, scale)
 
-    return replace(kernel, block=block)
+        return block
+
+    def with_cap(cap: float) -> tuple[Forward, Backward]:
+        made = capped(kernel, cap)
+        return counted(made.block), made.block_backward
+
+    return replace(kernel, block=counted(kernel.block), capped=with_cap)
 
 
 class EmulatedCluster(VirtualCluster):
@@ -58,7 +68,7 @@ class EmulatedCluster(VirtualCluster):
             finally:
                 t.recorder = _here.recorder = None
 
-        with _linear_layers():
+        with _linear_layers(), _recurrences():
             return self._world.run(run)
 
 
@@ -82,3 +92,27 @@ def _linear_layers() -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _recurrences() -> Iterator[None]:
+    """Count what recurrences do as such, and the correction of their outputs."""
+
+    def counted(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def run(*args: Any, **options: Any) -> Any:
+            recorder: TraceRecorder | None = getattr(_here, "recorder", None)
+            with recorder.during("recurrence") if recorder is not None else nullcontext():
+                return method(*args, **options)
+
+        return run
+
+    kinds = [(kind, ("run", "mapped", "map_on", "tree")) for kind in Scan.__subclasses__()]
+    found = [(kind, name, vars(kind)[name]) for kind, names in (*kinds, (Mapped, ("corrected",))) for name in names]
+    for kind, name, method in found:
+        setattr(kind, name, counted(method))
+    try:
+        yield
+    finally:
+        for kind, name, method in found:
+            setattr(kind, name, method)

@@ -12,7 +12,7 @@ from apb.costs.network import Network
 from apb.engine.engine import Engine
 from apb.engine.setup import Setup
 from apb.models.adapter import Adapter
-from apb.plan.flops import prefill_flops, query_flops
+from apb.plan.flops import part_flops
 from apb.plan.plan import PrefillPlan
 from apb.prompt.prompt import Prompt
 from bench.emulate.cluster import EmulatedCluster
@@ -20,7 +20,7 @@ from bench.tools.timing import spread
 from burst.planner.events import Interval, TimelineEvent
 from burst.planner.timeline import interval, parts
 
-PARTS = ("linear", "attention", "selection", "other")
+PARTS = ("linear", "attention", "recurrence", "selection", "other")
 
 
 @dataclass
@@ -54,19 +54,19 @@ class Measured:
         return [dict.fromkeys(PARTS, 0.0) | parts(program) for program in self.programs[number]]
 
     def part_flops(self) -> dict[str, int]:
-        """Return the FLOPs of all hosts, context and question: linear layers, and attention."""
-        s, m = self.plan.shape, self.plan.lengths.query
-        linear = sum(2 * s.linear_params * (h.tokens_run + m) for h in self.plan.host_plans) + 2 * s.head_params
-        ranks = range(self.plan.hosts)
-        total = sum(prefill_flops(self.plan, r) + query_flops(self.plan, r) for r in ranks)
-        return {"linear": linear, "attention": total - linear}
+        """Return the FLOPs of all hosts, context and question, by what they go to."""
+        found = Counter[str]()
+        for rank in range(self.plan.hosts):
+            found.update(part_flops(self.plan, rank))
+        return dict(found)
 
     def row(self) -> dict[str, Any]:
         """Return the strategy's line of the table; the headline ``seconds`` is the pessimistic end."""
         at = self.middle
         timeline, works = self.times[at].ordered, self.part_s(at)
         slowest = max(range(self.plan.hosts), key=lambda r: timeline.work_s[r])
-        seconds = {name: sum(host[name] for host in works) for name in ("linear", "attention")}
+        done = self.part_flops()
+        seconds = {name: sum(host[name] for host in works) for name in done}
         return {
             "strategy": self.name,
             "compressor": self.plan.compressor,
@@ -79,8 +79,8 @@ class Measured:
             "work_s": list(timeline.work_s),
             "idle_s": list(timeline.idle_s),
             "slowest_host": {"rank": slowest, **works[slowest]},
-            "rates": {name: self.part_flops()[name] / seconds[name] for name in seconds},
-            "flops": [prefill_flops(self.plan, r) + query_flops(self.plan, r) for r in range(self.plan.hosts)],
+            "rates": {name: done[name] / seconds[name] for name in done},
+            "flops": [sum(part_flops(self.plan, r).values()) for r in range(self.plan.hosts)],
             **self.sent,
         }
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from apb.costs.network import Network
 from apb.engine.setup import Setup
 from apb.host.load import load_adapter
-from apb.plan.flops import prefill_flops, query_flops
+from apb.plan.flops import part_flops
 from apb.prompt.prompt import Prompt
 from bench.emulate.measure import Measured, run
 from bench.kernels.measure import Device
@@ -63,7 +63,7 @@ class Baseline:
             rates = each.row()["rates"]
             shares[each.name] = {
                 "linear": rates["linear"] / linear["median"],
-                "attention": rates["attention"] / causal["median"],
+                "attention": rates.get("attention", 0.0) / causal["median"],
             }
         told = (
             f"Device: {linear['median'] / 1e12:.3g} TFLOP/s in this model's projections at {self._tokens:,} tokens, "
@@ -86,21 +86,16 @@ class Baseline:
 def limits(found: Sequence[Measured]) -> dict[str, dict[str, float]]:
     """Return how many times faster than full attention each strategy can be by FLOPs alone.
 
-    ``equal_rates``: one rate for everything; ``measured_rates``: full attention's own two rates.
+    ``equal_rates``: one rate for everything; ``measured_rates``: full attention's own rates.
     """
     full = next((each for each in found if each.name == "full"), None)
     if full is None:
         return {}
     rates = full.row()["rates"]
 
-    def busiest(each: Measured, linear_rate: float, attention_rate: float) -> float:
-        s, m = each.plan.shape, each.plan.lengths.query
-        times = []
-        for rank, host in enumerate(each.plan.host_plans):
-            linear = 2 * s.linear_params * (host.tokens_run + m)
-            attention = prefill_flops(each.plan, rank) + query_flops(each.plan, rank) - linear
-            times.append(linear / linear_rate + attention / attention_rate)
-        return max(times)
+    def busiest(each: Measured, rate: Mapping[str, float]) -> float:
+        parts = (part_flops(each.plan, rank) for rank in range(each.plan.hosts))
+        return max(sum(flops / rate[name] for name, flops in part.items()) for part in parts)
 
-    by = {"equal_rates": (1.0, 1.0), "measured_rates": (rates["linear"], rates["attention"])}
-    return {each.name: {name: busiest(full, *r) / busiest(each, *r) for name, r in by.items()} for each in found}
+    by = {"equal_rates": dict.fromkeys(rates, 1.0), "measured_rates": rates}
+    return {each.name: {name: busiest(full, r) / busiest(each, r) for name, r in by.items()} for each in found}

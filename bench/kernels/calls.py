@@ -39,21 +39,21 @@ def measured(
     device: Device, tokens: Sequence[int], question: int, compressor: Compressor, on_length: Callable[[int, int], None]
 ) -> list[KernelTime]:
     """Time every kernel at every length; the LM head for one token and for a tree of 16."""
-    s, e = device.shape, device.shape.element_size
+    s, a, e = device.shape, device.heads, device.shape.element_size
     calls = []
     for done, n in enumerate(tokens):
         on_length(done, len(tokens))
         linear = 2 * s.linear_params / s.layers * n
         weights = s.linear_params / s.layers * e
         calls.append(KernelTime("projections of a layer", n, linear / device.linear_rate(n), linear, weights))
-        row = (2 * s.heads.q_heads + 2 * s.heads.kv_heads) * s.heads.qk_dim * e  # q and out, k and v
+        row = (a.q_heads + a.kv_heads) * (a.qk_dim + a.v_dim) * e  # q and k, out and v
         for causal in (True, False):
-            flops = 4 * s.heads.qk_dim * s.heads.q_heads * (n * (n + 1) // 2 if causal else n * n)
+            flops = a.pair_flops * a.q_heads * (n * (n + 1) // 2 if causal else n * n)
             seconds = flops / device.attention_rate(n, n, causal)
             calls.append(KernelTime("attention, causal" if causal else "attention, full", n, seconds, flops, n * row))
         calls.append(KernelTime("merge", n, device.merge_s(n), 0, device.merge_bytes(n)))
         kept = max(1, n // 8)
-        flops = 2 * s.heads.q_heads * s.heads.qk_dim * n * question
+        flops = 2 * a.q_heads * a.qk_dim * n * question
         moved = device.select_bytes(n, kept)
         calls.append(KernelTime("selection", n, device.select_s(n, question, kept, compressor), flops, moved))
     for rows, name in ((s.vocab, "LM head, V rows"), (s.vocab // 4, "LM head, V/4 rows")):
@@ -79,6 +79,6 @@ def as_rates(name: str, calls: Sequence[KernelTime], device: Device, rest_s: flo
         causal=flops("attention, causal"),
         full=flops("attention, full"),
         memory=min(device.copy_rate, merge.bytes / merge.seconds),
-        select=longest.tokens * device.shape.heads.kv_heads / longest.seconds,
+        select=longest.tokens * device.heads.kv_heads / longest.seconds,
         rest_s=rest_s,
     )

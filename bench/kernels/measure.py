@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from apb.compress.base import Candidates, Compressor, top_rows
+from apb.layers.full import Full
+from apb.layers.softmax import Softmax
 from apb.models.placement import torch_dtype
 from apb.plan.shapes import ModelShape
 from bench.tools.timing import median_s
@@ -75,11 +77,23 @@ class Device:
         return kernel("auto", device=torch.device(self.device), dtype=torch_dtype(self.dtype))
 
     @cached_property
+    def heads(self) -> Softmax:
+        """Query heads, kv heads and dims of attention calls in the model's full layers, else in its windows.
+
+        Keys and values that are made of latents are there for every query head.
+        """
+        s = self.shape
+        kind = next(iter(s.sharded), None) or next(kind for kind in s.kinds if kind.heads)
+        sizes = kind.attention_shape(s.element_size)
+        kv_heads = sizes.q_heads if kind.expansion_flops else sizes.kv_heads
+        return Full(sizes.q_heads, kv_heads, sizes.head_dim, sizes.value_dim)
+
+    @cached_property
     def _weights(self) -> list[Tensor]:
         """One layer's projections, or what has as many parameters where experts take turns."""
-        s = self.shape
-        attention = [(s.heads.q_heads * s.heads.qk_dim, s.hidden), *[(s.heads.kv_heads * s.heads.qk_dim, s.hidden)] * 2]
-        attention.append((s.hidden, s.heads.q_heads * s.heads.qk_dim))
+        s, a = self.shape, self.heads
+        attention = [(heads * dim, s.hidden) for heads, dim in ((a.q_heads, a.qk_dim), (a.kv_heads, a.qk_dim))]
+        attention += [(a.kv_heads * a.v_dim, s.hidden), (s.hidden, a.q_heads * a.v_dim)]
         mlp = [(s.intermediate, s.hidden), (s.intermediate, s.hidden), (s.hidden, s.intermediate)]
         return [self.random(rows, columns) for rows, columns in (*attention, *mlp)]
 
@@ -96,36 +110,36 @@ class Device:
 
     def attention_rate(self, queries: int, keys: int, causal: bool) -> float:
         """FLOP/s of one kernel call; of a causal one only unmasked pairs count."""
-        s = self.shape
-        q = self.random(1, s.heads.q_heads, queries, s.heads.qk_dim)
-        k, v = (self.random(1, s.heads.kv_heads, keys, s.heads.qk_dim) for _ in range(2))
+        a = self.heads
+        q = self.random(1, a.q_heads, queries, a.qk_dim)
+        k, v = (self.random(1, a.kv_heads, keys, dim) for dim in (a.qk_dim, a.v_dim))
         pairs = queries * (queries + 1) // 2 if causal else queries * keys
-        return 4 * s.heads.qk_dim * s.heads.q_heads * pairs / self.timed(lambda: self.kernel(q, k, v, causal=causal))
+        return a.pair_flops * a.q_heads * pairs / self.timed(lambda: self.kernel(q, k, v, causal=causal))
 
     def merge_s(self, tokens: int) -> float:
         """Seconds to merge one part into an accumulator of ``tokens`` queries."""
-        s = self.shape
-        out, part = (self.random(1, s.heads.q_heads, tokens, s.heads.qk_dim).float() for _ in range(2))
-        lse, part_lse = (self.random(1, s.heads.q_heads, tokens).float() for _ in range(2))
+        a = self.heads
+        out, part = (self.random(1, a.q_heads, tokens, a.v_dim).float() for _ in range(2))
+        lse, part_lse = (self.random(1, a.q_heads, tokens).float() for _ in range(2))
         total = Accumulator()
         total.add(out, lse)
         return self.timed(lambda: total.add(part, part_lse))
 
     def merge_bytes(self, tokens: int) -> int:
         """Bytes that a merge must read and write: both parts' output and lse, and the result's."""
-        return 3 * tokens * self.shape.heads.q_heads * (self.shape.heads.qk_dim + 1) * 4
+        return 3 * tokens * self.heads.q_heads * (self.heads.v_dim + 1) * 4
 
     def select_s(self, tokens: int, question: int, rows: int, compressor: Compressor) -> float:
         """Seconds to score ``tokens`` tokens by ``question`` query rows, and to gather the best ``rows``."""
-        s = self.shape
+        a = self.heads
         block = Candidates(
             layer=0,
             rank=0,
-            q_BHSD=self.random(1, s.heads.q_heads, tokens, s.heads.qk_dim),
-            k_BKSD=self.random(1, s.heads.kv_heads, tokens, s.heads.qk_dim),
-            v_BKSD=self.random(1, s.heads.kv_heads, tokens, s.heads.qk_dim),
-            scale=s.heads.qk_dim**-0.5,
-            question_q_BHQD=self.random(1, s.heads.q_heads, question, s.heads.qk_dim),
+            q_BHSD=self.random(1, a.q_heads, tokens, a.qk_dim),
+            k_BKSD=self.random(1, a.kv_heads, tokens, a.qk_dim),
+            v_BKSD=self.random(1, a.kv_heads, tokens, a.v_dim),
+            scale=a.qk_dim**-0.5,
+            question_q_BHQD=self.random(1, a.q_heads, question, a.qk_dim),
             projections=None,
             start=0,
             end=tokens,
@@ -134,14 +148,17 @@ class Device:
 
         def select() -> Tensor:
             index = top_rows(compressor.score(block), rows, 0)
-            index = index[..., None].expand(*index.shape, s.heads.qk_dim)
-            return torch.stack([block.k_BKSD.gather(2, index), block.v_BKSD.gather(2, index)])
+            found = [
+                x.gather(2, index[..., None].expand(*index.shape, x.shape[3])) for x in (block.k_BKSD, block.v_BKSD)
+            ]
+            return torch.cat(found, dim=-1)
 
         return self.timed(select)
 
     def select_bytes(self, tokens: int, rows: int) -> int:
         """Bytes that a selection must read and write: all keys, and K and V of the chosen rows twice."""
-        return tokens * self.shape.widest_row // 2 + 2 * rows * self.shape.widest_row
+        a, e = self.heads, self.shape.element_size
+        return tokens * a.kv_heads * a.qk_dim * e + 2 * rows * a.row_bytes(e)
 
     def head_s(self, rows: int, tokens: int = 1) -> float:
         """Seconds of the LM head on ``rows`` of the vocabulary for ``tokens`` tokens."""

@@ -16,7 +16,13 @@ from bench.ruler.plots import comparable, frontier
 from bench.tools.drawing import new_figure
 
 WIDE = 4  # panels side by side at most
-COLOURS = {"linear": "tab:blue", "attention": "tab:orange", "selection": "tab:green", "other": "tab:gray"}
+COLOURS = {
+    "linear": "tab:blue",
+    "attention": "tab:orange",
+    "recurrence": "tab:purple",
+    "selection": "tab:green",
+    "other": "tab:gray",
+}
 
 
 def draw(found: Mapping[str, Sequence[Row]], file: Path) -> list[str]:
@@ -73,7 +79,9 @@ def _breakdown(axes: Any, rows: Sequence[Row]) -> None:
     rows = [row for row in rows if row["strategy"] != "full"]
     bottom = [0.0] * len(rows)
     for name in PARTS:
-        heights = [row["slowest_host"][name] for row in rows]
+        heights = [row["slowest_host"].get(name, 0.0) for row in rows]  # of rows before there were recurrences, none
+        if not any(heights):
+            continue
         axes.bar(range(len(rows)), heights, bottom=bottom, label=name, color=COLOURS[name])
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     exposed = [row["exposed_s"]["median"] for row in rows]

@@ -11,6 +11,7 @@ from typing import Any
 
 from apb.costs import Network, assumed, load
 from apb.engine.setup import Setup
+from bench.emulate.measure import PARTS
 from bench.settings import SimulateSettings
 from bench.simulate.grid import EXACT, crossings, replicas, rows, series
 from bench.tools.conditions import provenance
@@ -133,16 +134,16 @@ def _show(found: Sequence[Mapping[str, Any]], display: Display) -> None:
         table = []
         for each in here:
             if "refused" in each:
-                table.append([each["strategy"], "cannot run", *[""] * 9])
+                table.append([each["strategy"], "cannot run", *[""] * (5 + len(PARTS))])
                 continue
-            parts = [f"{each['parts'].get(name, 0.0):.3g}" for name in ("linear", "attention", "selection", "other")]
+            parts = [f"{each['parts'].get(name, 0.0):.3g}" for name in PARTS]
             over = f"{each['over_full']:.2f}x" if "over_full" in each else ""
             memory = size(each["memory"]) + ("" if each["fits"] else " !")
             sent = size(each["sent_most"])
             times = [seconds(each["worst_s"]), seconds(each["seconds"]), over]
             table.append([each["strategy"], *times, *parts, seconds(each["exposed_s"]), sent, memory])
-        columns = ["", "no overlap", "ordered", "over full", "linear", "attention", "selection", "other", "exposed"]
-        display.table(f"{tokens:,} tokens, {hosts} hosts, simulated", [*columns, "sends", "memory"], table)
+        columns = ["", "no overlap", "ordered", "over full", *PARTS, "exposed", "sends", "memory"]
+        display.table(f"{tokens:,} tokens, {hosts} hosts, simulated", columns, table)
     display.note(
         "Seconds to the first token's logits; over full compares the ends without overlap. sends, memory: the most of "
         "any host. !: does not fit.",

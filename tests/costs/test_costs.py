@@ -28,9 +28,8 @@ from burst.planner.topology import Topology
 from tests.support.tiny import make_prompt, tiny_engine, tiny_llama
 
 # Llama-3.1-8B in bf16.
-SHAPE = ModelShape(
-    32, 4096, 14336, (Full(32, 8, 128, 128),) * 32, 128256, 6_979_321_856, 525_336_576, 8_030_261_248, 2, 2**24
-)
+FULL = Full(32, 8, 128, 128)
+SHAPE = ModelShape(32, 4096, 14336, (FULL,) * 32, 128256, 6_979_321_856, 525_336_576, 8_030_261_248, 2, 2**24)
 FAST = Network("fast", 8, 400.0, 5.0, 50.0, 15.0)
 SLOW = Network("slow", 1, 0.5, 50.0, 0.5, 50.0)
 FREE = Network("free", 1, 1e9, 0.0, 1e9, 0.0)
@@ -66,10 +65,10 @@ def test_exact_attention_costs_what_burst_predicts(name: str, hosts: int, nodes:
     network = replace(SLOW, hosts_per_node=hosts // nodes, intra_gb_per_s=4.0)
     where = network.topology(hosts)
     machine = replace(where.machine, flops=1e14, memory=1e30)
-    schedule = plan.spread.program(SHAPE.heads.attention_shape(2), where.nodes)
-    want = predict(schedule, SHAPE.heads.attention_shape(2), Topology(where.nodes, machine))
+    schedule = plan.spread.program(FULL.attention_shape(2), where.nodes)
+    want = predict(schedule, FULL.attention_shape(2), Topology(where.nodes, machine))
     clock = Clock(where)
-    clock.run(attention(plan, ONE, where.nodes))
+    clock.run(attention(plan, FULL, ONE, where.nodes))
     # Here a pair of blocks counts as one call at one rate, there each piece by itself; ports go in another order.
     assert clock.ends[0] == pytest.approx(want.total_s, rel=0.03)
     assert dict(zip(("intra", "inter"), clock.sent, strict=True)) == {"intra": 0.0, "inter": 0.0, **want.sent_bytes}

@@ -14,11 +14,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
 
 from apb.models.adapter import Adapter
-from apb.models.rotation import _whole
-from apb.models.shape import model_shape
 from apb.plan.memory import host_memory
 from apb.plan.plan import PrefillPlan
 from apb.prompt.prompt import Prompt, Question
@@ -66,11 +63,7 @@ class Living(TorchDispatchMode):
 @functools.cache
 def large() -> Adapter:
     """Two layers of an 8B model, without values."""
-    config = llama_config(**SHAPE)
-    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("apb.models.adapter.probe", unreal.unprobed(_whole))
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-        return Adapter(model, model_shape(config, torch.bfloat16))
+    return unreal.without_values(llama_config(**SHAPE))
 
 
 def measured(

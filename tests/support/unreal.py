@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from apb.compress import compressor
 from apb.draft.spec import DraftSpec
@@ -17,7 +18,8 @@ from apb.host.host import Host
 from apb.host.messages import HostSpec
 from apb.models.adapter import Adapter
 from apb.models.ends import Ends
-from apb.models.rotation import Rotation, Turn
+from apb.models.rotation import Rotation, Turn, _whole
+from apb.models.shape import model_shape
 from apb.plan.draft import Handoff
 from apb.plan.plan import PrefillPlan
 from apb.prompt.prompt import Prompt
@@ -44,6 +46,14 @@ def unprobed(turn: Turn) -> Callable[[Adapter, Any, Rotation], Ends]:
         return Ends()
 
     return probe
+
+
+def without_values(config: Any, turn: Turn = _whole) -> Adapter:
+    """Return a bfloat16 model without values."""
+    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("apb.models.adapter.probe", unprobed(turn))
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        return Adapter(model, model_shape(config, torch.bfloat16))
 
 
 def prefill(

@@ -71,11 +71,6 @@ def _gathered(owners: Sequence[int], hosts: int, kept: bool, rank: int) -> list[
     return [move for move in (*out, *into) if move.src != move.dst and move.stretch < needed[move.dst]]
 
 
-def sent_numbers(rounds: Rounds, rank: int, sizes: Sizes) -> int:
-    """Return the numbers that a host sends in its moves."""
-    return sum(sizes.numbers(move.whole) for each in rounds for move in each if move.src == rank)
-
-
 def states(
     way: str,
     own: Mapping[int, Affine],

@@ -9,7 +9,7 @@ from apb.engine.engine import versions
 from apb.engine.setup import Setup, needed_bytes
 from apb.plan.bytes import bytes_by_kind
 from apb.plan.flops import critical_flops, prefill_flops
-from apb.plan.memory import Generation
+from apb.plan.memory import Generation, memory_by_kind
 from apb.plan.plan import PrefillPlan
 from apb.plan.report import host_rows, plan_document
 from apb.prompt.prompt import Prompt, Question, make_prompt, separator
@@ -124,7 +124,28 @@ def _show(plan: PrefillPlan, answer: Generation, setup: Setup, settings: PlanSet
     display.table(f"strategy {plan.strategy}{scorer}: {exact}", columns, rows)
     if passing:
         display.note("anchor, passed in, passes on: tokens (the latter two per layer and kv head)", style="dim")
+    _show_kinds(plan, answer, display)
     _compare(plan, setup, display)
+
+
+def _show_kinds(plan: PrefillPlan, answer: Generation, display: Display) -> None:
+    """Say what layers of each kind hold and send, where there are several kinds."""
+    if len(plan.shape.kinds) == 1:
+        return
+    rows = []
+    for name, most in _most_by_kind(plan, answer).items():
+        rows.append([name, f"{most['layers']:,}", *(size(most[key]) for key in ("kept", "exchanged", "mixed"))])
+    display.table("The most of any host, by kind of layer", ["kind", "layers", "keeps", "exchanges", "mixes"], rows)
+    display.note("keeps: all layers; exchanges, mixes: buffers, and tokens under way, of one layer", style="dim")
+
+
+def _most_by_kind(plan: PrefillPlan, answer: Generation) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for rank in range(plan.hosts):
+        for name, each in memory_by_kind(plan, rank, answer).items():
+            held = found.setdefault(name, dict.fromkeys(each, 0))
+            held.update({key: max(held[key], count) for key, count in each.items()})
+    return found
 
 
 def _compare(plan: PrefillPlan, setup: Setup, display: Display) -> None:
