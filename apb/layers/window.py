@@ -17,15 +17,17 @@ from torch import Tensor
 
 from apb.layers.base import LAYERS, LayerCache, Place, Step
 from apb.layers.call import AttentionCall, Call
-from apb.layers.halo import Reach, exchanged, needed, sent_rows, traffic
+from apb.layers.halo import Reach, exchanged, needed, traffic
 from apb.layers.partials import finish
-from apb.layers.rows import LayerKV, Rows
+from apb.layers.rows import LayerKV, Rows, picked, side_by_side
 from apb.layers.sharding import Interval, Segment, Sharding, common, union, without
 from apb.layers.softmax import Softmax
 from burst.execution.blocks import Blocks, begin
 from burst.kernels.merge import Accumulator
 from burst.kernels.reference import attend
 from burst.layouts.masks import Span, pieces
+
+TILE = 2048  # tokens that are attended to at once during a prefill
 
 
 @LAYERS.register("window", "causal attention over the last tokens, or within chunks")
@@ -47,11 +49,16 @@ class Window(Softmax):
     def reach(self, position: int) -> int:
         return self.back(position)
 
-    def sent(self, sharding: Sharding, rank: int, e: int, kept: bool = True) -> dict[str, int]:
+    def messages(self, sharding: Sharding, rank: int, e: int, kept: bool = True) -> dict[str, dict[int, int]]:
         """The halo; a layer that reads another's has its rows already."""
         if self.reads is not None:
-            return {"halo": 0}
-        return {"halo": sent_rows(traffic(self.back, sharding, kept), rank) * self.row_bytes(e)}
+            return {"halo": {}}
+        sends, row = traffic(self.back, sharding, kept)[rank], self.row_bytes(e)
+        return {"halo": {peer: sum(stop - start for start, stop in parts) * row for peer, parts in sends}}
+
+    @property
+    def width(self) -> int:
+        return self.window
 
     def flops(self, sharding: Sharding, rank: int) -> int:
         pairs = sum(self._pairs(stop) - self._pairs(start) for start, stop in sharding.spans[rank])
@@ -65,11 +72,27 @@ class Window(Softmax):
         short = min(end, self.window)
         return short * (short + 1) // 2 + (end - short) * self.window
 
+    def row_work_bytes(self, e: int) -> int:
+        """q, k and v before and after RoPE, and queries in fp32 where they are normalised; outputs take the place of
+        queries that are as wide."""
+        given = self.q_heads * self.qk_dim + self.kv_dim
+        return (2 * given + self._apart) * e + self.q_heads * self.qk_dim * 4
+
+    def whole_row_bytes(self, e: int, exact: bool) -> int:
+        return (self.q_heads * self.qk_dim + self.kv_dim + self._apart) * e
+
+    @property
+    def _apart(self) -> int:
+        """Numbers of a token's output that have memory of their own."""
+        return 0 if self.v_dim == self.qk_dim else self.q_heads * self.v_dim
+
     def workspace(self, sharding: Sharding, rank: int, e: int, together: int) -> int:
-        """Halos arriving, and keys side by side."""
+        """Halos arriving, and beside their keys; of the tokens attended to at once, two partial outputs in fp32, and
+        queries, keys and values read backwards."""
         wanted = without(needed(self.back, sharding, rank, kept=True), list(sharding.spans[rank]))
-        halo = sum(stop - start for start, stop in wanted)
-        return (2 * halo + (sharding.tokens(rank) if halo else 0)) * self.row_bytes(e)
+        tile = min(sharding.tokens(rank), TILE)
+        keys = 2 * sum(stop - start for start, stop in wanted) + tile + min(sharding.tokens(rank), self.window)
+        return keys * self.row_bytes(e) + tile * self.q_heads * (2 * self.v_dim * max(4, e) + self.qk_dim * e)
 
     def held_bytes(self, context: int, e: int) -> int:
         return (context - self.reach(context)) * self.row_bytes(e) if self.reads is None else 0
@@ -120,28 +143,37 @@ class WindowPrefill:
     def __call__(self, call: Call) -> Tensor:
         """Exchange halos and attend, segment by segment; returns (B, S, H, E)."""
         assert isinstance(call, AttentionCall)
-        parts = [(segment, call.rows(segment.start, segment.stop)) for segment in self._segments]
+        # The output takes the place of its queries, part by part: only one part's partial results exist at a time.
+        same = self.kind.v_dim == self.kind.qk_dim
+        out_BHSE = call.q_BHSD if same else call.blank().transpose(1, 2)
+        for number, segment in enumerate(self._segments):
+            mine = slice(segment.start, segment.stop)
+            self._run(number, segment, call.rows(segment.start, segment.stop), out_BHSE[:, :, mine])
         source = self._reads or self.cache
-        out = call.join([self._run(number, *part) for number, part in enumerate(parts)])
         source.readers -= self._reads is not None
         if not source.readers:
             source.halos.clear()
-        return out
+        return out_BHSE.transpose(1, 2)
 
-    def _run(self, number: int, segment: Segment, call: AttentionCall) -> Tensor:
-        rank, sharding = self._place.transport.rank, segment.sharding
-        own, held = LayerKV(call.k_BKSD, call.v_BKSE), list(sharding.spans[rank])
+    def _run(self, number: int, segment: Segment, call: AttentionCall, out_BHSE: Tensor) -> None:
+        rank, sharding, kind = self._place.transport.rank, segment.sharding, self.kind
+        held = sharding.spans[rank]
+        here: list[tuple[LayerKV, Sequence[Interval]]] = [(LayerKV(call.k_BKSD, call.v_BKSE), held)]
         if self._reads is None:
-            self.cache.halos.append(self._exchange(segment, own, call.layer))
+            self.cache.halos.append(self._exchange(segment, here[0][0], call.layer))
         arrived, wanted = (self._reads or self.cache).halos[number]
-        keys = own if arrived is None else _side_by_side([own, arrived])
-        keys_at = [*held, *wanted]
-        out = self.kind.attend(call, held, keys, keys_at, self._place)
+        if arrived is not None:
+            here.append((arrived, wanted))
+        for low, high in held:
+            for start in range(low, high, TILE):
+                part = start, min(start + TILE, high)
+                rows, seen = sharding.rows(rank, part), (kind.reach(start), part[1])
+                out = kind.attend(call.rows(*rows), [part], picked(here, seen), [seen], self._place)
+                out_BHSE[:, :, slice(*rows)] = out.transpose(1, 2)
         if segment.kept:
             n = sharding.length
-            end = (self.kind.reach(n), n)
-            self.cache.fill(_picked(keys, keys_at, end), end)
-        return out
+            end = (kind.reach(n), n)
+            self.cache.fill(picked(here, end), end)
 
     def _exchange(self, segment: Segment, own: LayerKV, layer: int) -> tuple[LayerKV | None, list[Interval]]:
         """Send the rows that others need, and return those that arrive here, with their positions."""
@@ -185,7 +217,7 @@ class WindowCache:
         assert isinstance(call, AttentionCall)
         start = step.start
         keys, at = self._visible(start)
-        keys = _side_by_side([keys, LayerKV(call.k_BKSD, call.v_BKSE)])
+        keys = side_by_side([keys, LayerKV(call.k_BKSD, call.v_BKSE)])
         if step.parents is None:
             new = (start, start + step.tokens)
             out = self.kind.attend(call, [new], keys, [at, new], step.place)
@@ -207,7 +239,7 @@ class WindowCache:
         tail = self._tail.view()
         if tail is not None:
             parts.append(tail.rows(max(0, low - end), position - end))
-        return (_side_by_side(parts) if parts else self._context.rows(0, 0)), (low, position)
+        return (side_by_side(parts) if parts else self._context.rows(0, 0)), (low, position)
 
     def _attend_tree(self, call: AttentionCall, step: Step, keys: LayerKV, at: Interval) -> Tensor:
         """Attend a draft tree's rows, which stand at their depths, to cached rows and ancestors in their windows."""
@@ -234,21 +266,3 @@ class WindowCache:
         out = WindowCache(self.kind, reads)
         out._context, out._at, out._tail = self._context, self._at, self._tail.copy()
         return out
-
-
-def _side_by_side(parts: Sequence[LayerKV]) -> LayerKV:
-    if len(parts) == 1:
-        return parts[0]
-    return LayerKV(torch.cat([p.k_BKTD for p in parts], dim=2), torch.cat([p.v_BKTE for p in parts], dim=2))
-
-
-def _picked(keys: LayerKV, at: Sequence[Interval], wanted: Interval) -> LayerKV:
-    """Return the rows at the positions ``wanted``, in order, of keys at ``at``."""
-    found: list[tuple[int, LayerKV]] = []
-    row = 0
-    for start, stop in at:
-        low, high = max(start, wanted[0]), min(stop, wanted[1])
-        if low < high:
-            found.append((low, keys.rows(row + low - start, row + high - start)))
-        row += stop - start
-    return _side_by_side([kv for _, kv in sorted(found, key=lambda each: each[0])] or [keys.rows(0, 0)])
