@@ -8,6 +8,7 @@ from apb.decode.base import Decoder
 from apb.draft.spec import DraftSpec
 from apb.engine.handle import Caches, KVHandle
 from apb.engine.setup import Setup
+from apb.plan.shapes import ModelShape
 from apb.prompt.prompt import Prompt, Text
 from burst.errors import UserError
 
@@ -122,6 +123,19 @@ def check_rank(rank: int, hosts: int) -> None:
             given=rank,
             allowed=f"0 to {hosts - 1}",
             remedy="Choose one of the engine's hosts.",
+        )
+
+
+def check_replicas(handle: KVHandle, rank: int, shape: ModelShape) -> None:
+    """Refuse to gather where windows and states of a cache are not kept any more; raises UserError."""
+    members = sorted({host for host, _ in handle.blocks})
+    if shape.replicated and rank not in members:
+        kinds = sorted({kind.name for kind in shape.replicated})
+        raise UserError(
+            f"only the hosts of this cache keep its layers of the kind {', '.join(kinds)}",
+            given=f"rank={rank}",
+            allowed=f"rank={members[0]}: it has been gathered there",
+            remedy="Gather the cache that came from prefill, or its fork, on that host.",
         )
 
 

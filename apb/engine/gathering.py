@@ -7,7 +7,7 @@ import dataclasses
 from apb.decode.base import DecodeRequest
 from apb.decode.placement import Links, gathered_bytes, gathering_pays
 from apb.engine.calls import Calls
-from apb.engine.checks import check_gather
+from apb.engine.checks import check_gather, check_replicas
 from apb.engine.handle import KVHandle
 from apb.engine.metrics import added
 from apb.engine.setup import Setup
@@ -22,6 +22,7 @@ class Gathering:
 
     def gather(self, handle: KVHandle, rank: int) -> KVHandle:
         """Return the cache merged on host ``rank``; raises UserError where it does not fit."""
+        check_replicas(handle, rank, self._setup.shape)
         need = gathered_bytes(self._setup.shape, handle.next_position, 0, 1)
         check_gather(rank, need, self.available(rank))
         return self._gathered(handle, rank)

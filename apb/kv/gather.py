@@ -20,7 +20,8 @@ def gather(cache: HostCache, rank: int, transport: Transport, shape: ModelShape,
     """Return the cache whose only member is ``rank``; every host calls this, the given cache stays as it is.
 
     Sharded layers' rows travel, K and V of a token side by side, (B, K, T, D + E) from each member, the owner's tail
-    after its block; the other layers are there already. ``like`` gives device and type of the rows.
+    after its block; the other layers are there already, so ``rank`` must be a member where there are some. ``like``
+    gives device and type of the rows.
     """
     layers: list[LayerCache] = []
     here = transport.rank == rank
@@ -28,6 +29,7 @@ def gather(cache: HostCache, rank: int, transport: Transport, shape: ModelShape,
         reads = None if kind.reads is None or not here else layers[kind.reads]
         held = cache.layers[number] if cache.layers else None
         if not kind.sharded:
+            assert held is not None or not here, "only members keep layers that are not sharded"
             layers += [held.fork(reads)] if held is not None and here else []
             continue
         made = kind.cache(reads) if here else None

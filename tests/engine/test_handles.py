@@ -9,8 +9,11 @@ import torch
 
 from apb.engine.metrics import measured
 from apb.host.messages import HostReport
+from apb.strategies import strategy
 from burst.errors import UserError
 from tests.support.asking import HOSTS, SAMPLED, decoded, engine, ids, prompt
+from tests.support.families import adapt_family
+from tests.support.tiny import tiny_engine
 
 # -- forks ----------------------------------------------------------------------------------------------
 
@@ -119,3 +122,17 @@ def test_a_host_that_waits_for_others_does_not_lengthen_the_questions_pass() -> 
     early, late = (HostReport(3.0, 10.0, {}, {}, 0, 0, query_s=own) for own in (5.0, 0.4))
     found = measured([early, late], 10.1)
     assert (found["prefill_s"], found["query_s"]) == (10.0, 0.4)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_5"])
+def test_what_only_a_caches_hosts_keep_cannot_be_gathered_elsewhere(family: str) -> None:
+    e = tiny_engine(adapt_family(family), strategy("ring"), 3)
+    handle = e.prefill(prompt())
+    gathered = handle.gather(1)
+    again = gathered.gather(1)
+    want = e.generate(handle, max_new_tokens=4).token_ids
+    with pytest.raises(UserError, match="only the hosts of this cache keep its layers of the kind") as refused:
+        gathered.gather(2)
+    assert refused.value.allowed.startswith("rank=1")
+    for each in (gathered, again):
+        assert e.generate(each, max_new_tokens=4).token_ids == want
