@@ -40,14 +40,13 @@ from apb.models.latents import expansion, keep_latents
 from apb.models.lengths import rotate_as_agreed
 from apb.models.linear import hook_linear
 from apb.models.probe import probe
+from apb.models.rope import replaced
 from apb.models.rotation import Rotation
 from apb.models.temperature import by_temperature
 from apb.plan.shapes import ModelShape
 from burst.errors import UserError
 
 IMPLEMENTATION = "apb"
-
-_LASTING = ("rope_theta", "partial_rotary_factor")  # the model's own where a draft head names no other
 
 
 def _attend(
@@ -79,7 +78,7 @@ def _attend(
         value,
         scaling if scaling is not None else query.shape[-1] ** -0.5,
         others.get("s_aux"),
-        take_projections(),
+        take_projections() if mixer.kind.sharded else None,
         expansion(module) if isinstance(mixer.kind, Latent) else None,
     )
     return apb_attention(call).contiguous(), None  # most models would copy it themselves, some insist on it
@@ -193,8 +192,7 @@ class Adapter:
             if rotary is None:
                 raise self._own_end("in place of RoPE")
             config = copy.deepcopy(self._model.config)
-            kept = {key: config.rope_parameters[key] for key in _LASTING if key in config.rope_parameters}
-            config.rope_parameters = {**kept, **parameters}
+            config.rope_parameters = replaced(config.rope_parameters, parameters)
             return turning(type(rotary)(config=config).to(self.device))
 
         ends, head = self.ends, self._model.get_output_embeddings()
@@ -270,10 +268,10 @@ class Adapter:
             if isinstance(kind, Linear):
                 hook_linear(module, number)
                 continue
-            widths = None
-            if isinstance(kind, Softmax):
+            assert isinstance(kind, Softmax)
+            if kind.sharded:  # rows of the others are never chosen
                 widths = [kind.q_heads * kind.qk_dim, kind.kv_heads * kind.qk_dim, kind.kv_heads * kind.v_dim]
-            hook_projections(module, widths)
+                hook_projections(module, widths)
         return found
 
     def _layer_modules(self) -> list[nn.Module]:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from apb.layers.rows import Projections
+from burst.errors import UserError
 
+_NAMES = "qkv"
 FINAL = -1  # the final norm's output among the features
 # Projections of the layer under way, and features; virtual ranks are threads, so each has its own.
 _captured = threading.local()
@@ -89,36 +91,47 @@ def active_positions() -> Tensor | None:
 
 
 def take_projections() -> Projections | None:
-    """Return the projections of the layer under way; None where they are not kept."""
+    """Return the projections of the layer under way; None where they are not kept.
+
+    Raises UserError where the layer has none of its own, or others than its queries, keys and values.
+    """
     slot: dict[str, Tensor] | None = getattr(_captured, "slot", None)
     if slot is None:
         return None
-    out = Projections(slot.pop("q"), slot.pop("k"), slot.pop("v"))
-    assert not slot, sorted(slot)
-    return out
+    found = [slot.pop(name, None) for name in _NAMES]
+    lacking = [name for name, x in zip(_NAMES, found, strict=True) if x is None]
+    if lacking:
+        raise _unfit(f"a layer lacks {lacking[0]}_proj of the width of its heads")
+    q_BSP, k_BSP, v_BSP = (x for x in found if x is not None)
+    return Projections(q_BSP, k_BSP, v_BSP)
 
 
-def hook_projections(module: nn.Module, widths: Sequence[int] | None) -> None:
-    """Let an attention module's projections be kept; ``widths``: of q, k and v where it may have them in one."""
+def hook_projections(module: nn.Module, widths: Sequence[int]) -> None:
+    """Let an attention module's projections be kept; ``widths``: of q, k and v, which it may have in one."""
 
-    def keep(name: str) -> Any:
+    def keep(names: str) -> Any:
+        own = [widths[_NAMES.index(name)] for name in names]
+
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
             slot = getattr(_captured, "slot", None)
-            if slot is not None:
-                slot.update(_split(name, output))
+            if slot is not None and output.shape[-1] == sum(own):  # a gate may stand beside the queries
+                slot.update(zip(names, output.split(own, dim=-1), strict=True))
 
         return hook
 
-    def _split(name: str, output: Tensor) -> dict[str, Tensor]:
-        if name != "qkv":
-            return {name: output}
-        assert widths is not None
-        return dict(zip("qkv", output.split(list(widths), dim=-1), strict=True))
-
-    for name in ("q", "k", "v", "qkv"):
-        projection = getattr(module, f"{name}_proj", None)
+    for names in (*_NAMES, _NAMES):
+        projection = getattr(module, f"{names}_proj", None)
         if projection is not None:
-            projection.register_forward_hook(keep(name))
+            projection.register_forward_hook(keep(names))
+
+
+def _unfit(why: str) -> UserError:
+    return UserError(
+        f"this model's queries, keys and values cannot be shown before RoPE: {why}",
+        given="a compressor that reads raw projections",
+        allowed="models whose full layers have q_proj, k_proj and v_proj, or qkv_proj, and nothing else in them",
+        remedy="Choose compress=norm, recent, snapkv or expected, or query where the prompt has a question.",
+    )
 
 
 def hook_features(base: nn.Module, layers: Sequence[nn.Module]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+_LASTING = ("rope_theta", "partial_rotary_factor")  # a model's own where others name none
 
 
 def rope_parameters(config: Any) -> list[dict[str, Any]]:
@@ -12,3 +15,10 @@ def rope_parameters(config: Any) -> list[dict[str, Any]]:
         return []
     nested = [rope for rope in found.values() if isinstance(rope, dict)]
     return nested or ([found] if found else [])
+
+
+def replaced(own: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return others' RoPE parameters in the form of a configuration's own: one set, or one for each type of layer."""
+    if any(isinstance(rope, Mapping) for rope in own.values()):
+        return {layer_type: replaced(rope, others) for layer_type, rope in own.items()}
+    return {key: own[key] for key in _LASTING if key in own} | dict(others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ from apb.models.shape import model_shape
 from apb.strategies import strategy
 from burst.errors import UserError
 from tests.support import tiny
+from tests.support.families import adapt_family
 from tests.support.tiny import adapt, build, make_prompt, tiny_engine
 from tests.support.twin import twin
 
@@ -290,3 +292,41 @@ def test_compressors_see_each_ranks_own_projections_before_rope(config: Any) -> 
                 assert block.projections.q_BSP.shape[1] == host.block_len
     again = tiny_engine(adapter, strategy("apb"), 4, "norm")
     torch.testing.assert_close(again.logits(again.prefill(prompt)), want, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("family, lacking", [("gemma4", "v_proj"), ("qwen3_next", "q_proj")])
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_layers_without_such_projections_are_rejected(family: str, lacking: str, chunk: int | None) -> None:
+    """Gemma 4 makes values of its keys' projection, Qwen3-Next's q_proj holds a gate as well."""
+    engine = tiny_engine(adapt_family(family), strategy("apb"), 3, Spy())
+    engine.setup = dataclasses.replace(engine.setup, chunk_tokens=chunk)
+    with pytest.raises(UserError, match=f"a layer lacks {lacking}"):
+        engine.prefill(prompt_for())
+
+
+def test_windows_need_no_projections_of_their_own() -> None:
+    adapter, spy = adapt_family("gpt_oss"), Spy()
+    engine = tiny_engine(adapter, strategy("apb"), 3, spy)
+    want = tiny_engine(adapter, strategy("apb"), 3, "norm")
+    prompt = prompt_for()
+    torch.testing.assert_close(engine.logits(engine.prefill(prompt)), want.logits(want.prefill(prompt)), atol=0, rtol=0)
+    assert {layer for _, layer in spy.seen} == {1}
+
+
+# -- draft heads ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gemma3", "olmo3", "mimo_v2_flash", "smollm3"])
+def test_a_draft_head_brings_its_own_rope_to_models_with_one_or_several(family: str) -> None:
+    theta, at, gen = 500.0, torch.tensor([0, 3, 50]), torch.Generator().manual_seed(0)
+    adapter = adapt_family(family)
+    rotate = adapter.draft_target().rotation({"rope_type": "default", "rope_theta": theta})
+    x = torch.randn(1, 2, 3, adapter.shape.heads.qk_dim, generator=gen)
+    config = adapter._model.config
+    full = config.rope_parameters.get("full_attention", config.rope_parameters)
+    turned = int(x.shape[-1] * full.get("partial_rotary_factor", 1.0))
+    angle = at[:, None] * theta ** (-torch.arange(0, turned, 2) / turned)
+    a, b = x[..., : turned // 2], x[..., turned // 2 : turned]
+    cos, sin = angle.cos(), angle.sin()
+    want = torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., turned:]], dim=-1)
+    torch.testing.assert_close(rotate(x, at), want, atol=1e-5, rtol=0)
