@@ -147,9 +147,9 @@ def _tokens(found: Found, what: str, engine: TinyEngine, handle: KVHandle, cell:
         found.check(f"tokens, {what}", len(result.token_ids) == len(want), f"{len(result.token_ids)} tokens")
         return result
     logits_V = whole_logits(reference(cell.family), (*handle.prompt.token_ids, *want[:at]))[-1]
-    gap = float(logits_V[want[at]] - logits_V[result.token_ids[at]])
+    gap = abs(float(logits_V[want[at]] - logits_V[result.token_ids[at]]))
     found.ties += gap <= TIE
-    found.check(f"tokens, {what}", gap <= TIE, f"token {at} of {len(want)} is {gap:.1e} below the likeliest")
+    found.check(f"tokens, {what}", gap <= TIE, f"token {at} of {len(want)} is {gap:.1e} from the likeliest")
     return result
 
 
