@@ -102,4 +102,6 @@ class AttentionCall(Call):
 def plain(call: Call) -> tuple[Tensor, Tensor, Tensor, float]:
     """Return queries, keys, values and scale of attention that asks for nothing else."""
     assert isinstance(call, AttentionCall) and call.sinks_H is None
-    return call.q_BHSD, call.k_BKSD, call.v_BKSE, call.scale
+    given = call.k_BKSD, call.v_BKSE
+    k_BKSD, v_BKSE = given if call.latent is None else call.latent.expand(*given)
+    return call.q_BHSD, k_BKSD, v_BKSE, call.scale

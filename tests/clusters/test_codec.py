@@ -23,6 +23,7 @@ from apb.draft.spec import DraftSpec
 from apb.engine.requests import prefill_request
 from apb.host.messages import HostSpec
 from apb.layers.full import Full
+from apb.layers.latent import Latent
 from apb.layers.linear import Linear
 from apb.layers.window import Window
 from apb.strategies import STRATEGIES
@@ -189,5 +190,10 @@ def test_only_its_own_classes() -> None:
 
 def test_layers_of_every_kind_travel_with_plans() -> None:
     cap = Window(4, 2, 16, 12, sink=True, soft_cap=2.0, window=8, chunked=True)
-    for layer in (Full(4, 2, 16, 16, reads=1), cap, Linear("kda", 96, 4, 2, 4, 16, 16, scan="gather")):
+    for layer in (
+        Full(4, 2, 16, 16, reads=1),
+        cap,
+        Latent(4, 16, 8, 24, 12),
+        Linear("kda", 96, 4, 2, 4, 16, 16, scan="gather"),
+    ):
         assert codec().decode(codec().encode(layer)) == layer

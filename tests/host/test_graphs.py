@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GraniteConfig, Phi3Config, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import GraniteConfig, MiniCPM3Config, Phi3Config, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from apb.decode import decoder
 from apb.decode.lookup import Lookup
@@ -31,11 +31,13 @@ SIZES = {
     "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 96, "vocab_size": 300, "max_position_embeddings": 400, "pad_token_id": 0,
 }  # fmt: skip
+LATENT = {"kv_lora_rank": 24, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": llama_config(**SIZES),
     "qwen3": Qwen3Config(**SIZES, head_dim=16),
     "granite": GraniteConfig(**SIZES),
     "phi3": Phi3Config(**SIZES),
+    "minicpm3": MiniCPM3Config(**SIZES | {"num_key_value_heads": 4}, **LATENT),
 }
 
 
