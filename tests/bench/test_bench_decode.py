@@ -17,6 +17,7 @@ from apb.draft.files import save
 from apb.draft.vocab import save as save_ranks
 from apb.host.load import load_adapter
 from apb.host.messages import HostSpec
+from apb.layers.full import Full
 from bench.decode.cli import loops, summary
 from bench.decode.links import LINKS, winners
 from bench.decode.measure import decoders, shape
@@ -210,7 +211,9 @@ def test_links_decide_between_trees_and_chains() -> None:
 
     from tests.support.tiny import tiny_llama
 
-    sizes = dataclasses.replace(tiny_llama(torch.float32).shape, layers=32, q_heads=32, head_dim=128, element_size=2)
+    sizes = dataclasses.replace(
+        tiny_llama(torch.float32).shape, layers=32, mixers=(Full(32, 2, 128, 128),) * 32, element_size=2
+    )
     lines: list[dict[str, Any]] = []
     for name, kind, length, rows, work in (
         ("autoregressive", None, 1.0, 1, 0.010),
@@ -226,7 +229,7 @@ def test_links_decide_between_trees_and_chains() -> None:
     for link in faster.values():
         assert link["tree_tokens_per_s"] > 0 and link["plain_tokens_per_s"] > 0
     assert faster["3,600 Gb/s, 10 us"]["tree_tokens_per_s"] == pytest.approx(
-        3.0 / (0.020 + 32 * (10e-6 + 7 * 16 * sizes.partial_row_bytes / (3600e9 / 8)))
+        3.0 / (0.020 + 32 * 10e-6 + 7 * 16 * sizes.partial_bytes / (3600e9 / 8))
     )
 
 

@@ -114,7 +114,7 @@ def verified(e: TinyEngine, handle: str, tree: Tree) -> tuple[torch.Tensor, torc
         request = DecodeRequest(Lookup())
         d = Decoding(host.adapter, host.kernel, transport, cache, request, None, lambda token: None, time.perf_counter)
         with torch.inference_mode():
-            return verify(d, tree.tokens, tree.depths, tree if d.decides else None)
+            return verify(d, tree.tokens, tree.parents, tree if d.decides else None)
 
     results = e.cluster.world.run(run)
     (found,) = [result for result in results if result is not None]
@@ -240,7 +240,7 @@ def test_a_cache_is_gathered_only_where_it_fits(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_gathering_pays_for_long_answers_and_slow_links() -> None:
-    shape = dataclasses.replace(model().shape, layers=32, kv_heads=8, q_heads=32, head_dim=128, element_size=2)
+    shape = dataclasses.replace(model().shape, layers=32, mixers=(Full(32, 8, 128, 128),) * 32, element_size=2)
     fast = Links(latency_s=10e-6, bytes_per_s=50e9, read_bytes_per_s=3e12)
     slow = dataclasses.replace(fast, latency_s=5e-3)
     shards = (16_384,) * 8
