@@ -32,7 +32,7 @@ ALL_HEADS = slice(None)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer runs: the host's transport and its kernel."""
+    """Surroundings of a layer: the host's transport and its kernel."""
 
     transport: Transport
     kernel: Kernel
@@ -54,20 +54,20 @@ class Step:
 
     @cached_property
     def positions_M(self) -> Tensor:
-        """Where the tree's rows stand: at their depths below the root."""
+        """Positions of the tree's rows, (M,): at their depths below the root."""
         assert self.parents is not None
         at = [self.start + depth for depth in depths(self.parents)]
         return torch.tensor(at, device=self.place.transport.device)
 
     @cached_property
     def seen_MM(self) -> Tensor:
-        """Which rows of the tree each of them sees, itself and its ancestors, bool."""
+        """Mask (M, M) of the rows of the tree that each of them sees, itself and its ancestors, bool."""
         assert self.parents is not None
         return visible(self.parents, self.place.transport.device)
 
 
 class LayerCache(Protocol):
-    """What one host keeps of one layer. Its context is never written to, and shared between forks."""
+    """One host's part of one layer. Its context is never written to, and shared between forks."""
 
     def attend(self, call: Call, step: Step) -> Tensor:
         """Run new tokens over what is kept, and keep them; returns the call's output."""
@@ -87,7 +87,7 @@ class LayerCache(Protocol):
 
 
 class ShardedCache(LayerCache, Protocol):
-    """What one host keeps of one sharded layer: its rows of the context, and on the owner those after it."""
+    """One host's part of one sharded layer: its rows of the context, and on the owner those after it."""
 
     @property
     def context(self) -> LayerKV: ...
@@ -116,7 +116,7 @@ class LayerPrefill(Protocol):
 
 
 class LayerKind(ABC):
-    """How one layer mixes tokens; see the module. ``e``: bytes of a number of activations."""
+    """Kind and sizes of one layer's mixing of tokens; see the module. ``e``: bytes of a number of activations."""
 
     name: ClassVar[str]
     sharded: ClassVar[bool]

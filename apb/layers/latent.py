@@ -149,7 +149,7 @@ class Latent(LayerKind):
 
     @property
     def _made(self) -> int:
-        """What the matrix makes, and the keys that are laid out of it; kernels may want the values as wide as keys."""
+        """Products of the matrix, and the keys that are laid out of it; kernels may want the values as wide as keys."""
         return self.nope + self.v_dim + self.qk_dim + max(self.qk_dim, self.v_dim)
 
     def whole_row_bytes(self, e: int, exact: bool) -> int:

@@ -66,12 +66,12 @@ class Linear(LayerKind):
         return "mamba2" if self.recurrence == "mamba2" else "delta"
 
     def way(self, hosts: int) -> str:
-        """How maps travel: a gather is one round, but every host holds all maps; see ``recurrences.exchange``."""
+        """Route of the maps: a gather is one round, but every host holds all maps; see ``recurrences.exchange``."""
         return ("gather" if hosts < _MANY else "doubling") if self.scan == "auto" else self.scan
 
     @property
     def reach(self) -> Reach:
-        """How far back the convolution looks."""
+        """Distance that the convolution looks back."""
         return Reach(self.kernel)
 
     def state_bytes(self, e: int) -> int:
@@ -145,7 +145,7 @@ class Linear(LayerKind):
         return 3 * c * k + 3 * k + 3 * width + c if self.recurrence == "kda" else 5 * k + 6 * width + c + 8
 
     def row_work_bytes(self, e: int) -> int:
-        """What the convolution is given and gives, or the gate, the outputs and their norm in fp32."""
+        """Bytes of what the convolution is given and gives, or the gate, the outputs and their norm in fp32."""
         values, gated = self.value_heads * self.value_dim, 3 * max(4, e)
         if self.recurrence == "mamba2":
             return (self.channels + values) * e + values * (gated + max(4, e))

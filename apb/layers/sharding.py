@@ -1,4 +1,4 @@
-"""Which host holds which positions of one sequence: the context, or an anchor."""
+"""Shards of one sequence, by position: the context, or an anchor."""
 
 from __future__ import annotations
 

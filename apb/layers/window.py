@@ -43,7 +43,7 @@ class Window(Softmax):
 
     @property
     def back(self) -> Reach:
-        """How far back a token sees."""
+        """Distance that a token sees back."""
         return Reach(self.window, self.chunked)
 
     def reach(self, position: int) -> int:

@@ -36,7 +36,7 @@ class Finished(Exception):
 
 
 class _Collected(Exception):
-    """What a chunk's mixers are given is here; the rest of its layer waits for them."""
+    """Inputs of a chunk's mixers are here; the rest of its layer waits for them."""
 
 
 class InChunks:

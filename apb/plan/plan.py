@@ -93,11 +93,11 @@ class PrefillPlan:
 
     @cached_property
     def context(self) -> Sharding:
-        """Who holds which positions of the context."""
+        """Shards of the context."""
         return Sharding(tuple(host.spans for host in self.host_plans))
 
     def anchor(self, rank: int) -> Sharding:
-        """Who runs which positions of the anchor that host ``rank`` runs: a sequence of its own.
+        """Shards of the anchor that host ``rank`` runs: a sequence of its own.
 
         All hosts together where it is shared; where every host runs all it sees, nobody but that host.
         """

@@ -38,7 +38,7 @@ class ModelShape:
 
     @property
     def kinds(self) -> dict[LayerKind, int]:
-        """How many mixers there are of each kind and size."""
+        """Count of mixers of each kind and size."""
         return _counted(self.mixers)
 
     @property

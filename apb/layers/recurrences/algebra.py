@@ -20,7 +20,7 @@ from apb.layers.recurrences.base import CHUNK, Pending
 
 @dataclass(frozen=True)
 class Terms:
-    """What the closed form is made of; queries scaled, keys normalised where the model does so, in the states' type."""
+    """Terms of the closed form; queries scaled, keys normalised where the model does so, in the states' type."""
 
     q_BHSK: Tensor
     k_BHSK: Tensor

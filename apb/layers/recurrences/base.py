@@ -60,7 +60,7 @@ def _through(m: Tensor, x: Tensor) -> Tensor:
 
 
 class Pending(ABC):
-    """What a tree's rows would do to the state; no row has a state of its own."""
+    """Changes of the state by a tree's rows; no row has a state of its own."""
 
     @abstractmethod
     def commit(self, rows_P: Tensor, state: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class Scan(ABC):
     @property
     @abstractmethod
     def by_token(self) -> tuple[Tensor, ...]:
-        """What is given by token, each (B, S, ...)."""
+        """Tensors that are given by token, each (B, S, ...)."""
 
     @abstractmethod
     def blank(self) -> Tensor:
