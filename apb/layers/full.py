@@ -55,7 +55,6 @@ class FullCache:
     def __init__(self, kind: Full, context: LayerKV | None = None, reads: FullCache | None = None) -> None:
         self.kind, self._reads = kind, reads
         self._context, self._tail = context, Rows()
-        self._step = 0  # tokens that the last step added
 
     @property
     def context(self) -> LayerKV:
@@ -76,7 +75,6 @@ class FullCache:
 
     def append(self, kv: LayerKV) -> None:
         """Add rows after the context."""
-        self._step = len(kv)
         self._tail.append(kv.k_BKTD, kv.v_BKTE)
 
     def attend(self, call: Call, step: Step) -> Tensor:
@@ -102,13 +100,10 @@ class FullCache:
         return finish(own, q_BHSD.dtype, call.sinks_H)
 
     def keep(self, rows: Sequence[int]) -> None:
-        if self._step:
-            self._tail.keep(len(self._tail) - self._step, rows)
-            self._step = 0
+        self._tail.keep(rows)
 
     def restart(self) -> None:
         self._tail.truncate(0)
-        self._step = 0
 
     def fork(self, reads: LayerCache | None = None) -> FullCache:
         assert reads is None or isinstance(reads, FullCache)

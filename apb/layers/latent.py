@@ -165,7 +165,6 @@ class LatentCache:
     def __init__(self, kind: Latent, context_B1TL: Tensor | None = None) -> None:
         self.kind = kind
         self._context_B1TL, self._tail = context_B1TL, Rows()
-        self._step = 0  # tokens that the last step added
 
     @property
     def context(self) -> LayerKV:
@@ -186,7 +185,6 @@ class LatentCache:
     def append(self, kv: LayerKV) -> None:
         """Add rows after the context."""
         rows_B1SL = _joined(kv)
-        self._step = len(kv)
         self._tail.append(rows_B1SL, rows_B1SL[..., :0])
 
     def attend(self, call: Call, step: Step) -> Tensor:
@@ -205,13 +203,10 @@ class LatentCache:
         return finish(own, call.q_BHSD.dtype, call.sinks_H)
 
     def keep(self, rows: Sequence[int]) -> None:
-        if self._step:
-            self._tail.keep(len(self._tail) - self._step, rows)
-            self._step = 0
+        self._tail.keep(rows)
 
     def restart(self) -> None:
         self._tail.truncate(0)
-        self._step = 0
 
     def fork(self, reads: LayerCache | None = None) -> LatentCache:
         assert reads is None

@@ -51,6 +51,7 @@ class Rows:
     def __init__(self) -> None:
         self._kv: LayerKV | None = None
         self._count = 0
+        self._last = 0  # tokens that were added last, and that ``keep`` chooses among
 
     def __len__(self) -> int:
         return self._count
@@ -66,14 +67,17 @@ class Rows:
             self._kv = _grown(self._kv, n, max(64, 2 * n, n + new), k_BKSD, v_BKSE)
         self._kv.k_BKTD[:, :, n : n + new] = k_BKSD
         self._kv.v_BKTE[:, :, n : n + new] = v_BKSE
-        self._count = n + new
+        self._count, self._last = n + new, new
 
     def truncate(self, length: int) -> None:
         """Forget everything after the first ``length`` tokens."""
-        self._count = min(self._count, length)
+        self._count, self._last = min(self._count, length), 0
 
-    def keep(self, length: int, rows: Sequence[int]) -> None:
-        """Forget what comes after the first ``length`` tokens but for ``rows``, counted from there, ascending."""
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget of the tokens added last all but ``rows``, ascending, counted from the first of them."""
+        if not self._last:
+            return
+        length = self._count - self._last
         if list(rows) != list(range(len(rows))):
             assert self._kv is not None
             index = torch.tensor(rows, device=self._kv.k_BKTD.device) + length
@@ -86,6 +90,7 @@ class Rows:
         out, kv = Rows(), self.view()
         if kv is not None:
             out.append(kv.k_BKTD, kv.v_BKTE)
+            out._last = 0
         return out
 
 

@@ -202,7 +202,6 @@ class WindowCache:
         self._context: LayerKV | None = None
         self._at: Interval = (0, 0)  # positions of the context's rows that are kept
         self._tail = Rows()
-        self._step = 0  # tokens that the last step added
         # Of a prefill: rows that arrived for each segment, with their positions, and the layers that will read them.
         self.halos: list[tuple[LayerKV | None, list[Interval]]] = []
         self.readers = 0
@@ -224,7 +223,6 @@ class WindowCache:
         else:
             out = self._attend_tree(call, step, keys, at)
         if self._reads is None:
-            self._step = step.tokens
             self._tail.append(call.k_BKSD, call.v_BKSE)
         return out
 
@@ -253,13 +251,10 @@ class WindowCache:
         return finish(total, call.q_BHSD.dtype, call.sinks_H)
 
     def keep(self, rows: Sequence[int]) -> None:
-        if self._step:
-            self._tail.keep(len(self._tail) - self._step, rows)
-            self._step = 0
+        self._tail.keep(rows)
 
     def restart(self) -> None:
         self._tail.truncate(0)
-        self._step = 0
 
     def fork(self, reads: LayerCache | None = None) -> WindowCache:
         assert reads is None or isinstance(reads, WindowCache)
