@@ -9,21 +9,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from apb.attention.base import Layers
+from apb.attention.base import Prefill
 from apb.attention.cached import CacheAttention
 from apb.attention.chunked import attend_over, attend_to
 from apb.attention.selection import Selection
 from apb.compress.base import Compressor
-from apb.layers.base import Place, ShardedCache
+from apb.layers.base import LayerKind, Place, ShardedCache
 from apb.layers.call import AttentionCall, Call
-from apb.layers.linear_chunks import LinearChunks
 from apb.layers.partials import finish
-from apb.layers.rows import LayerKV
+from apb.layers.rows import LayerKV, side_by_side
 from apb.plan.plan import PrefillPlan
 from apb.plan.steps import Attend, GatherAnchor, Pass, Region, Select, Step, WaitAnchor, WaitPassing
 from burst.kernels import Kernel
@@ -44,7 +42,7 @@ class _LayerState:
     passed: dict[int, Tensor]  # selected rows (B, K, R, D + E) by the number of the block they come from
 
 
-class PrefillAttention:
+class PrefillAttention(Prefill):
     """Stands in for a model's attention during a prefill; executes the host's plan and keeps its blocks' KV."""
 
     def __init__(
@@ -58,42 +56,22 @@ class PrefillAttention:
         on_layer: Callable[[int], None],
     ) -> None:
         """``question_delta``: positions between the anchor's copy of the question and the question itself."""
+        super().__init__(plan, Place(transport, kernel), on_layer)
         self.plan = plan
         self.host = plan.host_plans[transport.rank]
-        self._layers, self._mixers = Layers(plan, Place(transport, kernel)), plan.shape.mixers
-        self.kept = self._layers.caches
         self.needs_projections = compressor is not None and compressor.needs_projections
         chunk = plan.chunk_tokens
         self._chunk = chunk if chunk is not None and chunk < self.host.tokens_run else None
-        self._transport, self._kernel, self._on_layer = transport, kernel, on_layer
         self._select = Selection(plan, transport.rank, compressor, question_delta, rotate)
         self._numbers = plan.numbers[transport.rank]
         self._due = _due(self.host.steps) if self._chunk is not None else {}
 
-    def __call__(self, call: Call) -> Tensor:
-        """Execute the steps of one layer and return the call's output."""
-        out = self._layers.run(call)
-        if out is None:
-            out = self._attend(call)
-        if call.ends:
-            self._on_layer(call.layer)
-        return out
-
-    def chunks(self, layer: int) -> LinearChunks:
-        """Return the run of a linear layer over chunks."""
-        return self._layers.chunks(layer)
-
-    def finished(self, layer: int) -> None:
-        """Hear that a layer which ran over chunks is done."""
-        self._on_layer(layer)
-
-    def _attend(self, call: Call) -> Tensor:
-        kind, cache = self._mixers[call.layer], self.kept[call.layer]
-        assert kind.sharded and isinstance(call, AttentionCall)
+    def _attend(self, call: AttentionCall, kind: LayerKind, cache: ShardedCache) -> Tensor:
+        """Execute the steps of one layer."""
         a, rows = self.host.anchor_len, LayerKV(call.k_BKSD, call.v_BKSE)
         # Copies, so that the kept KV does not hold the anchor's rows in memory.
         kept = rows.rows(a, len(rows)).clone()
-        cast("ShardedCache", cache).fill(kept)
+        cache.fill(kept)
         share = rows.rows(0, a)
         sizes = [stop - start for start, stop in self.host.spans]
         ends = list(itertools.accumulate(sizes, initial=0))
@@ -130,11 +108,11 @@ class PrefillAttention:
                 case WaitPassing():
                     arriving[step.block].wait()
                 case Attend() if self._chunk is None:
-                    kv, total = _concat(self._keys_of(step, here)), merged[step.queries, step.block]
+                    kv, total = side_by_side(self._keys_of(step, here)), merged[step.queries, step.block]
                     attend_to(total, call.q_BHSD[:, :, self._queries(step, here)], kv, blocks, step.causal)
             for attends in self._due.get(at, ()):
                 assert self._chunk is not None
-                keys = [(_concat(self._keys_of(attend, here)), attend.causal) for attend in attends]
+                keys = [(side_by_side(self._keys_of(attend, here)), attend.causal) for attend in attends]
                 own = self._queries(attends[0], here)
                 attend_over(out_BHSE[:, :, own], call.q_BHSD[:, :, own], keys, blocks, self._chunk, call.sinks_H)
 
@@ -263,12 +241,6 @@ def _due(steps: Sequence[Step]) -> dict[int, list[list[Attend]]]:
             calls.setdefault((step.queries, step.block), []).append(step)
             last[step.queries, step.block] = max(at, sent)
     return {at: [calls[whose] for whose in last if last[whose] == at] for at in sorted(set(last.values()))}
-
-
-def _concat(parts: list[LayerKV]) -> LayerKV:
-    if len(parts) == 1:
-        return parts[0]
-    return LayerKV(torch.cat([kv.k_BKTD for kv in parts], dim=2), torch.cat([kv.v_BKTE for kv in parts], dim=2))
 
 
 def _split(rows_BKRX: Tensor, wide: int) -> LayerKV:

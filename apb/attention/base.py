@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Protocol, cast
 
 from torch import Tensor
 
-from apb.layers.base import LayerCache, LayerPrefill, Place
-from apb.layers.call import Call
+from apb.layers.base import LayerCache, LayerKind, LayerPrefill, Place, ShardedCache
+from apb.layers.call import AttentionCall, Call
 from apb.layers.linear import LinearPrefill
 from apb.layers.linear_chunks import LinearChunks
 from apb.plan.plan import PrefillPlan
@@ -23,39 +25,48 @@ class Attention(Protocol):
         ...
 
 
-@runtime_checkable
-class Prefilling(Attention, Protocol):
-    """A stand-in during the prefill of a host's blocks, which may run in chunks."""
+class Prefill(ABC):
+    """One host's layers during a prefill: it runs those that are not sharded, and ``kept`` has the caches of all.
+
+    Subclasses attend in the sharded ones. ``on_layer`` hears of each mixer that is done.
+    """
+
+    needs_projections = False
+
+    def __init__(self, plan: PrefillPlan, place: Place, on_layer: Callable[[int], None]) -> None:
+        self.kept: list[LayerCache] = []
+        self._mixers, self._transport, self._kernel = plan.shape.mixers, place.transport, place.kernel
+        self._on_layer = on_layer
+        self._runs: list[LayerPrefill | None] = []
+        segments = plan.segments(place.transport.rank)
+        for kind in self._mixers:
+            reads = None if kind.reads is None else self.kept[kind.reads]
+            run = None if kind.sharded else kind.prefill(segments, place, reads)
+            self._runs.append(run)
+            self.kept.append(kind.cache(reads) if run is None else run.cache)
+
+    def __call__(self, call: Call) -> Tensor:
+        """Run one mixer's call and return its output."""
+        run = self._runs[call.layer]
+        if run is not None:
+            out = run(call)
+        else:
+            assert isinstance(call, AttentionCall)
+            out = self._attend(call, self._mixers[call.layer], cast("ShardedCache", self.kept[call.layer]))
+        if call.ends:
+            self.finished(call.layer)
+        return out
 
     def chunks(self, layer: int) -> LinearChunks:
         """Return the run of a linear layer over chunks; ``layer``: its number."""
-        ...
-
-    def finished(self, layer: int) -> None:
-        """Hear that a layer which ran over chunks is done."""
-        ...
-
-
-class Layers:
-    """One host's layers during a prefill: the runs of those that are not sharded, and the caches of all."""
-
-    def __init__(self, plan: PrefillPlan, place: Place) -> None:
-        self.caches: list[LayerCache] = []
-        self._runs: list[LayerPrefill | None] = []
-        segments = plan.segments(place.transport.rank)
-        for kind in plan.shape.mixers:
-            reads = None if kind.reads is None else self.caches[kind.reads]
-            run = None if kind.sharded else kind.prefill(segments, place, reads)
-            self._runs.append(run)
-            self.caches.append(kind.cache(reads) if run is None else run.cache)
-
-    def chunks(self, layer: int) -> LinearChunks:
-        """Return the run of a linear layer over chunks."""
         run = self._runs[layer]
         assert isinstance(run, LinearPrefill)
         return run.chunks()
 
-    def run(self, call: Call) -> Tensor | None:
-        """Return the output of a layer that is not sharded; None for the others, which strategies run."""
-        run = self._runs[call.layer]
-        return None if run is None else run(call)
+    def finished(self, layer: int) -> None:
+        """Hear that a mixer is done."""
+        self._on_layer(layer)
+
+    @abstractmethod
+    def _attend(self, call: AttentionCall, kind: LayerKind, cache: ShardedCache) -> Tensor:
+        """Fill the cache of a sharded layer and return the call's output (B, S, H, E)."""

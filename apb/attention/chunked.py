@@ -5,25 +5,20 @@ Shapes: B batch (1), S tokens of a chunk, L block tokens, H query heads, K kv he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from apb.attention.base import Layers
-from apb.layers.base import Place, ShardedCache
-from apb.layers.call import AttentionCall, Call
+from apb.attention.base import Prefill
+from apb.layers.base import LayerKind, Place, ShardedCache
+from apb.layers.call import AttentionCall
 from apb.layers.partials import finish
 from apb.layers.rows import LayerKV
+from apb.layers.sharding import cut
 from apb.plan.plan import PrefillPlan
 from burst.execution.blocks import Blocks
 from burst.kernels.merge import Accumulator
 from burst.layouts.masks import MaskPiece
-
-
-def spans(tokens: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Cut ``tokens`` into [start, stop) of at most ``chunk``."""
-    return ((start, min(start + chunk, tokens)) for start in range(0, tokens, chunk))
 
 
 def attend_over(
@@ -38,7 +33,7 @@ def attend_over(
 
     Only one chunk's partial results exist at a time.
     """
-    for start, stop in spans(q_BHLD.shape[2], chunk):
+    for start, stop in cut(q_BHLD.shape[2], chunk):
         q_BHSD, merged = q_BHLD[:, :, start:stop], Accumulator()
         for kv, causal in parts:
             attend_to(merged, q_BHSD, kv.rows(0, stop) if causal else kv, blocks, causal)
@@ -55,37 +50,35 @@ def attend_to(merged: Accumulator, q_BHSD: Tensor, kv: LayerKV, blocks: Blocks, 
     blocks.forward(merged, q_BHSD, kv.k_BKTD, kv.v_BKTE, pieces)
 
 
-class LocalAttention:
+class LocalAttention(Prefill):
     """Stands in for a model's mixers where a block sees nothing but itself: chunks run through all layers in turn.
 
     Call the model once for every chunk, in order. Nothing but the kept KV outlives a chunk.
     """
 
-    needs_projections = False
-
     def __init__(self, plan: PrefillPlan, place: Place, on_layer: Callable[[int], None]) -> None:
-        self.kept = Layers(plan, place).caches
-        self._tokens, self._mixers = plan.host_plans[place.transport.rank].block_len, plan.shape.mixers
-        self._kernel, self._on_layer = place.kernel, on_layer
-        self._done = 0  # tokens of the chunks before
+        super().__init__(plan, place, on_layer)
+        self._tokens = plan.host_plans[place.transport.rank].block_len
+        self._done = self._stop = 0  # tokens of the chunks before, and of this one too
 
-    def __call__(self, call: Call) -> Tensor:
-        """Keep the chunk's KV, attend to it and to all before it; returns (B, S, H, E)."""
-        kind, cache = self._mixers[call.layer], cast("ShardedCache", self.kept[call.layer])
-        assert kind.sharded and isinstance(call, AttentionCall)
+    def _attend(self, call: AttentionCall, kind: LayerKind, cache: ShardedCache) -> Tensor:
+        """Keep the chunk's KV, attend to it and to all before it."""
+        self._stop = self._done + call.tokens
         if not self._done:
             given = (call.k_BKSD, call.v_BKSE)
             cache.fill(LayerKV(*(x.new_empty(*x.shape[:2], self._tokens, x.shape[3]) for x in given)))
-        stop = self._done + call.tokens
-        kv = cache.context.rows(0, stop)
+        kv = cache.context.rows(0, self._stop)
         if kind.reads is None:
             kv.k_BKTD[:, :, self._done :] = call.k_BKSD
             kv.v_BKTE[:, :, self._done :] = call.v_BKSE
         merged = Accumulator()
         attend_to(merged, call.q_BHSD, kv, kind.blocks(call, self._kernel), causal=True)
-        if call.layer == len(self._mixers) - 1:
-            self._done = stop
-            finished = len(self._mixers) * stop // self._tokens  # a share of the work, told in layers
-            if finished:
-                self._on_layer(finished - 1)
         return finish(merged, call.q_BHSD.dtype, call.sinks_H)
+
+    def finished(self, layer: int) -> None:
+        """Hear that a chunk's mixer is done; what is told of it is a share of the work, in layers."""
+        if layer == len(self._mixers) - 1:
+            self._done = self._stop
+            share = len(self._mixers) * self._done // self._tokens
+            if share:
+                self._on_layer(share - 1)

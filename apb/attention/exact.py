@@ -6,14 +6,12 @@ Shapes: B batch (1), S tokens of this host, H query heads, K kv heads, D head di
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 from torch import Tensor
 
-from apb.attention.base import Layers
-from apb.layers.base import ALL_HEADS, Place, ShardedCache
-from apb.layers.call import AttentionCall, Call
-from apb.layers.linear_chunks import LinearChunks
+from apb.attention.base import Prefill
+from apb.layers.base import ALL_HEADS, LayerKind, Place, ShardedCache
+from apb.layers.call import AttentionCall
 from apb.layers.rows import LayerKV
 from apb.plan.plan import PrefillPlan
 from burst.execution.buffers import Form
@@ -23,21 +21,17 @@ from burst.schedules import Schedule
 from burst.transport import Transport
 
 
-class ExactAttention:
+class ExactAttention(Prefill):
     """Stands in for a model's mixers during an exact prefill; keeps this host's part.
 
     Hosts have agreed on the plan, and with it on every shape and message, so layers need no agreement of their own.
     """
 
-    needs_projections = False
-
     def __init__(
         self, plan: PrefillPlan, transport: Transport, kernel: Kernel, on_layer: Callable[[int], None]
     ) -> None:
         assert plan.spread is not None
-        self._transport, self._kernel, self._on_layer = transport, kernel, on_layer
-        self._layers, self._mixers = Layers(plan, Place(transport, kernel)), plan.shape.mixers
-        self.kept = self._layers.caches
+        super().__init__(plan, Place(transport, kernel), on_layer)
         self._schedules: dict[object, Schedule] = {}
         for kind in plan.shape.sharded:
             made = plan.spread.program(kind.attention_shape(plan.shape.element_size), transport.nodes)
@@ -46,28 +40,9 @@ class ExactAttention:
             if made.heads:  # now: the first layer would wait for the device
                 made.places(transport.rank, transport.device)
 
-    def __call__(self, call: Call) -> Tensor:
-        """Mix over all hosts and return the call's output."""
-        out = self._layers.run(call)
-        if out is None:
-            out = self._attend(call)
-        if call.ends:
-            self._on_layer(call.layer)
-        return out
-
-    def chunks(self, layer: int) -> LinearChunks:
-        """Return the run of a linear layer over chunks."""
-        return self._layers.chunks(layer)
-
-    def finished(self, layer: int) -> None:
-        """Hear that a layer which ran over chunks is done."""
-        self._on_layer(layer)
-
-    def _attend(self, call: Call) -> Tensor:
-        kind, cache = self._mixers[call.layer], self.kept[call.layer]
-        assert kind.sharded and isinstance(call, AttentionCall)
+    def _attend(self, call: AttentionCall, kind: LayerKind, cache: ShardedCache) -> Tensor:
         kept = LayerKV(call.k_BKSD.clone(), call.v_BKSE.clone())
-        cast("ShardedCache", cache).fill(kept)
+        cache.fill(kept)
         made, q = self._schedules[kind], call.q_BHSD
         s, heads = made.shape, made.heads_of(self._transport.rank)
         own = ALL_HEADS if heads is None else slice(heads.q_start, heads.q_stop)

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from apb.attention.anchored import PrefillAttention, WithQuestion
+from apb.attention.base import Prefill
 from apb.attention.cached import CacheAttention
-from apb.attention.chunked import LocalAttention, spans
-from apb.attention.exact import ExactAttention
+from apb.attention.chunked import LocalAttention
 from apb.kv.cache import HostCache
+from apb.layers.sharding import cut
 from apb.models.adapter import Adapter
 from apb.plan.plan import PrefillPlan
-
-BlockAttention = PrefillAttention | ExactAttention | LocalAttention
 
 
 class Passes:
@@ -51,7 +50,7 @@ class Passes:
             ]
         self._rows = torch.tensor(self._wanted, dtype=torch.int64, device=device)
 
-    def blocks(self, attention: BlockAttention) -> Tensor | None:
+    def blocks(self, attention: Prefill) -> Tensor | None:
         """Run anchor and blocks; return the features (rows, F), None without a draft head."""
         plan = self._plan
         if not isinstance(attention, LocalAttention):
@@ -60,7 +59,7 @@ class Passes:
             return features.value_SF if self._taps is not None else None
         assert plan.chunk_tokens is not None
         parts = []
-        for start, stop in spans(self._host.block_len, plan.chunk_tokens):
+        for start, stop in cut(self._host.block_len, plan.chunk_tokens):
             first, last = bisect_left(self._wanted, start), bisect_left(self._wanted, stop)
             inside = self._rows[first:last] - start
             with self._adapter.capturing(self._taps, inside) as features:

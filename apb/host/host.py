@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from apb.attention.anchored import PrefillAttention
+from apb.attention.base import Prefill
 from apb.attention.cached import CacheAttention
 from apb.attention.chunked import LocalAttention
 from apb.attention.exact import ExactAttention
@@ -22,7 +23,7 @@ from apb.decode.text import TextStream
 from apb.draft.cache import DraftCache
 from apb.draft.handoff import hand_over, move
 from apb.graphs.capture import Capture, CudaCapture
-from apb.host.forward import BlockAttention, Passes
+from apb.host.forward import Passes
 from apb.host.load import load_adapter
 from apb.host.messages import HostReport, HostSpec, OnEvent, PrefillRequest
 from apb.host.process import available_bytes, peak_rss_bytes, reset_peak_rss, rss_bytes
@@ -193,7 +194,7 @@ class Host:
             self._query_s = time.perf_counter() - began
         self._caches[request.handle] = cache
 
-    def _prefill_attention(self, request: PrefillRequest) -> BlockAttention:
+    def _prefill_attention(self, request: PrefillRequest) -> Prefill:
         """Return what executes the plan's steps on this host."""
         plan = request.plan
 

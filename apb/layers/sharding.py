@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 Interval = tuple[int, int]  # positions [start, stop)
@@ -53,6 +54,11 @@ class Segment:
     stop: int
     sharding: Sharding
     kept: bool
+
+
+def cut(tokens: int, size: int) -> Iterator[Interval]:
+    """Cut tokens into intervals of at most ``size``."""
+    return ((start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
 def union(intervals: list[Interval]) -> list[Interval]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from apb.attention.base import Attention, Prefilling
+from apb.attention.base import Attention, Prefill
 from apb.draft.base import RotateTo, Target
 from apb.draft.draft import Draft
 from apb.layers.call import AttentionCall
@@ -142,7 +142,7 @@ class Adapter:
             return
         features = active_features()
         to_the_end = features is not None and not features.taps
-        assert isinstance(attention, Prefilling)
+        assert isinstance(attention, Prefill)
         chunks = InChunks(attention, self.shape.mixers, chunk, to_the_end=to_the_end)
         with contextlib.suppress(Finished):
             self._forward(self._base, ids_S, positions_S, chunks)

@@ -14,19 +14,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from apb.attention.base import Prefilling
-from apb.attention.chunked import spans
+from apb.attention.base import Prefill
 from apb.layers.base import LayerKind
 from apb.layers.call import AttentionCall, Call
 from apb.layers.linear import Linear
 from apb.layers.linear_chunks import LinearChunks
 from apb.layers.mixing import ConvCall
 from apb.layers.rows import Projections
-from apb.layers.sharding import Interval
-from apb.models.hooks import active_positions, placed
+from apb.layers.sharding import Interval, cut
+from apb.models.hooks import KEYWORD, active_positions, placed
 from burst.errors import UserError
 
-KEYWORD = "apb_attention"
 # What layers are given for each token.
 _BY_TOKEN = ("position_embeddings", "position_ids", "cache_position", "per_layer_input")
 
@@ -47,7 +45,7 @@ class InChunks:
     Linear layers never see the whole: see ``apb.layers.linear_chunks``.
     """
 
-    def __init__(self, attention: Prefilling, mixers: Sequence[LayerKind], chunk: int, *, to_the_end: bool) -> None:
+    def __init__(self, attention: Prefill, mixers: Sequence[LayerKind], chunk: int, *, to_the_end: bool) -> None:
         """``to_the_end``: whether anything is wanted of what comes after the last mixer."""
         self.needs_projections, self.chunk = attention.needs_projections, chunk
         self._attention, self._kinds, self._last = attention, mixers, None if to_the_end else len(mixers) - 1
@@ -90,7 +88,7 @@ class InChunks:
         Raises Finished instead of running the rest of a last layer of which nobody wants more.
         """
         self._tokens, self._mixers, self._again = hidden_BSE.shape[1], mixers, False
-        whole = list(spans(self._tokens, self.chunk))
+        whole = list(cut(self._tokens, self.chunk))
         self._linear = {n: self._attention.chunks(n) for n in mixers if isinstance(self._kinds[n], Linear)}
         for number, chunks in self._linear.items():
             self._inputs = {number: []}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from apb.layers.rows import Projections
 from burst.errors import UserError
 
+KEYWORD = "apb_attention"  # under which a model is handed what stands in for its mixers
 _NAMES = "qkv"
 FINAL = -1  # the final norm's output among the features
 # Projections of the layer under way, and features; virtual ranks are threads, so each has its own.

@@ -23,8 +23,8 @@ from apb.layers.mixing import ConvCall, ScanCall
 from apb.layers.recurrences.base import Scan
 from apb.layers.recurrences.delta import DeltaScan
 from apb.layers.recurrences.mamba2 import Mamba2Scan
+from apb.models.hooks import KEYWORD
 
-KEYWORD = "apb_attention"
 _CONVOLUTION = "causal_conv1d_fn"
 _SCANS: dict[str, Recurrence] = {
     "torch_chunk_gated_delta_rule": "delta",

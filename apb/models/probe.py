@@ -22,9 +22,8 @@ from apb.attention.base import Attention
 from apb.layers.call import AttentionCall, Call
 from apb.layers.linear import Linear
 from apb.models.checks import PlainCall
-from apb.models.chunked import KEYWORD
 from apb.models.ends import Ends, learn_ends
-from apb.models.hooks import FINAL, capturing
+from apb.models.hooks import FINAL, KEYWORD, capturing
 from apb.models.lengths import agreed
 from apb.models.linear_probe import by_itself, unlike
 from apb.models.reference import Compared, narrowed, reference_attention

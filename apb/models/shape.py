@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from apb.layers.latent import Latent
 from apb.layers.softmax import Softmax
+from apb.layers.window import Window
 from apb.models.classes import causal_lm, decoder
 from apb.models.files import first_line
 from apb.models.kinds import layer_kinds
@@ -93,6 +94,8 @@ def _counted(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> ModelSh
             sizes |= {f"{kind.name} {name}": getattr(kind, name) for name in ("q_heads", "kv_heads", "qk_dim", "v_dim")}
             if kind.q_heads % max(1, kind.kv_heads):
                 raise ValueError(f"{kind.q_heads} query heads for {kind.kv_heads} of keys and values")
+        if isinstance(kind, Window):
+            sizes["window"] = kind.window
         if isinstance(kind, Latent):
             sizes |= {f"{kind.name} {name}": size for name, size in asdict(kind).items()}
     for name, size in sizes.items():

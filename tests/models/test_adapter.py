@@ -22,7 +22,7 @@ from apb.models.shape import model_shape
 from apb.strategies import strategy
 from burst.errors import UserError
 from tests.support import tiny
-from tests.support.families import adapt_family
+from tests.support.families import FAMILIES, adapt_family
 from tests.support.tiny import adapt, build, make_prompt, tiny_engine
 from tests.support.twin import twin
 
@@ -235,6 +235,14 @@ def test_attention_that_looks_ahead_is_refused() -> None:
 def test_a_configuration_of_no_decoder_is_refused(make: Callable[[], Any]) -> None:
     with pytest.raises(UserError, match="no decoder can be made"):
         model_shape(make(), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "family, changes", [("gpt_oss", {"sliding_window": 0}), ("llama4", {"attention_chunk_size": -4})]
+)
+def test_windows_of_no_token_are_refused_before_any_weight(family: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="window is"):
+        model_shape(FAMILIES[family].config(**changes), torch.float32)
 
 
 # -- projections ----------------------------------------------------------------------------------------

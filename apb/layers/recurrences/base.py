@@ -9,12 +9,14 @@ Shapes: B batch (1), S tokens, H value heads, K key dim, V value dim (states are
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
+
+from apb.layers.sharding import cut
 
 CHUNK = 64  # tokens of a chunk in the scan written out here
 # Tokens that go through a model's function at once: what all chunks of a call make in fp32 is what takes memory.
@@ -80,7 +82,7 @@ class Mapped:
         """Return the outputs (B, S, H, V) behind ``state``."""
         out_BSHV = torch.empty_like(self.out_BSHV, memory_format=torch.contiguous_format)
         state_BHKV = state.mT if self.turned else state
-        for start, stop in pieces(out_BSHV.shape[1], PIECE):
+        for start, stop in cut(out_BSHV.shape[1], PIECE):
             added_BHSV = self.reach_BSHK[:, start:stop].to(state.dtype).transpose(1, 2) @ state_BHKV
             out_BSHV[:, start:stop] = self.out_BSHV[:, start:stop] + added_BHSV.transpose(1, 2)
         return out_BSHV
@@ -133,11 +135,6 @@ class Scan(ABC):
 
         ``seen_SS`` (bool): a row's ancestors and itself. Parents stand before their children.
         """
-
-
-def pieces(tokens: int, size: int) -> Iterator[tuple[int, int]]:
-    """Cut tokens into [start, stop) of at most ``size``."""
-    return ((start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
 def wide_type(x: Tensor) -> torch.dtype:

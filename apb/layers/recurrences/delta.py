@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from apb.layers.recurrences.algebra import PendingTerms, Terms, closed, scanned
-from apb.layers.recurrences.base import KDA_PIECE, PIECE, Affine, Mapped, Scan, pieces, wide_type
+from apb.layers.recurrences.base import KDA_PIECE, PIECE, Affine, Mapped, Scan, wide_type
+from apb.layers.sharding import cut
 
 _EPS = 1e-6  # of the normalisation of queries and keys, in transformers and flash-linear-attention alike
 
@@ -85,7 +86,7 @@ class DeltaScan(Scan):
     def _run(self, state: Tensor | None, *, widened: bool) -> tuple[Tensor, Tensor]:
         """Run piece by piece; ``widened``: with K columns of nothing behind the values."""
         out: list[Tensor] = []
-        for start, stop in pieces(self.tokens, KDA_PIECE if self.g_BSH.dim() == 4 else PIECE):
+        for start, stop in cut(self.tokens, KDA_PIECE if self.g_BSH.dim() == 4 else PIECE):
             piece = self.rows(start, stop)
             v_BSHX = piece.v_BSHV
             if widened:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from apb.layers.recurrences.algebra import PendingTerms, Terms, closed, scanned
-from apb.layers.recurrences.base import PIECE, Affine, Mapped, Scan, pieces, wide_type
+from apb.layers.recurrences.base import PIECE, Affine, Mapped, Scan, wide_type
+from apb.layers.sharding import cut
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Mamba2Scan(Scan):
     def run(self, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run from a state (B, H, V, K), piece by piece; None: zero."""
         out_BSHV = self.blank()
-        for start, stop in pieces(self.tokens, PIECE):
+        for start, stop in cut(self.tokens, PIECE):
             out_BSHV[:, start:stop], state = self.rows(start, stop)._run_piece(state)
         assert state is not None
         return out_BSHV, state
