@@ -110,7 +110,10 @@ def side_by_side(parts: Sequence[LayerKV]) -> LayerKV:
 
 
 def picked(here: Sequence[tuple[LayerKV, Sequence[tuple[int, int]]]], wanted: tuple[int, int]) -> LayerKV:
-    """Return the rows at the positions [start, stop) of ``wanted``, in order, of rows at given positions."""
+    """Return the rows at the positions [start, stop) of ``wanted``, in order, of rows at given positions.
+
+    All of them must be there.
+    """
     found: list[tuple[int, LayerKV]] = []
     for keys, at in here:
         row = 0
@@ -119,4 +122,6 @@ def picked(here: Sequence[tuple[LayerKV, Sequence[tuple[int, int]]]], wanted: tu
             if low < high:
                 found.append((low, keys.rows(row + low - start, row + high - start)))
             row += stop - start
-    return side_by_side([kv for _, kv in sorted(found, key=lambda each: each[0])] or [here[0][0].rows(0, 0)])
+    out = side_by_side([kv for _, kv in sorted(found, key=lambda each: each[0])] or [here[0][0].rows(0, 0)])
+    assert len(out) == wanted[1] - wanted[0], (wanted, len(out))
+    return out

@@ -18,6 +18,7 @@ from torch import Tensor
 from apb.layers.base import Place, Step
 from apb.layers.call import AttentionCall
 from apb.layers.full import Full
+from apb.layers.rows import LayerKV
 from apb.layers.sharding import Segment, Sharding
 from apb.layers.tree import depths, visible
 from apb.layers.window import Window, WindowCache, WindowPrefill
@@ -160,9 +161,18 @@ def test_steps_trees_and_forks(size: int, chunked: bool) -> None:
 def test_without_halos_it_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     kind, call, sharding = window(9), drawn(40), Sharding((((0, 20),), ((20, 40),)))
     want = dense(kind, call, torch.arange(40), causal(40))
-    monkeypatch.setattr(WindowPrefill, "_exchange", lambda *_: (None, []))
+    exchange = WindowPrefill._exchange
+
+    def blank(*given: Any) -> Any:
+        rows, at = exchange(*given)
+        return None if rows is None else LayerKV(rows.k_BKTD.zero_(), rows.v_BKTE.zero_()), at
+
+    monkeypatch.setattr(WindowPrefill, "_exchange", blank)
     got, *_ = prefilled(kind, call, sharding)
     assert (got - want).abs().max() > 0.05
+    monkeypatch.setattr(WindowPrefill, "_exchange", lambda *_: (None, []))
+    with pytest.raises(AssertionError):  # rows that are not there are never passed over
+        prefilled(kind, call, sharding)
 
 
 @pytest.mark.parametrize("name", ["contiguous", "zigzag"])
