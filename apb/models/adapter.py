@@ -6,8 +6,6 @@ Shapes: B batch, S tokens, H query heads, K kv heads, D head dim (R rotary, P no
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from apb.attention.base import Attention, Prefill
-from apb.draft.base import RotateTo, Target
+from apb.draft.base import Target
 from apb.draft.draft import Draft
 from apb.layers.call import AttentionCall
 from apb.layers.latent import Latent
@@ -40,8 +38,8 @@ from apb.models.latents import expansion, keep_latents
 from apb.models.lengths import rotate_as_agreed
 from apb.models.linear import hook_linear
 from apb.models.probe import probe
-from apb.models.rope import replaced
 from apb.models.rotation import Rotation
+from apb.models.target import draft_target, own_end
 from apb.models.temperature import by_temperature
 from apb.plan.shapes import ModelShape
 from burst.errors import UserError
@@ -171,55 +169,13 @@ class Adapter:
         Raises UserError when the model does more with its LM head's products than scale and cap them.
         """
         if self.ends.logit_scale is None:
-            raise self._own_end("after its LM head")
+            raise own_end(self.name, "after its LM head")
         return self.ends.finish(self._model.get_output_embeddings()(hidden_SE))
 
     def draft_target(self) -> Target:
-        """Return what draft heads share with this model.
-
-        Raises UserError when it does more round its decoder than scale embeddings and scale and cap logits.
-        """
-
+        """Return what draft heads share with this model; raises UserError as ``apb.models.target`` says."""
         rotary: nn.Module | None = getattr(self._base, "rotary_emb", None)
-
-        def turning(rotary: nn.Module | None) -> RotateTo:
-            def rotate(x_BHSD: Tensor, positions: Tensor) -> Tensor:
-                return self._rotation.turned(x_BHSD, positions if positions.dim() == 2 else positions[None], rotary)
-
-            return rotate
-
-        def rotation(parameters: Mapping[str, Any]) -> RotateTo:
-            if rotary is None:
-                raise self._own_end("in place of RoPE")
-            config = copy.deepcopy(self._model.config)
-            config.rope_parameters = replaced(config.rope_parameters, parameters)
-            return turning(type(rotary)(config=config).to(self.device))
-
-        ends, head = self.ends, self._model.get_output_embeddings()
-        if ends.embedding_scale is None:
-            raise self._own_end("before its first layer")
-        if ends.logit_scale is None:
-            raise self._own_end("after its LM head")
-        return Target(
-            name=self.name,
-            shape=self.shape,
-            embedding_WE=self._model.get_input_embeddings().weight.detach(),
-            head_WE=head.weight.detach(),
-            head_bias_W=None if head.bias is None else head.bias.detach(),
-            embedding_scale=ends.embedding_scale,
-            logit_scale=ends.logit_scale,
-            soft_cap=ends.soft_cap,
-            rotate=turning(rotary),
-            rotation=rotation,
-        )
-
-    def _own_end(self, where: str) -> UserError:
-        return UserError(
-            f"neither training nor draft heads can be had for {self.name}: it does something of its own {where}",
-            given=self.name,
-            allowed="models that scale embeddings, and scale and cap logits",
-            remedy="Choose another model, or decode=lookup, which needs no head.",
-        )
+        return draft_target(self._model, self.shape, self.ends, self._rotation, rotary)
 
     def _logits(self, ids_S: Tensor, positions_S: Tensor, attention: Attention, keep: int) -> Tensor:
         if any(kind.reads is not None for kind in self.shape.mixers):
