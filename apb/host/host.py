@@ -205,6 +205,9 @@ class Host:
             return LocalAttention(plan, Place(self.transport, self.kernel), on_layer)
         if plan.spread is not None:
             return ExactAttention(plan, self.transport, self.kernel, on_layer)
+        scorer = request.compressor
+        if scorer is not None and scorer.needs_question and any(plan.kept_rows):
+            self.adapter.check_rotation()  # before anything is sent
         delta = request.question_delta if plan.question_len else None
         rotate = self.adapter.rotate
         return PrefillAttention(plan, self.transport, self.kernel, request.compressor, delta, rotate, on_layer)

@@ -193,6 +193,12 @@ class Adapter:
         """
         return self._rotation.on(x_BHSD, delta, mixer)
 
+    def check_rotation(self) -> None:
+        """Raise UserError where ``rotate`` would in a sharded layer."""
+        for mixer, kind in enumerate(self.shape.mixers):
+            if kind.sharded:
+                self._rotation.check(mixer)
+
     def _forward(
         self, module: nn.Module, ids_S: Tensor, positions_S: Tensor, attention: Attention, **options: Any
     ) -> Any:

@@ -36,14 +36,18 @@ class Rotation:
         """
         if mixer in self.still:
             return x_BHSD
-        if mixer in self.unlike or mixer not in self._turns:
+        self.check(mixer)
+        return self._turned_on(x_BHSD, delta, mixer, self._turns[mixer])
+
+    def check(self, mixer: int) -> None:
+        """Raise UserError where positions do more to a mixer's queries or keys than turn them."""
+        if mixer not in self.still and (mixer in self.unlike or mixer not in self._turns):
             raise UserError(
                 "queries and keys of this model cannot be turned on to other positions: RoPE is not all that they see",
                 given=f"{self._name}, mixer {mixer}",
                 allowed="exact strategies, and star, which needs no compressor",
                 remedy="Set strategy=ring, or another of these.",
             )
-        return self._turned_on(x_BHSD, delta, mixer, self._turns[mixer])
 
     def learn(self, x_BHSD: Tensor, delta: int, mixer: int, wanted_BHSD: Tensor, tolerance: float) -> None:
         """Find out how a mixer turns ``x_BHSD`` on by ``delta`` to what is wanted; if nohow it is ``unlike``."""
