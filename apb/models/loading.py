@@ -94,6 +94,7 @@ def load_model(path: Path, *, dtype: str, device: str, yarn: int | None = None) 
             folder,
             config=dequantising(config),
             dtype=torch_dtype(dtype),
+            experts_implementation=_experts(dtype),
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -118,6 +119,11 @@ def _plain(config: PretrainedConfig) -> PretrainedConfig:
     if hasattr(config, "auto_map"):
         del config.auto_map
     return config
+
+
+def _experts(dtype: str) -> str | None:
+    """Return which of transformers' computations of experts is taken: its default knows no float64."""
+    return "eager" if dtype == "float64" else None
 
 
 def make_config(values: Mapping[str, Any]) -> PretrainedConfig:
@@ -151,7 +157,12 @@ def random_model(values: Mapping[str, Any], *, dtype: str, device: str, yarn: in
 
         torch.manual_seed(0)
         with torch.device(device):
-            model: PreTrainedModel = causal_lm().from_config(config, dtype=torch_dtype(dtype), trust_remote_code=False)
+            model: PreTrainedModel = causal_lm().from_config(
+                config,
+                dtype=torch_dtype(dtype),
+                experts_implementation=_experts(dtype),
+                trust_remote_code=False,
+            )
     model.eval()
     model.requires_grad_(False)
     return model

@@ -95,7 +95,7 @@ def _counted(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> ModelSh
             if kind.q_heads % max(1, kind.kv_heads):
                 raise ValueError(f"{kind.q_heads} query heads for {kind.kv_heads} of keys and values")
         if isinstance(kind, Window):
-            sizes["window"] = kind.window
+            sizes |= {"attention_chunk_size" if kind.chunked else "sliding_window": kind.window}
         if isinstance(kind, Latent):
             sizes |= {f"{kind.name} {name}": size for name, size in asdict(kind).items()}
     for name, size in sizes.items():

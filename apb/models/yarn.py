@@ -16,6 +16,8 @@ def yarn_base(config: Any) -> int:
     """
     ropes, limit = rope_parameters(config), getattr(config, "max_position_embeddings", None)
     kinds = [rope.get("rope_type", "default") for rope in ropes]
+    if getattr(config, "position_embedding_type", "rope") != "rope":  # Granite 4 states a RoPE that it does not use
+        kinds = []
     if kinds != ["default"] or getattr(config, "rope_parameters", None) is not ropes[0] or type(limit) is not int:
         raise UserError(
             "YaRN's factor can be set for models with plain RoPE only",

@@ -112,6 +112,7 @@ def test_wrong_factors_are_rejected(folder: Path, value: Any) -> None:
         lambda: config(rope_parameters=YARN | {"rope_type": "linear"}),
         transformers.Gemma3TextConfig,
         transformers.Olmo3Config,
+        lambda: transformers.GraniteMoeHybridConfig(position_embedding_type=None),
     ],
 )
 def test_models_without_plain_rope_are_not_stretched(made: Any) -> None:
