@@ -99,5 +99,6 @@ def _attend(step: Attend, plan: PrefillPlan, kind: LayerKind, rank: int, rates: 
     keys = tokens if step.causal else step.pairs / tokens
     rate = read(rates.causal if step.causal else rates.full, keys)
     merged = 3 * 4 * tokens * kind.heads * wide / rates.memory if begun else 0.0
-    expanded = kind.heads * kind.expansion_flops * keys / read(rates.linear, keys)
+    made = plan.passing_rows(rank) if "passing" in step.keys else 0  # the others are among a host's linear layers
+    expanded = kind.heads * kind.expansion_flops * made / read(rates.linear, max(1, made))
     return {"attention": kind.heads * kind.pair_flops * step.pairs / rate + expanded + rates.call_s, "other": merged}

@@ -112,8 +112,10 @@ class _ExactLayer:
         mean, sees = float(self.block_rows.mean()), pairs > 0
         rate = read(self.rates.causal if turn == 0 else self.rates.full, mean)
         seconds = self.kind.pair_flops * self.q_heads * pairs / rate + self.rates.call_s * PIECES * sees
-        expanded = self.kind.expansion_flops * self.q_heads * self.block_rows[block] * sees
-        seconds = seconds + expanded / read(self.rates.linear, mean)
+        made = self.q_heads * self.block_rows[block] * sees
+        if turn == 0:  # a host's own are among its linear layers
+            made = made - self.kind.heads * self.rows
+        seconds = seconds + self.kind.expansion_flops * made / read(self.rates.linear, mean)
         rows = self.block_rows[group] * self.q_heads * self.shape.value_dim
         merged = 3 * 4 * rows / self.rates.memory * sees * (turn > 0)
         return HostWork({"attention": seconds, "other": merged})
