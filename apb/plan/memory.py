@@ -84,8 +84,7 @@ def _exchanged(plan: PrefillPlan, kind: LayerKind, rank: int) -> int:
     passing = (plan.passing_rows(rank) + anchor) * row * 2
     if plan.spread is not None:
         passing += plan.spread.workspace(rank, kind.attention_shape(s.element_size))
-        in_chunks = plan.chunk_tokens is not None and plan.chunk_tokens < host.tokens_run
-        if plan.hosts > 1 and not in_chunks:  # in chunks, the whole rows' outputs have room for it
+        if plan.hosts > 1:
             passing += host.block_len * row  # packed to be sent
     return passing
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from burst.errors import UserError
 
+WIDENED = 4096  # rows
+
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which results of ``dtype`` are summed: fp64 for fp64, otherwise fp32.
@@ -94,11 +96,14 @@ def _merge_pair(out_BHSE: Tensor, lse_BHS: Tensor, part_BHSE: Tensor, part_lse_B
         from burst.kernels.fused.merge import merge_pair
 
         return merge_pair(out_BHSE, lse_BHS, part_BHSE, part_lse_BHS)
-    out_BHSE, part_BHSE = out_BHSE.to(acc), part_BHSE.to(acc)
+    out_BHSE = out_BHSE.to(acc)
     # -inf - -inf is NaN: an empty part weighs nothing, whatever it meets. (sigmoid(x - -inf) is 1, rightly.)
     weight_BHS = torch.sigmoid(part_lse_BHS - lse_BHS).masked_fill(part_lse_BHS == -math.inf, 0.0)
-    # lerp is exact at weights 0 and 1 and needs no temporary of out's size.
-    out_BHSE.lerp_(part_BHSE, weight_BHS.unsqueeze(-1))
+    # lerp is exact at weights 0 and 1 and needs no temporary of out's size; a part is widened a few rows at a time.
+    rows = part_BHSE.shape[2] if part_BHSE.dtype == acc or differentiated else WIDENED
+    parts = (x.split(max(1, rows), dim=2) for x in (out_BHSE, part_BHSE, weight_BHS.unsqueeze(-1)))
+    for out, part, weight in zip(*parts, strict=True):
+        out.lerp_(part.to(acc), weight)
     return out_BHSE, torch.logaddexp(lse_BHS, part_lse_BHS)
 
 

@@ -53,8 +53,8 @@ def test_no_more_than_planned(
         planned = host_memory(plan, rank)
         shares.append(host.peak / (planned["kv"] + planned["activations"]))
         assert name == "full" or not host.long, f"host {rank}: as long as the context: {host.long[:3]}"
-    # The first host of a ring in chunks sends less than the others.
-    assert min(shares) >= 0.65 and 0.7 <= max(shares) <= 1, shares
+    # The first host of a ring in zigzag merges parts of half its rows.
+    assert min(shares) > 0.6 and 0.7 <= max(shares) <= 1, shares
 
 
 def planned(context: int, hosts: int = 8) -> PrefillPlan:

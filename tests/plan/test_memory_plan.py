@@ -99,7 +99,8 @@ def test_no_more_than_planned(
     for rank, host in seen.items():
         planned = host_memory(plan, rank)
         most = planned["kv"] + planned["activations"]
-        assert 0.7 * most <= host.peak <= most, f"host {rank}: {host.peak / most:.3f} of what is planned"
+        least = 0.65 if rank == 0 and plan.spread is not None else 0.7  # in zigzag it merges parts of half its rows
+        assert least * most <= host.peak <= most, f"host {rank}: {host.peak / most:.3f} of what is planned"
         assert name == "full" or not host.long, f"host {rank}: as long as the context: {host.long[:3]}"
 
 
@@ -121,3 +122,19 @@ def test_the_count_sees_what_lives_and_what_is_long() -> None:
         torch.empty(10, device="meta")
     assert seen.peak == (8 + 4) * CONTEXT * 2
     assert len(seen.long) == 1
+
+
+@pytest.mark.parametrize("chunk", [None, CHUNK])
+def test_long_blocks_over_hosts(chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where what stays through a layer outweighs a chunk."""
+    monkeypatch.setattr("tests.plan.test_memory_plan.CONTEXT", 150_000)
+    monkeypatch.setitem(SHAPE, "vocab_size", 150_100)
+    monkeypatch.setitem(SHAPE, "max_position_embeddings", 2**18)
+    large.cache_clear()
+    try:
+        plan, seen = measured("ring", None, HOSTS, chunk, monkeypatch)
+    finally:
+        large.cache_clear()
+    for rank, host in seen.items():
+        planned = host_memory(plan, rank)
+        assert 0.8 <= host.peak / (planned["kv"] + planned["activations"]) <= 1, f"host {rank}"
