@@ -88,17 +88,19 @@ def _counted(model: PreTrainedModel, config: Any, dtype: torch.dtype) -> ModelSh
         rope_border=rope_border(config),
         expert_row_bytes=visited * _expert_bytes(config.hidden_size, inner, dtype.itemsize) if inner else 0,
     )
-    sizes = {name: getattr(shape, name) for name in ("layers", "hidden", "intermediate", "vocab", "max_positions")}
+    sizes = [(name, getattr(shape, name)) for name in ("layers", "hidden", "intermediate", "vocab", "max_positions")]
     for kind in shape.kinds:
         if isinstance(kind, Softmax):
-            sizes |= {f"{kind.name} {name}": getattr(kind, name) for name in ("q_heads", "kv_heads", "qk_dim", "v_dim")}
+            sizes += [
+                (f"{kind.name} {name}", getattr(kind, name)) for name in ("q_heads", "kv_heads", "qk_dim", "v_dim")
+            ]
             if kind.q_heads % max(1, kind.kv_heads):
                 raise ValueError(f"{kind.q_heads} query heads for {kind.kv_heads} of keys and values")
         if isinstance(kind, Window):
-            sizes |= {"attention_chunk_size" if kind.chunked else "sliding_window": kind.window}
+            sizes += [("attention_chunk_size" if kind.chunked else "sliding_window", kind.window)]
         if isinstance(kind, Latent):
-            sizes |= {f"{kind.name} {name}": size for name, size in asdict(kind).items()}
-    for name, size in sizes.items():
+            sizes += [(f"{kind.name} {name}", size) for name, size in asdict(kind).items()]
+    for name, size in sizes:
         if type(size) is not int or size < 1:
             raise ValueError(f"{name} is {size}")
     return shape
