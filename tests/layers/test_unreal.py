@@ -1,4 +1,4 @@
-"""Linear layers on hosts without values: nothing is read or copied in a prefill, and memory is what the plan states."""
+"""Layers of all kinds on hosts without values: nothing is read or copied in a prefill, and memory is as planned."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def tiny(family: str) -> Adapter:
     return adapter
 
 
-@pytest.mark.parametrize("family", ("qwen3_5", "falcon_h1"))
+@pytest.mark.parametrize("family", ("qwen3_5", "falcon_h1", "gemma2", "gemma3", "gemma4", "minicpm3"))
 @pytest.mark.parametrize("name, chunk", [("ring", 48), ("apb", None)])
 def test_prefills_never_wait_for_the_device(
     family: str, name: str, chunk: int | None, monkeypatch: pytest.MonkeyPatch
