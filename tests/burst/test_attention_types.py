@@ -95,7 +95,7 @@ def test_bf16_error_does_not_grow_with_ranks(heads: tuple[int, int]) -> None:
     out.backward(inputs(heads, n, 64, 64, 1)[3].bfloat16())
     one = [rms(x, y) for x, y in zip((out.detach(), *(x.grad for x in leaves)), want[:4], strict=True)]
     for accurate in (False, True):
-        for world in (2, 8, 64):
+        for world in (2, 32):
             got, _ = compute(replace(base, world=world, accurate=accurate))
             ratios = [rms(x, y) / e for x, y, e in zip(got[:4], want[:4], one, strict=True)]
             # torch's CPU backward sums dk and dv of a block in bf16, in the smaller steps the shorter the

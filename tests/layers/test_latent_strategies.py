@@ -67,7 +67,7 @@ def check(family: str, name: str, hosts: int, select: str | None, chunk: int | N
     made.setup = dataclasses.replace(made.setup, chunk_tokens=chunk)
     handle, plan = made.prefill(prompt), made.setup.plan(prompt)
     found = planned_sizes(plan, prompt, scorer is not None and scorer.needs_question)
-    dense = LatentTwin(prompt, found, select, rotation(family, adapter))
+    dense = LatentTwin(prompt, found, select, rotation(family, adapter), adapter.shape.mixers)
     with torch.inference_mode():
         want = adapter.logits(dense.ids, dense.positions, dense)
     assert float((made.logits(handle) - want).abs().max()) < TOLERANCE

@@ -258,7 +258,10 @@ def test_memory_of_a_block_alone_does_not_depend_on_its_length() -> None:
 def test_memory_of_other_blocks_grows_by_what_stays() -> None:
     hidden = q = 4 * 64  # bytes a token: the residual stream, queries
     rotation, kv = 4 * 2 * 16, 4 * 2 * 32
-    for name, more in (*((name, 0) for name in ("star", *PASSING)), ("ring", 2 * q)):
+    for name, more in (
+        *((name, 0) for name in ("star", *PASSING)),
+        ("ring", 2 * q + kv),
+    ):  # with what is packed to be sent
         short, long = (plan_of(name, n, 2, 64) for n in (1000, 1400))
         ran = long.host_plans[1].tokens_run - short.host_plans[1].tokens_run
         beside = [host_memory(p, 1)["activations"] for p in (short, long)]
