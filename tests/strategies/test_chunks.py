@@ -81,8 +81,10 @@ def check(
         assert made.generate(other, max_new_tokens=4).token_ids == tokens, chunk
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name, hosts", [(s, h) for s in FORMS for h in (1, 2, 4) if s != "full" or h == 1])
+CASES = [(s, h, d) for s in FORMS for h in (1, 2, 4) for d in TOLERANCE if d == torch.float64 or h == 2]
+
+
+@pytest.mark.parametrize("name, hosts, dtype", [case for case in CASES if case[0] != "full" or case[1] == 1])
 def test_every_strategy_is_the_same_in_chunks(name: str, hosts: int, dtype: torch.dtype) -> None:
     check(name, hosts, "query" if form(name).takes_compressor else None, dtype=dtype)
 
@@ -93,7 +95,7 @@ def test_short_contexts_are_the_same_in_chunks(name: str, lengths: tuple[int, in
     check(name, hosts, "query" if name in PASSING else None, lengths, chunks=(1, 2, 7))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     context=st.integers(1, 150),
     hosts=st.integers(1, 5),
