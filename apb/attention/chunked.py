@@ -64,7 +64,7 @@ class LocalAttention(Prefill):
     def _attend(self, call: AttentionCall, kind: LayerKind, cache: ShardedCache) -> Tensor:
         """Keep the chunk's KV, attend to it and to all before it."""
         self._stop = self._done + call.tokens
-        if not self._done:
+        if not self._done and kind.reads is None:
             given = (call.k_BKSD, call.v_BKSE)
             cache.fill(LayerKV(*(x.new_empty(*x.shape[:2], self._tokens, x.shape[3]) for x in given)))
         kv = cache.context.rows(0, self._stop)

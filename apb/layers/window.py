@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -25,7 +26,7 @@ from apb.layers.softmax import Softmax
 from burst.execution.blocks import Blocks, begin
 from burst.kernels.merge import Accumulator
 from burst.kernels.reference import attend
-from burst.layouts.masks import Span, pieces
+from burst.layouts.masks import MaskPiece, Span, pieces
 
 TILE = 2048  # tokens that are attended to at once during a prefill
 
@@ -107,26 +108,32 @@ class Window(Softmax):
         assert reads is None or isinstance(reads, WindowCache)
         return WindowPrefill(self, segments, place, reads)
 
-    def spans(self, intervals: Sequence[Interval]) -> Iterator[Span]:
-        """Yield rows side by side at these positions as burst's spans; a chunk is a document."""
-        offset = 0
-        for start, stop in intervals:
-            while start < stop:
-                edge = min(stop, self.reach(start) + self.window) if self.chunked else stop
-                document = start // self.window if self.chunked else 0
-                yield Span(start, edge - start, 1, document, offset)
-                offset += edge - start
-                start = edge
-
     def attend(
         self, call: AttentionCall, at: Sequence[Interval], keys: LayerKV, keys_at: Sequence[Interval], place: Place
     ) -> Tensor:
         """Attend the call's queries at the positions ``at`` to keys at ``keys_at``; returns (B, S, H, E)."""
-        mask = pieces(self.spans(at), self.spans(keys_at), causal=True, window=None if self.chunked else self.window)
+        mask = _mask(self.back, tuple(at), tuple(keys_at))
         total = Accumulator()
         Blocks(self.kernel(place.kernel), call.scale).forward(total, call.q_BHSD, keys.k_BKTD, keys.v_BKTE, mask)
         begin(total, call.q_BHSD, call.v_BKSE.shape[3])
         return finish(total, call.q_BHSD.dtype, call.sinks_H)
+
+
+@lru_cache(maxsize=1024)
+def _mask(back: Reach, at: tuple[Interval, ...], keys_at: tuple[Interval, ...]) -> tuple[MaskPiece, ...]:
+    """Return the mask of queries at some positions over keys at others; all layers of a prefill ask for the same."""
+    return pieces(_spans(back, at), _spans(back, keys_at), causal=True, window=None if back.chunked else back.window)
+
+
+def _spans(back: Reach, intervals: Sequence[Interval]) -> Iterator[Span]:
+    """Yield rows side by side at these positions as burst's spans; a chunk is a document."""
+    offset = 0
+    for start, stop in intervals:
+        while start < stop:
+            edge = min(stop, back(start) + back.window) if back.chunked else stop
+            yield Span(start, edge - start, 1, start // back.window if back.chunked else 0, offset)
+            offset += edge - start
+            start = edge
 
 
 class WindowPrefill:
@@ -215,8 +222,8 @@ class WindowCache:
         """Attend new tokens to the rows in their window; returns (B, S, H, E)."""
         assert isinstance(call, AttentionCall)
         start = step.start
-        keys, at = self._visible(start)
-        keys = side_by_side([keys, LayerKV(call.k_BKSD, call.v_BKSE)])
+        kept, at = self._visible(start)
+        keys = side_by_side([*kept, LayerKV(call.k_BKSD, call.v_BKSE)])
         if step.parents is None:
             new = (start, start + step.tokens)
             out = self.kind.attend(call, [new], keys, [at, new], step.place)
@@ -226,8 +233,8 @@ class WindowCache:
             self._tail.append(call.k_BKSD, call.v_BKSE)
         return out
 
-    def _visible(self, position: int) -> tuple[LayerKV, Interval]:
-        """Return the kept rows that a token at ``position`` sees, and where they stand."""
+    def _visible(self, position: int) -> tuple[list[LayerKV], Interval]:
+        """Return the kept rows that a token at ``position`` sees, in parts, and where they stand."""
         if self._reads is not None:
             return self._reads._visible(position)
         assert self._context is not None
@@ -237,7 +244,7 @@ class WindowCache:
         tail = self._tail.view()
         if tail is not None:
             parts.append(tail.rows(max(0, low - end), position - end))
-        return (side_by_side(parts) if parts else self._context.rows(0, 0)), (low, position)
+        return parts, (low, position)
 
     def _attend_tree(self, call: AttentionCall, step: Step, keys: LayerKV, at: Interval) -> Tensor:
         """Attend a draft tree's rows, which stand at their depths, to cached rows and ancestors in their windows."""
